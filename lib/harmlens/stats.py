@@ -1,0 +1,342 @@
+"""Intervals and tests: a thin layer over scipy, statsmodels and TransformerLens.
+
+Two rules hold everywhere. The unit of resampling is the item, the request or the pair, **never the
+token**: the tokens of one answer are not independent. And every estimate carries its n and its
+95 % interval (:class:`Estimate`), so that a number can't be quoted without them.
+
+Introduced in notebook 01 ("What there is to explain").
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats as scipy_stats
+
+N_RESAMPLES = 5000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its confidence interval and the number of independent units behind it.
+
+    ``per_seed`` holds the estimates of the single training seeds where there are several.
+    """
+
+    value: float
+    low: float
+    high: float
+    n: int
+    per_seed: Mapping[int, Estimate] = field(default_factory=dict, hash=False, repr=False)
+
+    @property
+    def ci(self) -> tuple[float, float]:
+        return self.low, self.high
+
+    def __str__(self) -> str:
+        # as many decimals as the interval's width makes worth reading
+        scale = (self.high - self.low) or abs(self.value) / 10 or 1.0
+        digits = min(max(2, math.ceil(-math.log10(scale))), 8)
+        return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}], n = {self.n}"
+
+
+def _mean(values: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
+    return np.mean(values, axis=axis)
+
+
+def _median(values: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
+    return np.median(values, axis=axis)
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
+    return np.mean(numerator, axis=axis) / np.mean(denominator, axis=axis)
+
+
+_STATISTICS: dict[str, Callable] = {"mean": _mean, "median": _median, "ratio": _ratio}
+
+
+def _columns(name: str, values: ArrayLike) -> tuple[np.ndarray, ...]:
+    """The columns of ``values`` [units] or [units, columns]; refuses what no statistic can be taken of."""
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: expected one number (or row of numbers) per unit; {error}") from None
+    if array.ndim not in (1, 2):
+        raise ValueError(f"{name}: expected shape [units] or [units, columns], got {array.shape}")
+    if array.size == 0:
+        raise ValueError(f"{name}: is empty; there is nothing to estimate from")
+    if not np.isfinite(array).all():
+        bad = int((~np.isfinite(array)).any(axis=tuple(range(1, array.ndim))).sum())
+        raise ValueError(
+            f"{name}: {bad} of {len(array)} units are NaN or infinite; drop or repair them first"
+        )
+    if len(array) < 2:
+        raise ValueError(f"{name}: has one unit only; an interval needs at least two")
+    return (array,) if array.ndim == 1 else tuple(np.ascontiguousarray(array.T))
+
+
+def _vector(name: str, values: ArrayLike) -> np.ndarray:
+    columns = _columns(name, values)
+    if len(columns) != 1:
+        raise ValueError(f"{name}: expected shape [units], got {len(columns)} columns")
+    return columns[0]
+
+
+def _statistic(statistic: str | Callable, n_columns: int) -> Callable:
+    if callable(statistic):
+        return statistic
+    if statistic not in _STATISTICS:
+        raise ValueError(f"statistic: {statistic!r} is unknown; use {sorted(_STATISTICS)} or a function")
+    needed = 2 if statistic == "ratio" else 1
+    if n_columns != needed:
+        raise ValueError(f"statistic: {statistic!r} needs {needed} column(s) of values, got {n_columns}")
+    return _STATISTICS[statistic]
+
+
+def _point(function: Callable, columns: tuple[np.ndarray, ...]) -> float:
+    takes_axis = "axis" in inspect.signature(function).parameters
+    value = float(function(*columns, axis=-1) if takes_axis else function(*columns))
+    if not math.isfinite(value):
+        raise ValueError(f"statistic: gives {value} on the values as they are")
+    return value
+
+
+def _check_sampling(n_resamples: int, confidence: float) -> None:
+    if n_resamples < 100:
+        raise ValueError(f"n_resamples: {n_resamples} is too few for a 95 % interval; use at least 100")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: must lie between 0 and 1, got {confidence}")
+
+
+def _distribution(
+    function: Callable, columns: tuple[np.ndarray, ...], n_resamples: int, seed: int | Sequence[int]
+) -> np.ndarray:
+    """Bootstrap distribution [resamples]; the same seed and n draw the same units."""
+    result = scipy_stats.bootstrap(
+        columns, function, paired=len(columns) > 1, n_resamples=n_resamples, method="percentile",
+        rng=np.random.default_rng(seed), batch=max(1, 2_000_000 // len(columns[0])),
+    )  # fmt: skip
+    return result.bootstrap_distribution
+
+
+def _interval(
+    distribution: np.ndarray, value: float, n: int, confidence: float, per_seed: Mapping | None = None
+) -> Estimate:
+    if not np.isfinite(distribution).all():
+        raise ValueError("statistic: is not finite on some resamples; a mean of the denominator may be zero")
+    tail = (1 - confidence) / 2
+    low, high = (float(x) for x in np.quantile(distribution, (tail, 1 - tail)))
+    # the interval always holds its own point estimate: percentile intervals of skewed statistics may not
+    return Estimate(value, min(low, value), max(high, value), n, per_seed or {})
+
+
+def _all_same_outcome(columns: Sequence[np.ndarray], statistic: str | Callable) -> float | None:
+    """0.0 or 1.0 if these are yes/no outcomes that all came out alike, else None.
+
+    Their bootstrap interval would be a point whatever n is; the exact binomial one is not.
+    """
+    if statistic != "mean":
+        return None
+    first = float(columns[0][0])
+    return first if first in (0.0, 1.0) and all((column == first).all() for column in columns) else None
+
+
+def bootstrap_ci(
+    values: ArrayLike,
+    statistic: str | Callable = "mean",
+    *,
+    n_resamples: int = N_RESAMPLES,
+    seed: int | Sequence[int] = 0,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """Percentile bootstrap over units (``scipy.stats.bootstrap``).
+
+    Args:
+        values: [units], or [units, columns] for a statistic of paired columns. One row is one item,
+            request or pair.
+        statistic: "mean", "median", "ratio" (mean of column 0 over mean of column 1), or a function
+            of one array per column, vectorised along ``axis`` if it takes such an argument.
+        n_resamples: number of resamples.
+        seed: of the resampling; the same seed gives the same interval.
+        confidence: of the two-sided interval.
+
+    Values that are all equal give an interval of no width. The exception is yes/no outcomes (0 and 1)
+    that all came out alike: their mean gets the exact binomial interval.
+
+    Raises:
+        ValueError: ``values`` empty, not finite, of one unit only; ``statistic`` unknown.
+    """
+    columns = _columns("values", values)
+    function = _statistic(statistic, len(columns))
+    _check_sampling(n_resamples, confidence)
+    n = len(columns[0])
+    same = _all_same_outcome(columns, statistic)
+    if same is not None:
+        return proportion_ci(int(same * n), n, confidence=confidence)
+    distribution = _distribution(function, columns, n_resamples, seed)
+    return _interval(distribution, _point(function, columns), n, confidence)
+
+
+def ratio_of_means(
+    numerator: ArrayLike,
+    denominator: ArrayLike,
+    *,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """Mean of ``numerator`` over mean of ``denominator``, both [units] and paired by unit.
+
+    The normalised effect of the mediation notebooks: the ratio of the means over pairs, not the mean
+    of the pairs' ratios, which one pair with a tiny total effect could carry away.
+
+    Raises:
+        ValueError: lengths differ; bad values; the denominator's mean can't be told from zero.
+    """
+    top, bottom = _vector("numerator", numerator), _vector("denominator", denominator)
+    if len(top) != len(bottom):
+        raise ValueError(f"numerator, denominator: must be paired, got {len(top)} and {len(bottom)} units")
+    below = bootstrap_ci(bottom, n_resamples=n_resamples, seed=seed, confidence=confidence)
+    if below.low <= 0 <= below.high:
+        raise ValueError(
+            f"denominator: its mean is {below}, which can't be told from zero, so a ratio means nothing. "
+            "Drop units below a floor, or report the numerator alone."
+        )
+    pair = np.stack([top, bottom], axis=1)
+    return bootstrap_ci(pair, "ratio", n_resamples=n_resamples, seed=seed, confidence=confidence)
+
+
+def proportion_ci(k: Real, n: Real, *, confidence: float = CONFIDENCE, method: str = "beta") -> Estimate:
+    """Share k / n with the exact Clopper-Pearson interval (``method="wilson"`` for Wilson's).
+
+    Raises:
+        ValueError: n is not positive, or k is not between 0 and n.
+    """
+    from statsmodels.stats.proportion import proportion_confint
+
+    if int(n) != n or n < 1:
+        raise ValueError(f"n: must be a whole number above 0, got {n}")
+    if int(k) != k or not 0 <= k <= n:
+        raise ValueError(f"k: must be a whole number between 0 and n = {n}, got {k}")
+    low, high = proportion_confint(int(k), int(n), alpha=1 - confidence, method=method)
+    share = k / n
+    return Estimate(share, min(max(0.0, float(low)), share), max(min(1.0, float(high)), share), int(n))
+
+
+def over_seeds(
+    values: Mapping[int, ArrayLike],
+    statistic: str | Callable = "mean",
+    *,
+    shared_units: bool = False,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+) -> Estimate:
+    """Hierarchical bootstrap: training seeds are resampled, then the units within each.
+
+    The value is the mean over seeds of the statistic within a seed, so every seed counts alike.
+    ``per_seed`` of the answer holds each seed's own estimate.
+
+    Args:
+        values: training seed -> values [units] or [units, columns], as for :func:`bootstrap_ci`.
+        statistic: as for :func:`bootstrap_ci`.
+        shared_units: True if row i is the same item or request in every seed, as for the held-out
+            items of the world. The same units are then drawn for all seeds at once, since an item
+            that is hard for one seed is hard for the others too, and n counts the items. With False
+            n counts the units of all seeds.
+        n_resamples, seed, confidence: as for :func:`bootstrap_ci`.
+
+    With few seeds a bootstrap of seeds is somewhat too narrow if seeds differ much (its variance over
+    seeds is (seeds - 1) / seeds of the right one); the verdict rules therefore also ask that most
+    seeds agree one by one. With one seed this is :func:`bootstrap_ci`.
+
+    Raises:
+        ValueError: no seeds; bad values (names the seed); ``shared_units`` with unequal lengths.
+    """
+    if not values:
+        raise ValueError("values: no seeds given; expected {seed: values of its units}")
+    _check_sampling(n_resamples, confidence)
+    columns = {int(key): _columns(f"values[{key}]", array) for key, array in values.items()}
+    lengths = {key: len(cols[0]) for key, cols in columns.items()}
+    if shared_units and len(set(lengths.values())) > 1:
+        raise ValueError(f"shared_units: the seeds have different numbers of units, {lengths}")
+    options = {"n_resamples": n_resamples, "confidence": confidence}
+    streams = {key: seed if shared_units else (seed, i) for i, key in enumerate(columns)}
+    per_seed = {key: bootstrap_ci(values[key], statistic, seed=streams[key], **options) for key in columns}
+    value = float(np.mean([estimate.value for estimate in per_seed.values()]))
+    n = next(iter(lengths.values())) if shared_units else sum(lengths.values())
+
+    same = _all_same_outcome([column for cols in columns.values() for column in cols], statistic)
+    if same is not None:
+        exact = proportion_ci(int(same * n), n, confidence=confidence)
+        return Estimate(exact.value, exact.low, exact.high, n, per_seed)
+
+    draws = np.stack([  # [seeds, resamples]; with shared units column b is the same draw in every row
+        _distribution(_statistic(statistic, len(cols)), cols, n_resamples, streams[key])
+        for key, cols in columns.items()
+    ])  # fmt: skip
+    rng = np.random.default_rng([seed, len(columns), n_resamples])
+    picked = rng.integers(len(draws), size=(n_resamples, len(draws)))
+    resample = (
+        np.arange(n_resamples)[:, None] if shared_units else rng.integers(n_resamples, size=picked.shape)
+    )
+    return _interval(draws[picked, resample].mean(axis=1), value, n, confidence, per_seed)
+
+
+def _p_values(values: Sequence[float]) -> np.ndarray:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError("p_values: expected a non-empty list of p-values")
+    if not ((array >= 0) & (array <= 1)).all():  # also catches NaN
+        raise ValueError(f"p_values: must lie between 0 and 1, got {array.tolist()}")
+    return array
+
+
+def holm(p_values: Sequence[float] | Mapping[str, float]) -> np.ndarray | dict[str, float]:
+    """P-values adjusted by Holm's step-down rule; a mapping gives a mapping back.
+
+    The family is the claims of one notebook.
+    """
+    from statsmodels.stats.multitest import multipletests
+
+    if isinstance(p_values, Mapping):
+        adjusted = holm(list(p_values.values()))
+        return dict(zip(p_values, (float(p) for p in adjusted), strict=True))
+    return multipletests(_p_values(p_values), method="holm")[1]
+
+
+def wilcoxon_greater(first: ArrayLike, second: ArrayLike) -> float:
+    """One-sided p-value that ``first`` exceeds ``second``, paired by unit (Wilcoxon signed-rank test)."""
+    a, b = _vector("first", first), _vector("second", second)
+    if a.shape != b.shape:
+        raise ValueError(f"first, second: must be paired, got {len(a)} and {len(b)} units")
+    if (a == b).all():
+        return 1.0  # no pair differs: nothing speaks for the claim
+    return float(scipy_stats.wilcoxon(a, b, alternative="greater").pvalue)
+
+
+def sign_flip_pvalue(
+    effects: ArrayLike, *, alternative: str = "greater", n_permutations: int = 10_000, seed: int = 0
+) -> float:
+    """P-value that the mean of paired effects [units] is zero, by flipping their signs.
+
+    TransformerLens' ``sign_flip_permutation_pvalue``: exact up to 12 units, drawn above that.
+    """
+    import torch  # here and not above: importing TransformerLens takes seconds
+    from transformer_lens.utilities.statistics import derive_generator, sign_flip_permutation_pvalue
+
+    if alternative not in ("greater", "less", "two-sided"):
+        raise ValueError(f"alternative: must be 'greater', 'less' or 'two-sided', got {alternative!r}")
+    values = _vector("effects", effects)
+    p = sign_flip_permutation_pvalue(
+        torch.as_tensor(values), n_permutations=n_permutations, alternative=alternative,
+        generator=derive_generator(seed, "sign flip"),
+    )  # fmt: skip
+    return float(p)

@@ -1,0 +1,230 @@
+"""Intervals and tests: hand-worked cases, properties, coverage, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+
+from harmlens import stats
+
+finite = st.floats(-1e3, 1e3, allow_nan=False)
+FAST = {"n_resamples": 200}
+
+
+def test_estimate_reads_as_in_the_book():
+    assert str(stats.Estimate(0.97, 0.94, 0.99, 108)) == "0.97 [0.94, 0.99], n = 108"
+    assert str(stats.Estimate(0.0012, 0.0011, 0.0014, 9)) == "0.0012 [0.0011, 0.0014], n = 9"
+    assert str(stats.Estimate(1.0, 1.0, 1.0, 3)) == "1.00 [1.00, 1.00], n = 3"
+
+
+# ------------------------------------------------------------------ one sample
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(finite, min_size=2, max_size=30), st.sampled_from(["mean", "median"]))
+def test_interval_holds_its_value_and_lies_within_the_data(values, statistic):
+    got = stats.bootstrap_ci(values, statistic, **FAST)
+    assert got.n == len(values)
+    assert got.low <= got.value <= got.high
+    if statistic != "mean" or not set(values) <= {0.0, 1.0}:
+        slack = 1e-9 * max(map(abs, [1.0, *values]))
+        assert min(values) - slack <= got.low and got.high <= max(values) + slack
+
+
+def test_interval_agrees_with_the_normal_one_on_many_normal_values():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=2000)
+    got = stats.bootstrap_ci(values)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(2000)
+    assert got.value == pytest.approx(values.mean())
+    assert got.low == pytest.approx(values.mean() - half, abs=0.1 * half)
+    assert got.high == pytest.approx(values.mean() + half, abs=0.1 * half)
+
+
+def test_same_seed_same_interval_other_seed_other_interval():
+    values = np.random.default_rng(1).normal(size=40)
+    assert stats.bootstrap_ci(values, seed=3) == stats.bootstrap_ci(values, seed=3)
+    assert stats.bootstrap_ci(values, seed=3) != stats.bootstrap_ci(values, seed=4)
+
+
+def test_equal_values_give_a_point_but_equal_outcomes_do_not():
+    point = stats.bootstrap_ci([2.5] * 8)
+    assert point.ci == (2.5, 2.5)
+    all_right = stats.bootstrap_ci([1] * 20)
+    assert all_right == stats.proportion_ci(20, 20)
+    assert all_right.low < 0.9 and all_right.high == 1.0
+
+
+def test_a_function_of_columns_as_statistic():
+    rows = [[1.0, 2.0], [3.0, 5.0], [5.0, 2.0], [2.0, 4.0]]
+    slow = stats.bootstrap_ci(rows, lambda a, b: float(np.mean(a) - np.mean(b)), **FAST)
+    fast = stats.bootstrap_ci(rows, lambda a, b, axis: np.mean(a, axis=axis) - np.mean(b, axis=axis), **FAST)
+    assert slow.value == pytest.approx(11 / 4 - 13 / 4)
+    assert slow.ci == pytest.approx(fast.ci)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "values: is empty"),
+        ([1.0], "values: has one unit only"),
+        ([1.0, math.nan, math.inf, 2.0], "values: 2 of 4 units are NaN"),
+        (np.ones((2, 2, 2)), r"values: expected shape \[units\]"),
+        ([1.0, "many"], "values: expected one number"),
+    ],
+)
+def test_bad_values_are_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=message):
+        stats.bootstrap_ci(values)
+
+
+def test_bad_options_are_refused_by_name():
+    with pytest.raises(ValueError, match="statistic: 'mode' is unknown"):
+        stats.bootstrap_ci([1, 2], "mode")
+    with pytest.raises(ValueError, match=r"statistic: 'ratio' needs 2 column"):
+        stats.bootstrap_ci([1.0, 2.0], "ratio")
+    with pytest.raises(ValueError, match="n_resamples"):
+        stats.bootstrap_ci([1.0, 2.0], n_resamples=1)
+    with pytest.raises(ValueError, match="confidence"):
+        stats.bootstrap_ci([1.0, 2.0], confidence=95.0)
+
+
+# ------------------------------------------------------------------ ratio of means, shares
+
+
+def test_ratio_of_means_is_not_the_mean_of_ratios():
+    got = stats.ratio_of_means([1.0, 3.0], [1.0, 1.5])
+    assert got.value == pytest.approx(4.0 / 2.5)
+    assert got.n == 2
+
+
+def test_ratio_resamples_pairs_together():
+    bottom = np.random.default_rng(2).uniform(1, 9, size=30)
+    got = stats.ratio_of_means(0.4 * bottom, bottom)
+    assert got.ci == pytest.approx((0.4, 0.4))  # exact only if numerator and denominator stay paired
+
+
+def test_ratio_over_a_denominator_around_zero_is_refused():
+    noise = np.random.default_rng(3).normal(size=50)
+    with pytest.raises(ValueError, match="denominator: its mean"):
+        stats.ratio_of_means(np.ones(50), noise)
+    with pytest.raises(ValueError, match="paired"):
+        stats.ratio_of_means([1.0, 2.0], [1.0, 2.0, 3.0])
+
+
+def test_proportion_matches_scipy_and_knows_the_ends():
+    expected = scipy_stats.binomtest(7, 20).proportion_ci(method="exact")
+    assert stats.proportion_ci(7, 20).ci == pytest.approx((expected.low, expected.high))
+    assert stats.proportion_ci(0, 6).ci == pytest.approx((0.0, 0.4593), abs=1e-4)
+    assert stats.proportion_ci(6, 6).ci == pytest.approx((0.5407, 1.0), abs=1e-4)
+    wilson = scipy_stats.binomtest(7, 20).proportion_ci(method="wilson")
+    assert stats.proportion_ci(7, 20, method="wilson").ci == pytest.approx((wilson.low, wilson.high))
+
+
+@pytest.mark.parametrize(("k", "n", "name"), [(1, 0, "n:"), (5, 4, "k:"), (-1, 4, "k:"), (1.5, 4, "k:")])
+def test_bad_counts_are_refused(k, n, name):
+    with pytest.raises(ValueError, match=name):
+        stats.proportion_ci(k, n)
+
+
+# ------------------------------------------------------------------ seeds
+
+
+def test_over_seeds_counts_every_seed_alike():
+    got = stats.over_seeds({0: [0.0, 2.0], 1: [5.0, 5.0, 5.0, 5.0]})
+    assert got.value == pytest.approx((1.0 + 5.0) / 2)
+    assert got.n == 6
+    assert {key: est.value for key, est in got.per_seed.items()} == {0: 1.0, 1: 5.0}
+    assert got.low < 3.0 < got.high  # seeds that differ widen the interval
+
+
+def test_differences_between_seeds_widen_the_interval():
+    rng = np.random.default_rng(4)
+    alike = {seed: rng.normal(0, 1, 50) for seed in range(4)}
+    apart = {seed: values + 3 * seed for seed, values in alike.items()}
+    narrow, wide = stats.over_seeds(alike), stats.over_seeds(apart)
+    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
+
+
+def test_one_seed_is_the_plain_bootstrap():
+    values = np.random.default_rng(5).normal(size=30)
+    alone, plain = stats.over_seeds({7: values}, shared_units=True), stats.bootstrap_ci(values)
+    assert (alone.value, alone.n) == (plain.value, plain.n)
+    assert alone.ci == pytest.approx(plain.ci, rel=0.15)
+
+
+def test_shared_units_are_drawn_together():
+    values = np.random.default_rng(6).normal(size=40)
+    same = dict.fromkeys(
+        range(5), values
+    )  # five seeds that agree on every item: five times the same evidence
+    shared, separate = stats.over_seeds(same, shared_units=True), stats.over_seeds(same)
+    assert shared.n == 40 and separate.n == 200
+    assert shared.ci == pytest.approx(stats.bootstrap_ci(values).ci, rel=0.15)
+    assert separate.high - separate.low < 0.7 * (shared.high - shared.low)
+    with pytest.raises(ValueError, match="shared_units"):
+        stats.over_seeds({0: [1.0, 2.0], 1: [1.0, 2.0, 3.0]}, shared_units=True)
+
+
+def test_ratio_over_seeds():
+    got = stats.over_seeds({0: [[1, 2], [3, 4]], 1: [[2, 2], [2, 2]]}, "ratio", **FAST)
+    assert got.value == pytest.approx((4 / 6 + 1) / 2)
+
+
+def test_outcomes_that_never_vary_keep_an_honest_interval():
+    got = stats.over_seeds({0: [1] * 30, 1: [1] * 30})
+    assert got.ci == stats.proportion_ci(60, 60).ci
+    assert stats.over_seeds({0: [0] * 30, 1: [1] * 30}).ci == (0.0, 1.0)
+
+
+def test_over_seeds_names_the_bad_seed():
+    with pytest.raises(ValueError, match=r"values\[3\]: 1 of 2 units"):
+        stats.over_seeds({1: [1.0, 2.0], 3: [1.0, math.nan]})
+    with pytest.raises(ValueError, match="no seeds given"):
+        stats.over_seeds({})
+
+
+def test_coverage_on_simulated_data():
+    """Loose on purpose: the nominal 95 % must neither be missed widely nor be met by a useless interval."""
+    rng, hits, widths, runs = np.random.default_rng(7), 0, [], 120
+    for run in range(runs):
+        seeds = {seed: rng.normal(rng.normal(1.0, 0.1), 1.0, size=40) for seed in range(6)}
+        got = stats.over_seeds(seeds, n_resamples=400, seed=run)
+        hits += got.low <= 1.0 <= got.high
+        widths.append(got.high - got.low)
+    assert hits / runs >= 0.88
+    exact = 2 * 1.96 * math.sqrt(0.1**2 / 6 + 1.0 / 240)
+    assert np.mean(widths) < 1.6 * exact
+
+
+# ------------------------------------------------------------------ tests
+
+
+def test_holm_by_hand_and_by_name():
+    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert stats.holm({"C1": 0.01, "C2": 0.5}) == pytest.approx({"C1": 0.02, "C2": 0.5})
+
+
+@pytest.mark.parametrize("bad", [[], [0.1, math.nan], [1.2], [-0.1]])
+def test_holm_refuses_what_is_no_p_value(bad):
+    with pytest.raises(ValueError, match="p_values"):
+        stats.holm(bad)
+
+
+def test_wilcoxon_by_hand():
+    assert stats.wilcoxon_greater([2, 3, 4, 5, 6], [1, 1, 1, 1, 1]) == pytest.approx(1 / 32)
+    assert stats.wilcoxon_greater([1, 1], [1, 1]) == 1.0
+    assert stats.wilcoxon_greater([1, 1, 1], [2, 3, 4]) > 0.9
+    with pytest.raises(ValueError, match="paired"):
+        stats.wilcoxon_greater([1, 2], [1, 2, 3])
+
+
+def test_sign_flip_by_hand():
+    assert stats.sign_flip_pvalue([1.0, 2.0, 3.0]) == pytest.approx(1 / 8)  # one of eight sign patterns
+    assert stats.sign_flip_pvalue([1.0, 2.0, 3.0], alternative="less") == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="alternative"):
+        stats.sign_flip_pvalue([1.0, 2.0], alternative="bigger")
+    with pytest.raises(ValueError, match="effects: expected shape"):
+        stats.sign_flip_pvalue([[1.0, 2.0], [3.0, 4.0]])
