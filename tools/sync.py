@@ -1,0 +1,185 @@
+"""Keep everything in step with the repository's public address in pyproject.toml. This is `make sync`.
+
+python tools/sync.py                     rewrite badges, links, set-up cells from pyproject.toml
+python tools/sync.py --address URL       change the address first
+python tools/sync.py --check             change nothing; list what is out of step, exit code 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+
+from layout import ADDRESS_LINE, BRANCH, ROOT, address, read_notebook, tags, write_notebook
+
+NAME = "harmlens"
+GITHUB = re.compile(r"https://github\.com/([\w.-]+)/([\w.-]+?)(?:\.git)?/?")
+BADGE_IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
+BADGE = re.compile(r"\[!\[[^\]]*\]\(" + re.escape(BADGE_IMAGE) + r"\)\]\([^)]*\)")
+BLOCK = re.compile(r"(?s)(<!-- address:start -->\n).*?(<!-- address:end -->)")
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--address", help="new address, https://github.com/<owner>/<name>")
+    parser.add_argument("--check", action="store_true", help="only report")
+    options = parser.parse_args(arguments)
+    try:
+        if options.address:
+            set_address(normal(options.address), root)
+        changes = desired(root)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for path, content in changes.items():
+        name = path.relative_to(root)
+        if options.check:
+            print(f"out of step with the address in pyproject.toml: {name}")
+        else:
+            write_notebook(content, path) if path.suffix == ".ipynb" else path.write_text(content, "utf-8")
+            print(f"rewritten: {name}")
+    if options.check and changes:
+        print("make sync puts this right")
+        return 1
+    return 0
+
+
+def normal(url: str) -> str:
+    """The address in its plain form. Raises ValueError for one that Colab can't open."""
+    match = GITHUB.fullmatch(url.strip())
+    if not match:
+        raise ValueError(f"the address is {url!r}; Colab opens https://github.com/<owner>/<name> only")
+    return f"https://github.com/{match[1]}/{match[2]}"
+
+
+def set_address(url: str, root: Path = ROOT) -> None:
+    path = root / "pyproject.toml"
+    old, text = address(root), path.read_text(encoding="utf-8")
+    path.write_text(ADDRESS_LINE.sub(rf"\g<1>{url}\g<3>", text, count=1), "utf-8")
+    # Pages may name the old address in running text; afterwards nobody would know it.
+    for page in text_files(root):
+        text = page.read_text(encoding="utf-8")
+        changed = replace_address(text, old, url)
+        if changed != text:
+            page.write_text(changed, "utf-8")
+            print(f"rewritten: {page.relative_to(root)}")
+
+
+def text_files(root: Path) -> list[Path]:
+    """Files in which the address may stand, notebooks apart."""
+    return sorted(
+        [*root.glob("*.md"), *root.glob("book/**/*.md"), root / "_config.yml", root / "CITATION.cff"]
+    )
+
+
+def desired(root: Path = ROOT) -> dict[Path, object]:
+    """New content of every file that is out of step: text, or a notebook."""
+    url = normal(address(root))
+    changes: dict[Path, object] = {}
+    for path in filter(Path.exists, text_files(root)):
+        text = path.read_text(encoding="utf-8")
+        new = any_address(text, url)
+        if path.name == "README.md":
+            new = BLOCK.sub(lambda m: m[1] + readme_block(url, root) + m[2], new)
+        elif path.name == "_config.yml":
+            new = re.sub(r"(?m)^(  url: )\S+", rf"\g<1>{url}", new)
+        elif path.name == "CITATION.cff":
+            new = re.sub(r'(?m)^((?:url|repository-code): "?)[^"\s]+', rf"\g<1>{url}", new)
+        if new != text:
+            changes[path] = new
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        old = read_notebook(path)
+        new = sync_notebook(old, url, path.relative_to(root).as_posix())
+        if new != old:
+            changes[path] = new
+    return changes
+
+
+def any_address(text: str, url: str) -> str:
+    """`text` with every address of a repository called like the project replaced by `url`."""
+    for owner in {m[1] for m in re.finditer(rf"https://github\.com/([\w.-]+)/{NAME}\b", text)}:
+        text = replace_address(text, f"https://github.com/{owner}/{NAME}", url)
+    return text
+
+
+def replace_address(text: str, old: str, url: str) -> str:
+    """Replace a repository's address, the address of its published book and its Colab links."""
+    colab = "https://colab.research.google.com/github/"
+    pairs = [(old, url), (pages_url(old), pages_url(url)), (colab + slug(old), colab + slug(url))]
+    for before, after in pairs:
+        text = re.sub(rf"{re.escape(before)}(?![\w-])", after, text)
+    return text
+
+
+def slug(url: str) -> str:
+    return url.removeprefix("https://github.com/")
+
+
+def pages_url(url: str) -> str:
+    owner, name = slug(url).split("/")
+    return f"https://{owner.lower()}.github.io/{name}"
+
+
+def colab_url(url: str, path: str) -> str:
+    return f"https://colab.research.google.com/github/{slug(url)}/blob/{BRANCH}/{path}"
+
+
+def badge(url: str, path: str) -> str:
+    return f"[![Open In Colab]({BADGE_IMAGE})]({colab_url(url, path)})"
+
+
+def readme_block(url: str, root: Path = ROOT) -> str:
+    """Badges and links at the head of the README."""
+    first = min((root / "notebooks").glob("*.ipynb"), default=None)
+    lines = [
+        f"[![tests]({url}/actions/workflows/test.yml/badge.svg)]({url}/actions/workflows/test.yml)",
+        *([badge(url, first.relative_to(root).as_posix())] if first else []),
+        "",
+        f"Read the book: <{pages_url(url)}> · Get it: `git clone {url}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def setup_source(url: str) -> str:
+    """The set-up cell. Nothing is upgraded, so Colab keeps its own torch and numpy."""
+    return (
+        "# In Google Colab this installs the package; anywhere else it does nothing.\n"
+        "import sys\n\n"
+        'if "google.colab" in sys.modules:\n'
+        f'    %pip install -q "{NAME}[colab] @ git+{url}"'
+    )
+
+
+def sync_notebook(notebook: nbformat.NotebookNode, url: str, path: str) -> nbformat.NotebookNode:
+    """The notebook with its badge below the title and the set-up cell before all other code."""
+    new = copy.deepcopy(notebook)
+    title = next((c for c in new.cells if c.cell_type == "markdown"), None)
+    if title is None:
+        raise ValueError(f"{path} has no markdown cell with a title")
+    for cell in new.cells:
+        if cell.cell_type == "markdown":
+            cell.source = any_address(cell.source, url)
+    if BADGE.search(title.source):
+        title.source = BADGE.sub(badge(url, path), title.source)
+    else:
+        head, _, rest = title.source.partition("\n")
+        title.source = f"{head}\n\n{badge(url, path)}\n\n{rest.lstrip()}".rstrip()
+    setup = next((c for c in new.cells if "setup" in tags(c)), None)
+    if setup is None:
+        at = next((i for i, c in enumerate(new.cells) if c.cell_type == "code"), len(new.cells))
+        setup = nbformat.v4.new_code_cell(id="setup")
+        new.cells.insert(at, setup)
+    setup.source = setup_source(url)
+    setup.metadata["tags"] = sorted({*tags(setup), "setup", "hide-cell"}, reverse=True)
+    return new
+
+
+if __name__ == "__main__":
+    sys.exit(main())
