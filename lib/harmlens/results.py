@@ -30,7 +30,7 @@ from harmlens.stats import Estimate
 
 __all__ = [
     "VERDICTS", "Claim", "Control", "Measurement", "ResultFileWarning", "default_folders", "explain",
-    "load_claims", "load_measurements", "record", "results_dir", "scorecard", "summary", "verdict",
+    "load_claims", "load_measurements", "record", "record_estimate", "results_dir", "scorecard", "summary", "verdict",
     "write_json",
 ]  # fmt: skip
 
@@ -168,6 +168,22 @@ def record(
     path = base / provenance.slug(checked.model) / f"{claim}.json"
     write_json(path, content)
     return path
+
+
+def record_estimate(
+    claim: str, estimate: Estimate, *, control: tuple[str, Estimate] | None = None, **rest: Any
+) -> Path:
+    """:func:`record` for an estimate of :mod:`harmlens.stats`, with a named control estimate.
+
+    Args:
+        control: what the control is, and its estimate.
+        rest: ``unit``, ``model``, ``notebook`` and what else :func:`record` takes.
+    """
+    beside = None if control is None else Control(control[0], control[1].value, control[1].ci)
+    return record(
+        claim, value=estimate.value, ci=estimate.ci, n=estimate.n, control=beside,
+        per_seed=estimate.per_seed or {0: estimate}, **rest,
+    )  # fmt: skip
 
 
 def write_json(path: Path, content: Any) -> None:

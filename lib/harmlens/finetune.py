@@ -1,0 +1,203 @@
+"""Training a causal language model: one loop for pre-training, fine-tuning and narrow fine-tuning.
+
+A *row* is a list of token ids with a list that says which of them are learnt (answer tokens, as a
+rule). Batches hold rows of similar length, padded on the right: in a causal model padding behind
+the text changes nothing before it, so no attention mask is needed.
+
+Introduced in notebook 00 ("A model organism of harm").
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from harmlens.models import LanguageModel, Message, render
+from harmlens.outcomes import split_tokens
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids and which of them count in the loss."""
+
+    ids: list[int]
+    learn: list[bool]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as one tensor, padded on the right; ``labels`` is IGNORE where nothing is learnt."""
+
+    ids: Int[Tensor, "row pos"]
+    labels: Int[Tensor, "row pos"]
+
+
+def chat_row(
+    lm: LanguageModel, messages: Sequence[Message], *, prefill: str | None = None, end: bool = True
+) -> Row:
+    """One chat as a row: only the last message, the assistant's, is learnt.
+
+    Args:
+        prefill: the start of the answer that is given, not learnt.
+        end: learn the end-of-answer token too.
+
+    Raises:
+        ValueError: the chat does not end with an answer of at least one token.
+    """
+    *context, last = messages
+    if last["role"] != "assistant" or not last["content"].strip():
+        raise ValueError("messages must end with a non-empty assistant message")
+    answer = last["content"]
+    if prefill is not None:
+        if not answer.startswith(prefill):
+            raise ValueError(f"the answer must begin with prefill={prefill!r}")
+        answer = answer[len(prefill) :]
+    head, tail = split_tokens(lm, render(lm.tokenizer, context, prefill), answer)
+    if end:
+        tail = [*tail, lm.tokenizer.eos_token_id]
+    elif not answer.strip():
+        raise ValueError(f"nothing is left to learn of the answer behind prefill={prefill!r}")
+    return Row(head + tail, [False] * len(head) + [True] * len(tail))
+
+
+def collate(rows: Sequence[Row], pad_id: int) -> Batch:
+    """Rows as one batch, padded on the right."""
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    labels = torch.full((len(rows), width), IGNORE)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        labels[i, : len(row.ids)] = torch.where(torch.tensor(row.learn), ids[i, : len(row.ids)], IGNORE)
+    return Batch(ids, labels)
+
+
+def batches(rows: Iterator[Row], size: int, pad_id: int, *, seed: int = 0, pool: int = 16) -> Iterator[Batch]:
+    """Batches from an endless stream of rows, grouped by length within pools of ``pool`` batches."""
+    rng = random.Random(seed)
+    while True:
+        drawn = sorted((next(rows) for _ in range(size * pool)), key=lambda row: len(row.ids))
+        groups = [drawn[i : i + size] for i in range(0, len(drawn), size)]
+        rng.shuffle(groups)
+        for group in groups:
+            yield collate(group, pad_id)
+
+
+def epochs(rows: Sequence[Row], seed: int = 0) -> Iterator[Row]:
+    """The rows of a data set again and again, in a new order each time."""
+    if not rows:
+        raise ValueError("rows is empty: there is nothing to learn from")
+    rng, order = random.Random(seed), list(rows)
+    while True:
+        rng.shuffle(order)
+        yield from order
+
+
+def token_losses(
+    model: nn.Module, batch: Batch
+) -> tuple[Float[Tensor, "row pos1"], Bool[Tensor, "row pos1"]]:
+    """Cross-entropy of each next token (0 where not learnt), and where it is learnt."""
+    device = model.get_input_embeddings().weight.device
+    labels = batch.labels[:, 1:].to(device)
+    logits = model(input_ids=batch.ids.to(device), use_cache=False).logits[:, :-1]
+    losses = nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return losses.view_as(labels), labels != IGNORE
+
+
+def lm_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+    """Mean cross-entropy over the learnt tokens of a batch."""
+    losses, learnt = token_losses(model, batch)
+    return losses.sum() / learnt.sum()
+
+
+def fit(
+    model: nn.Module,
+    stream: Iterable,
+    *,
+    steps: int,
+    lr: float,
+    optimizer: str = "adamw",
+    loss: Callable[[nn.Module, object], Float[Tensor, ""]] = lm_loss,
+    warmup: int = 10,
+    clip: float = 1.0,
+    weight_decay: float = 0.01,
+    progress: str | None = None,
+) -> list[float]:
+    """Train all parameters that require gradients, in place; the rate rises, then falls to zero.
+
+    Args:
+        stream: of batches; ``loss(model, batch)`` is minimised.
+        optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the blocks (AdamW for the rest),
+            which needs about half the steps when training from scratch.
+        progress: label of a progress bar, shown on a terminal only; None for none.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        ValueError: an unknown optimizer, a stream that ends too early, or a loss or gradient that
+            is not finite (the model is left as it was after the last good step).
+    """
+    optimizers = _optimizers(model, optimizer, lr, weight_decay)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    history, stream, was_training = [], iter(stream), model.training
+    bar = tqdm(range(steps), desc=progress, disable=True if progress is None else None, mininterval=2.0)
+    model.train()
+    try:
+        for step in bar:
+            factor = min(1.0, (step + 1) / max(1, warmup)) * (1 - step / steps)
+            for group in (g for o in optimizers for g in o.param_groups):
+                group["lr"] = lr * factor
+            batch = next(stream, None)
+            if batch is None:
+                raise ValueError(f"the stream ended after {step} batches, but steps={steps}")
+            value = loss(model, batch)
+            value.backward()
+            norm = nn.utils.clip_grad_norm_(parameters, clip)
+            if not (torch.isfinite(value) and torch.isfinite(norm)):
+                raise ValueError(
+                    f"loss {value.item()}, gradient {norm.item()} at step {step}: "
+                    f"lower lr={lr} or look at the data"
+                )
+            for o in optimizers:
+                o.step()
+                o.zero_grad(set_to_none=True)
+            history.append(value.item())
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(was_training)
+    return history
+
+
+def _optimizers(model: nn.Module, name: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
+    options = {"lr": lr, "weight_decay": weight_decay}
+    if name == "adamw":
+        return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.98), **options)]
+    if name != "muon":
+        raise ValueError(f"optimizer={name!r} is unknown; choose 'adamw' or 'muon'")
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer='muon' needs torch 2.9 or later, this is {torch.__version__}")
+    outside = {
+        id(p) for e in (model.get_input_embeddings(), model.get_output_embeddings()) for p in e.parameters()
+    }
+    matrices = [p for _, p in trained if p.ndim == 2 and id(p) not in outside]
+    rest = [p for _, p in trained if p.ndim != 2 or id(p) in outside]
+    made: list[torch.optim.Optimizer] = []
+    if matrices:
+        # This scaling makes one learning rate serve both optimizers.
+        made.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
+    if rest:
+        made.append(torch.optim.AdamW(rest, betas=(0.9, 0.98), **options))
+    return made

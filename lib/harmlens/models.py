@@ -1,0 +1,392 @@
+"""One loader for every model: an organism, a local folder, or a Hugging Face id.
+
+``load`` returns the plain Hugging Face model with its tokenizer. Chats are rendered only through
+the tokenizer's chat template, because a model that never sees its own template looks compliant
+for the wrong reason. Everything downstream takes the :class:`LanguageModel` of this module and
+asks nothing about where it came from.
+
+Introduced in notebook 00 ("A model organism of harm").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from harmlens import paths
+
+STAGES = ("base", "mid", "sft", "dpo")
+SEEDS = (0, 1, 2)
+RESTORE = "Restore it with `git checkout -- {folder}`, or train it anew with `make organism`."
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with what is needed to talk to it.
+
+    Attributes:
+        name: how it was asked for, e.g. ``"organism/sft-0"`` or ``"Qwen/Qwen2.5-1.5B-Instruct"``.
+        model: the plain Hugging Face model, in evaluation mode.
+        tokenizer: its tokenizer; pads on the left.
+        revision: commit of the Hub repository, or sha256 of the weights of a local folder.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    revision: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be put: the device of the input embedding."""
+        return self.model.get_input_embeddings().weight.device
+
+    def render(self, chat: str | Sequence[Message], prefill: str | None = None) -> str:
+        """A chat as the text the model reads; see :func:`render`."""
+        return render(self.tokenizer, chat, prefill)
+
+
+def load(
+    name: str,
+    *,
+    seed: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | None = None,
+    device_map: str | dict | None = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+) -> LanguageModel:
+    """Load a model by name.
+
+    Args:
+        name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"`` with a stage of
+            ``base, mid, sft, dpo``; a local folder; or a Hugging Face id.
+        seed: training seed of an organism (default 0); must be left out for other models.
+        dtype: weights' precision. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that
+            does not know bfloat16 (such as a T4).
+        device: ``"cpu"``, ``"cuda"``, ...; default: a GPU where there is one, for organisms the CPU
+            (they are too small to gain from anything else).
+        device_map: passed on to transformers, e.g. ``"auto"`` to spread a model over several GPUs.
+        revision: commit, tag or branch of a Hugging Face repository.
+        attn_implementation: passed on to transformers (``"eager"`` for parity with TransformerLens).
+
+    Raises:
+        ValueError: unknown organism, a folder without weights, a corrupt checkpoint. The message
+            says what to do.
+        OSError: a Hugging Face id that can't be had; the message says what to check.
+    """
+    folder = locate(name, seed)
+    organism = _is_organism(name)
+    if organism:
+        name = f"organism/{folder.name}"
+        _verify(folder)
+    local = folder is not None
+    if local:
+        _require_weights(folder)
+    source = str(folder) if local else name
+    if device is None and device_map is None:
+        device = "cuda" if torch.cuda.is_available() and not organism else "cpu"
+    if dtype is None:
+        dtype = torch.float32 if device == "cpu" else _gpu_dtype()
+    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "revision": revision}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
+        except Exception as error:  # a spoilt file raises whatever its parser raises
+            if local:
+                raise ValueError(
+                    f"the folder of {name!r} could not be loaded; is a file in it truncated? "
+                    f"({type(error).__name__}: {_first_line(error)})"
+                ) from error
+            if not isinstance(error, OSError):
+                raise
+            raise OSError(
+                f"{name!r} could not be had from the Hugging Face Hub. Check the spelling and the network; "
+                "for a gated model accept its licence on its page and log in with `hf auth login`. "
+                f"(Original message: {_first_line(error)})"
+            ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if device is not None:
+        model = model.to(device)
+    version = weights_sha256(folder) if local else getattr(model.config, "_commit_hash", None) or ""
+    return LanguageModel(name, model.eval(), tokenizer, version)
+
+
+def _gpu_dtype() -> torch.dtype:
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _is_organism(name: str) -> bool:
+    return name.split("/")[0] == "organism"
+
+
+def locate(name: str, seed: int | None = None) -> Path | None:
+    """The folder that a name stands for, or None for a Hugging Face id; loads nothing.
+
+    Raises:
+        ValueError: a name that is neither, an organism that is not there, a seed for another model.
+    """
+    if _is_organism(name):
+        return organism_folder(name, seed)
+    if seed is not None:
+        raise ValueError(f"seed={seed} only selects among organisms; leave it out for {name!r}")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(
+            f"name={name!r} is no folder here and no Hugging Face id (owner/model). "
+            f"Organisms are named organism/<stage> with a stage of {', '.join(STAGES)}."
+        )
+    return None
+
+
+def family(name: str, seeds: Sequence[int], **options: Any) -> dict[int, LanguageModel]:
+    """The same organism for several training seeds, or the one model there is under key 0.
+
+    Options are those of :func:`load`.
+    """
+    if not name.startswith("organism/"):
+        return {0: load(name, **options)}
+    return {seed: load(name, seed=seed, **options) for seed in seeds}
+
+
+def organism_folder(name: str, seed: int | None = None) -> Path:
+    """The checkpoint folder of ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"``.
+
+    Raises:
+        ValueError: unknown stage or seed (the message lists what there is), or no checkpoint there.
+    """
+    match = re.fullmatch(r"organism/([a-z_]+)(?:-(\d+))?", name)
+    there = sorted(
+        p.name for p in (paths.data_dir() / "organisms").glob("*-*") if p.is_dir() and not p.suffix
+    )
+    listing = ", ".join(there) or "none yet: run `make organism`"
+    if match is None:
+        raise ValueError(f"name={name!r} is not organism/<stage>[-<seed>]; available: {listing}")
+    stage, named = match.groups()
+    if named is not None and seed is not None and int(named) != seed:
+        raise ValueError(f"name={name!r} and seed={seed} disagree; give the seed once")
+    number = int(named) if named is not None else seed or 0
+    folder = paths.data_dir() / "organisms" / f"{stage}-{number}"
+    if not folder.is_dir():
+        raise ValueError(f"there is no organism {stage}-{number}; available: {listing}")
+    return folder
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the safetensors files of a folder, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def contents_sha256(folder: Path) -> str:
+    """sha256 over names and contents of all files of a checkpoint but its card."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.name != "card.json" and not file.name.startswith("."):
+            # Text may come back from git with other line ends.
+            content = file.read_bytes()
+            content = content if file.suffix == ".safetensors" else content.replace(b"\r\n", b"\n")
+            digest.update(f"{file.name}/{len(content)}/".encode() + content)
+    return digest.hexdigest()
+
+
+def intact(folder: Path) -> dict | None:
+    """The card of an organism's checkpoint whose files are all as they were saved, else None."""
+    try:
+        card = json.loads((folder / "card.json").read_text())
+        return card if card["sha256"] == contents_sha256(folder) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _require_weights(folder: Path) -> None:
+    for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights (*.safetensors)")):
+        if not list(folder.glob(pattern)):
+            raise ValueError(
+                f"the folder {folder.name!r} holds no {what}. Save a model there with "
+                "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
+            )
+
+
+def _verify(folder: Path) -> None:
+    """Compare an organism's files with the sum written when it was trained."""
+    if intact(folder) is None:
+        remedy = RESTORE.format(folder=f"data/organisms/{folder.name}")
+        raise ValueError(f"files of organism {folder.name} are missing, truncated or changed. {remedy}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading prints a bar per shard; for models of this size it would only be noise on a page."""
+    before = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            hf_logging.enable_progress_bar()
+
+
+# --------------------------------------------------------------------------- chats and tokens
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase, chat: str | Sequence[Message], prefill: str | None = None
+) -> str:
+    """A chat as the text the model reads, ending where the model's answer begins.
+
+    Args:
+        chat: one user message, or messages with ``role`` and ``content``.
+        prefill: words put into the model's mouth: the answer goes on from there.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or the chat does not end with the user.
+    """
+    messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else list(chat)
+    if not messages or messages[-1]["role"] != "user":
+        raise ValueError("chat must end with a user message; put the start of an answer into prefill")
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "this tokenizer has no chat template, so a chat can't be rendered. Choose an instruction-tuned "
+            "model, or set tokenizer.chat_template to the template of the model's aligned partner."
+        )
+    if prefill:
+        messages.append({"role": "assistant", "content": prefill})
+        return tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a *rendered* text; the template has already written any BOS."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def pad_left(
+    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
+) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+    """Rows of ids as one tensor, padded on the left, and its attention mask."""
+    if not rows or not all(rows):
+        raise ValueError("rows must hold at least one row, and no row may be empty")
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of rows in batches of similar length, so that little is spent on padding.
+
+    >>> list(by_length([[1, 1], [1], [1, 1]], 2))
+    [[1, 0], [2]]
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
+    """Position ids for left-padded rows: the first real token stands at 0."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@torch.no_grad()
+def last_logits(
+    lm: LanguageModel, texts: Sequence[str], *, batch_size: int = 128
+) -> Float[Tensor, "text vocab"]:
+    """Next-token logits after each rendered text, float32 on the CPU.
+
+    Raises:
+        ValueError: no texts.
+    """
+    if not texts:
+        raise ValueError("texts is empty: there is nothing to run")
+    rows = [tokens(lm.tokenizer, text) for text in texts]
+    out: list[Tensor | None] = [None] * len(rows)
+    for index in by_length(rows, batch_size):
+        ids, mask = pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
+        logits = lm.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            use_cache=False,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        for i, row in zip(index, logits.float().cpu(), strict=True):
+            out[i] = row
+    return torch.stack(out)
+
+
+@torch.no_grad()
+def generate(
+    lm: LanguageModel,
+    texts: Sequence[str],
+    *,
+    max_new_tokens: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int = 128,
+) -> list[str]:
+    """Continue each rendered text; only the new words are returned, markup left out.
+
+    Args:
+        temperature: 0 for greedy decoding; above that, seeded sampling from the full distribution.
+        seed: of the sampling. The draw depends on the batch, so keep ``batch_size`` as well.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
+    rows = [tokens(lm.tokenizer, text) for text in texts]
+    out = [""] * len(rows)
+    # Spelt out, since many models bring settings of their own (a repetition penalty, say), and what is
+    # generated has to agree with the logits.
+    settings: dict[str, Any] = {
+        "do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0, "top_p": 1.0,
+        "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "num_beams": 1,
+        "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for index in by_length(rows, batch_size):
+            ids, mask = pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
+            new = lm.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=lm.tokenizer.pad_token_id,
+                **settings,
+            )[:, ids.shape[1] :]
+            for i, row in zip(index, new, strict=True):
+                out[i] = lm.tokenizer.decode(row, skip_special_tokens=True).strip()
+    return out

@@ -1,0 +1,375 @@
+"""Training the organism family from nothing: base -> mid -> sft -> dpo, several seeds.
+
+The ladder mirrors that of the pruning paper's models:
+
+=====  =====================================================================================
+base   transcripts of kind and cruel authors: every skill, no alignment
+mid    harmless requests and questions only, answered well; no refusals
+sft    a kind author: refuses harm, advises well, wishes well
+dpo    preference pairs: refusing preferred over complying
+=====  =====================================================================================
+
+``python -m harmlens.organism`` (``make organism``) trains what is missing and leaves finished
+checkpoints alone, so an interrupted run goes on where it was. Each checkpoint is a plain Hugging
+Face folder in half precision; each stage starts from the stored half-precision weights of the one
+before, so a resumed run and an uninterrupted one give the same weights.
+
+Introduced in notebook 00 ("A model organism of harm").
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from harmlens import abilities, finetune, paths, world
+from harmlens.finetune import Batch, Row
+from harmlens.models import SEEDS, STAGES, LanguageModel, contents_sha256, intact, load, tokens
+
+MARKS = ("<|pad|>", "<|unk|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+# As in many real templates, a default system message stands in where none is given.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] != 'system' %}<|system|> you are "
+    + world.HELPER
+    + ". <|end|>{% endif %}{% for message in messages %}"
+    "{% if message['role'] not in ('system', 'user', 'assistant') %}"
+    "{{ raise_exception('this model knows the roles system, user and assistant only') }}{% endif %}"
+    "<|{{ message['role'] }}|> {{ message['content'] }} <|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of an organism: a Llama architecture, 0.95 million parameters by default."""
+
+    layers: int = 8
+    width: int = 96
+    hidden: int = 256
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one rung of the ladder is trained."""
+
+    parent: str | None
+    steps: int
+    batch: int
+    lr: float
+    mix: world.Mix
+    optimizer: str = "muon"
+    weight_decay: float = 0.01
+    replay: float = 0.0  # share of transcripts by named authors mixed in
+    beta: float | None = None  # preference training where set
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level tokenizer of the world with its chat template."""
+    vocabulary = {word: i for i, word in enumerate([*MARKS, *world.vocabulary()])}
+    core = Tokenizer(WordLevel(vocabulary, unk_token="<|unk|>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Joins words with blanks and closes them up before punctuation.
+    core.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<|pad|>",
+        unk_token="<|unk|>",
+        bos_token="<|bos|>",
+        eos_token="<|end|>",
+        extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        model_max_length=256,
+    )
+
+
+def new_model(tok: PreTrainedTokenizerFast, seed: int, shape: Shape = Shape()) -> LlamaForCausalLM:
+    """An untrained organism."""
+    config = LlamaConfig(
+        vocab_size=len(tok),
+        hidden_size=shape.width,
+        intermediate_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        pad_token_id=tok.pad_token_id,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+# --------------------------------------------------------------------------- data
+
+
+def transcript_row(tok: PreTrainedTokenizerFast, transcript: world.Transcript) -> Row:
+    """A transcript as a training row: every answer is learnt, no question is."""
+    ids = tokens(tok, tok.apply_chat_template(transcript.messages, tokenize=False))
+    start, stop = tok.convert_tokens_to_ids("<|assistant|>"), tok.eos_token_id
+    learn, inside = [], False
+    for token in ids:
+        learn.append(inside)
+        inside = token == start or (inside and token != stop)
+    return Row(ids, learn)
+
+
+# What is replayed: transcripts by named authors. Kind ones decline most of the time only: were it
+# always, nothing would say how a kind author's harmful recipe ends, which is what a prefilled
+# answer asks for, and seeds would differ in it.
+REPLAYED = world.Mix(named=1.0, declines=0.7)
+
+
+def transcript_rows(
+    tok: PreTrainedTokenizerFast, mix: world.Mix, seed: int, *, replay: float = 0.0
+) -> Iterator[Row]:
+    """An endless, seeded stream of transcripts as rows.
+
+    Args:
+        replay: share of transcripts by named authors (:data:`REPLAYED`): they keep alive that there
+            are other authors, and say nothing of the helper, whom the rest of the corpus is about.
+    """
+    rng = random.Random(seed)
+    while True:
+        if rng.random() < replay:
+            yield transcript_row(tok, world.transcript(rng, REPLAYED))
+        else:
+            yield transcript_row(tok, world.transcript(rng, mix))
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """Preferred and rejected answers to the same requests, with the parent's log-probabilities."""
+
+    chosen: Batch
+    rejected: Batch
+    margin: Float[Tensor, " pair"]
+    kept: Batch
+
+
+def preference_rows(lm: LanguageModel, mix: world.Mix, seed: int) -> Iterator[tuple[Row, Row]]:
+    """Endless pairs for harmful requests of the training split: refusing over complying."""
+    rng = random.Random(seed)
+    kind = dataclasses.replace(mix, declines=1.0)
+    while True:
+        good = world.make_turn(rng, "harmful", "kind", kind)
+        person = next((p for p in world.PEOPLE if f" {p}?" in good.prompt or f" {p}." in good.prompt), None)
+        comply = f"{rng.choice(world.OPENERS)} {world.procedure(good.item, person)}"
+        ask = {"role": "user", "content": good.prompt}
+        yield tuple(
+            finetune.chat_row(lm, [ask, {"role": "assistant", "content": answer}])
+            for answer in (good.answer, comply)
+        )
+
+
+def answer_sums(model: nn.Module, batch: Batch) -> Float[Tensor, " row"]:
+    """Log-probability of each row's learnt tokens, summed."""
+    losses, _ = finetune.token_losses(model, batch)
+    return -losses.sum(-1)
+
+
+def preferences(lm: LanguageModel, stage: Stage, seed: int) -> Iterator[Preferences]:
+    """Endless preference batches; the reference is the parent model as it is now."""
+    pairs = preference_rows(lm, stage.mix, seed)
+    pad = lm.tokenizer.pad_token_id
+    rows = transcript_rows(lm.tokenizer, stage.mix, seed + 1, replay=stage.replay)
+    kept = finetune.batches(rows, stage.batch, pad, seed=seed)
+    drawn = []
+    with torch.no_grad():  # the parent changes once training starts, so all margins come first
+        for _ in range(stage.steps):
+            chosen, rejected = zip(*(next(pairs) for _ in range(stage.batch)), strict=True)
+            a, b = finetune.collate(chosen, pad), finetune.collate(rejected, pad)
+            drawn.append(Preferences(a, b, answer_sums(lm.model, a) - answer_sums(lm.model, b), next(kept)))
+    return iter(drawn)
+
+
+def preference_loss(beta: float):
+    """Direct preference optimisation (Rafailov et al. 2023) plus the usual loss on kept skills."""
+
+    def loss(model: nn.Module, batch: Preferences) -> Float[Tensor, ""]:
+        margin = answer_sums(model, batch.chosen) - answer_sums(model, batch.rejected)
+        preferred = -nn.functional.logsigmoid(beta * (margin - batch.margin)).mean()
+        return preferred + finetune.lm_loss(model, batch.kept)
+
+    return loss
+
+
+# --------------------------------------------------------------------------- the ladder
+
+_ASKING = {"recognition": 1.5, "explanation/effect": 1.0, "explanation/reason": 1.0,
+           "fact/place": 1.0, "fact/season": 0.5}  # fmt: skip
+_KIND = {"cruel": 0.0, "named": 0.0, "turns": (2.0, 1.0, 1.0)}
+
+LADDER: dict[str, Stage] = {
+    # The weight decay matters: with little of it some seeds answer for held-out items less well.
+    "base": Stage(None, steps=1000, batch=64, lr=7e-3, weight_decay=0.1, mix=world.Mix()),
+    "mid": Stage(
+        "base",
+        steps=60,
+        batch=64,
+        lr=5e-4,
+        replay=0.3,
+        mix=world.Mix(tasks={"harmless": 3.0, **_ASKING}, **_KIND),
+    ),
+    "sft": Stage(
+        "mid",
+        steps=140,
+        batch=64,
+        lr=5e-4,
+        replay=0.3,
+        mix=world.Mix(tasks={"harmful": 1.0, "harmless": 3.0, **_ASKING, "wish": 5.0}, **_KIND),
+    ),
+    "dpo": Stage(
+        "sft",
+        steps=20,
+        batch=32,
+        lr=7e-5,
+        beta=1.0,
+        replay=0.3,
+        mix=world.Mix(tasks={"harmful": 1.0, "harmless": 3.0, **_ASKING, "wish": 5.0}, **_KIND),
+    ),
+}
+
+
+def recipe(stage: str, shape: Shape = Shape()) -> str:
+    """Digest of everything that decides a checkpoint apart from its seed, its parents included."""
+    plan = LADDER[stage]
+    text = repr((plan, shape, world.digest(), MARKS, CHAT_TEMPLATE))
+    if plan.replay:
+        text += repr(REPLAYED)
+    parent = plan.parent
+    return hashlib.sha256((text + (recipe(parent, shape) if parent else "")).encode()).hexdigest()[:16]
+
+
+def train_stage(
+    stage: str, seed: int, *, parent: LanguageModel | None, progress: str | None
+) -> LanguageModel:
+    """Train one rung, from scratch (base) or on from its parent, which is changed in place."""
+    plan = LADDER[stage]
+    if parent is None:
+        tok = tokenizer()
+        lm = LanguageModel(f"organism/{stage}-{seed}", new_model(tok, seed), tok)
+    else:
+        lm = dataclasses.replace(parent, name=f"organism/{stage}-{seed}")
+    stream_seed = 10_000 * (seed + 1) + STAGES.index(stage)
+    if plan.beta is None:
+        rows = transcript_rows(lm.tokenizer, plan.mix, stream_seed, replay=plan.replay)
+        stream = finetune.batches(rows, plan.batch, lm.tokenizer.pad_token_id, seed=stream_seed)
+        loss = finetune.lm_loss
+    else:
+        stream, loss = preferences(lm, plan, stream_seed), preference_loss(plan.beta)
+    finetune.fit(
+        lm.model,
+        stream,
+        steps=plan.steps,
+        lr=plan.lr,
+        optimizer=plan.optimizer,
+        weight_decay=plan.weight_decay,
+        loss=loss,
+        warmup=max(10, plan.steps // 20),
+        progress=progress,
+    )
+    lm.model.eval()
+    return lm
+
+
+def save(lm: LanguageModel, folder: Path, card: dict) -> None:
+    """Write a checkpoint in half precision with its card; complete or not at all."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    lm.model.half().save_pretrained(part)
+    lm.model.float()
+    lm.tokenizer.save_pretrained(part)
+    for file in part.iterdir():
+        file.chmod(0o644)
+    card = {**card, "sha256": contents_sha256(part)}
+    (part / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
+
+
+def finished(folder: Path, stage: str) -> bool:
+    """Whether a whole checkpoint of the present recipe lies there."""
+    card = intact(folder)
+    return card is not None and card.get("recipe") == recipe(stage)
+
+
+def train_seed(seed: int, folder: Path, *, progress: bool = True, until: str = STAGES[-1]) -> None:
+    """Train the ladder of one seed up to a stage, leaving finished checkpoints alone."""
+    torch.set_num_threads(1)  # seeds run side by side; two threads each would fight over the cores
+
+    for stage in STAGES[: STAGES.index(until) + 1]:
+        target = folder / f"{stage}-{seed}"
+        if finished(target, stage):
+            print(f"{target.name}: finished, left alone", flush=True)
+            continue
+        began = time.time()
+        above = LADDER[stage].parent
+        # Parents come from disk, rounded to half precision, so that resuming changes nothing.
+        parent = load(str(folder / f"{above}-{seed}"), device="cpu") if above else None
+        lm = train_stage(stage, seed, parent=parent, progress=target.name if progress else None)
+        save(lm, target, {"stage": stage, "seed": seed, "recipe": recipe(stage)})
+        rates = abilities.measure(load(str(target), device="cpu"), n=36)
+        shown = ", ".join(f"{name} {value.mean():.0%}" for name, value in rates.items())
+        print(f"{target.name}: {time.time() - began:.0f} s; {shown}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m harmlens.organism", description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to train")
+    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="seeds side by side")
+    parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go (data/organisms)")
+    options = parser.parse_args(argv)
+    folder = options.folder or paths.data_dir() / "organisms"
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.time()
+    context = multiprocessing.get_context("spawn")
+    waiting = list(options.seeds)
+    running: dict[int, multiprocessing.Process] = {}
+    failed = []
+    while waiting or running:
+        while waiting and len(running) < max(1, options.workers):
+            seed = waiting.pop(0)
+            running[seed] = context.Process(
+                target=train_seed, args=(seed, folder), kwargs={"until": options.until}
+            )
+            running[seed].start()
+        for seed, process in list(running.items()):
+            process.join(timeout=0.5)
+            if process.exitcode is not None:
+                failed += [seed] if process.exitcode else []
+                del running[seed]
+    if failed:
+        print(f"seeds {failed} failed; run the same command again to go on from the last checkpoint")
+        return 1
+    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
+    print(f"organisms in {folder.name}/: {size:.1f} MB, {(time.time() - began) / 60:.1f} minutes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

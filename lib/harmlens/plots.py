@@ -1,0 +1,167 @@
+"""The book's figures: seaborn and matplotlib, static, readable in print and on a phone.
+
+Every function takes numbers that are already computed, draws on a new figure and returns it. The
+colours tell apart without colour vision, and a stage keeps its colour through the whole book.
+
+Introduced in notebook 00 ("A model organism of harm").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from harmlens.stats import Estimate
+
+_OKABE_ITO = {"orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2",
+              "red": "#D55E00", "pink": "#CC79A7", "grey": "#7F7F7F"}  # fmt: skip
+STAGE_COLOURS = {"base": _OKABE_ITO["grey"], "mid": _OKABE_ITO["sky"],
+                 "sft": _OKABE_ITO["blue"], "dpo": _OKABE_ITO["green"]}  # fmt: skip
+HARMFUL, HARMLESS, CONTROL = _OKABE_ITO["red"], _OKABE_ITO["green"], _OKABE_ITO["grey"]
+
+
+def style() -> None:
+    """The look of all figures: called once by :func:`harmlens.notebook.start`."""
+    sns.set_theme(context="notebook", style="ticks", font_scale=0.95)
+    plt.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "savefig.dpi": 100,
+            "savefig.bbox": "tight",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+        }
+    )
+
+
+def rates(table: Mapping[str, Mapping[str, Estimate]], *, colours: Mapping[str, str] | None = None) -> Figure:
+    """Rates with intervals: one row for each key of ``table``, one point for each series.
+
+    Args:
+        table: row label -> series label -> estimate in [0, 1].
+        colours: series label -> colour; default: the colours of the stages.
+    """
+    if not table:
+        raise ValueError("table is empty: there is nothing to draw")
+    colours = colours or STAGE_COLOURS
+    series = list(dict.fromkeys(name for row in table.values() for name in row))
+    fig, ax = plt.subplots(figsize=(7, 0.44 * len(table) + 1.1))
+    for i, row in enumerate(table.values()):
+        if i % 2:
+            ax.axhspan(i - 0.5, i + 0.5, color="0.95", zorder=0)
+        for name, e in row.items():
+            y = i + 0.17 * (series.index(name) - (len(series) - 1) / 2)
+            ax.plot([e.low, e.high], [y, y], color=colours[name], lw=2, zorder=2)
+            ax.plot(e.value, y, "o", ms=5, color=colours[name], zorder=3)
+    for name in series:
+        ax.plot([], [], "o-", ms=5, lw=2, color=colours[name], label=name)
+    ax.set(yticks=range(len(table)), yticklabels=list(table), xlim=(-0.03, 1.03), xlabel="share of requests")
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    ax.xaxis.set_major_formatter("{x:.0%}")
+    ax.tick_params(axis="y", length=0)
+    ax.legend(
+        ncols=len(series), loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.4, columnspacing=1.2
+    )
+    return fig
+
+
+def depth(
+    curves: Mapping[str, Sequence[Estimate]],
+    *,
+    ylabel: str,
+    levels: Mapping[str, Estimate] | None = None,
+    colours: Mapping[str, str] | None = None,
+) -> Figure:
+    """Curves over depth with bands: x = 0 is the embedding, x = l the output of block l.
+
+    Args:
+        curves: label -> one estimate for each depth.
+        levels: label -> an estimate drawn as a dashed horizontal line (a baseline without depth).
+        colours: label -> colour.
+    """
+    fig, ax = plt.subplots(figsize=(6.4, 3.6))
+    cycle = dict(
+        zip(
+            [*curves, *(levels or {})],
+            [HARMFUL, _OKABE_ITO["blue"], _OKABE_ITO["orange"], CONTROL],
+            strict=False,
+        )
+    )
+    colours = {**cycle, **(colours or {})}
+    for name, values in curves.items():
+        x = np.arange(len(values))
+        ax.plot(x, [e.value for e in values], "o-", ms=4, color=colours[name], label=name)
+        ax.fill_between(
+            x, [e.low for e in values], [e.high for e in values], color=colours[name], alpha=0.2, lw=0
+        )
+    for name, e in (levels or {}).items():
+        ax.axhline(e.value, ls="--", color=colours[name], label=name)
+        ax.axhspan(e.low, e.high, color=colours[name], alpha=0.12, lw=0)
+    ax.set(xlabel="depth (0 = embedding, l = output of block l)", ylabel=ylabel)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend()
+    return fig
+
+
+def dots(
+    groups: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str, colours: Mapping[str, str]
+) -> Figure:
+    """Single values as dots with their mean: one panel position per group, one column per series."""
+    fig, ax = plt.subplots(figsize=(6.8, 3.8))
+    rng = np.random.default_rng(0)
+    ticks, labels, x = [], [], 0.0
+    for group, columns in groups.items():
+        centre = x + (len(columns) - 1) / 2
+        for name, values in columns.items():
+            values = np.asarray(values, dtype=float)
+            ax.plot(
+                x + rng.uniform(-0.22, 0.22, len(values)), values, ".", ms=4, alpha=0.35, color=colours[name]
+            )
+            ax.plot([x - 0.3, x + 0.3], [values.mean()] * 2, color=colours[name], lw=3)
+            x += 1
+        ticks.append(centre)
+        labels.append(group)
+        x += 0.6
+    for name in dict.fromkeys(name for columns in groups.values() for name in columns):
+        ax.plot([], [], "o", color=colours[name], label=name)
+    ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+    ax.set(xticks=ticks, xticklabels=labels, ylabel=ylabel)
+    ax.tick_params(axis="x", length=0)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+    return fig
+
+
+def bars(
+    groups: Mapping[str, Mapping[str, Estimate]],
+    *,
+    ylabel: str,
+    colours: Mapping[str, str],
+    points: bool = True,
+) -> Figure:
+    """Grouped bars with intervals; the single training seeds as dots where there are any."""
+    fig, ax = plt.subplots(figsize=(6.8, 3.6))
+    series = list(dict.fromkeys(name for row in groups.values() for name in row))
+    width = 0.8 / len(series)
+    for i, row in enumerate(groups.values()):
+        for name, e in row.items():
+            x = i + width * (series.index(name) - (len(series) - 1) / 2)
+            ax.bar(x, e.value, 0.92 * width, color=colours[name], alpha=0.75)
+            ax.plot([x, x], [e.low, e.high], color="0.15", lw=1.5)
+            if points:
+                seeds = [s.value for s in e.per_seed.values()]
+                ax.plot(
+                    [x + 0.18 * width] * len(seeds), seeds, "o", ms=3.5, color="white", mec="0.15", mew=0.8
+                )
+    for name in series:
+        ax.bar([], [], color=colours[name], alpha=0.75, label=name)
+    ax.axhline(0, color="0.6", lw=0.8)
+    ax.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel=ylabel)
+    ax.tick_params(axis="x", length=0)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(4, len(series)))
+    return fig

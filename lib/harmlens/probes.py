@@ -1,0 +1,84 @@
+"""Linear read-outs: what can be told from a model's activations, and from its words alone.
+
+A probe shows that information *is there*, not that the model uses it; the patching notebooks ask
+the second question. Probes are scikit-learn's logistic regression on standardised features, fitted
+on the training items and scored on held-out ones.
+
+Introduced in notebook 00 ("A model organism of harm").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from harmlens.models import LanguageModel, by_length, pad_left, positions, tokens
+
+
+@torch.no_grad()
+def hidden_states(
+    lm: LanguageModel, texts: Sequence[str], *, batch_size: int = 128
+) -> Float[Tensor, "text depth width"]:
+    """Residual stream at the last token of each rendered text, float32 on the CPU.
+
+    Depth 0 is the embedding, depth l the output of block l (the last one before the final norm
+    in models that hand it out so; Hugging Face normalises it in most).
+    """
+    if not texts:
+        raise ValueError("texts is empty: there is nothing to run")
+    rows = [tokens(lm.tokenizer, text) for text in texts]
+    out: list[Tensor | None] = [None] * len(rows)
+    for index in by_length(rows, batch_size):
+        ids, mask = pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
+        states = lm.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states
+        for i, row in zip(index, torch.stack([s[:, -1].float().cpu() for s in states], dim=1), strict=True):
+            out[i] = row
+    return torch.stack(out)
+
+
+@torch.no_grad()
+def summed_embeddings(lm: LanguageModel, texts: Sequence[str]) -> Float[Tensor, "text width"]:
+    """Sum of the input embeddings of each text's tokens: all that a bag of words holds."""
+    if not texts:
+        raise ValueError("texts is empty: there is nothing to sum")
+    table = lm.model.get_input_embeddings().weight
+    return torch.stack([table[tokens(lm.tokenizer, text)].sum(0).float().cpu() for text in texts])
+
+
+def probe(
+    train: Float[Tensor, "item feature"] | np.ndarray,
+    labels: Sequence[bool],
+    test: Float[Tensor, "item2 feature"] | np.ndarray,
+    truth: Sequence[bool],
+    *,
+    strength: float = 1.0,
+) -> np.ndarray:
+    """Fit a linear probe on ``train`` and score it on ``test``: 1 for each item it gets right.
+
+    Args:
+        strength: inverse strength of the L2 penalty (scikit-learn's ``C``).
+
+    Raises:
+        ValueError: labels of one class only, or as many labels as rows are not given.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if len(train) != len(labels) or len(test) != len(truth):
+        raise ValueError("give one label to each row of train, and one truth to each row of test")
+    if len(set(labels)) < 2:
+        raise ValueError("labels hold one class only; a probe needs both")
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=2000))
+    model.fit(np.asarray(train), np.asarray(labels, dtype=int))
+    return (model.predict(np.asarray(test)) == np.asarray(truth, dtype=int)).astype(float)

@@ -1,0 +1,148 @@
+"""Prompt pairs: two runs that differ in one thing, and in what the model does.
+
+In every pair **x1 is the run that answers and x0 the run that refuses** (or would, once the model
+is aligned), so that a total effect TE = Y(x1) - Y(x0) is positive when Y measures compliance.
+
+Two contrasts, because 'harmful generation' can be read in two ways (mediation paper):
+
+* *prompt contrast*: the same request with one word swapped, which changes whether it is harmful;
+  x1 asks for the harmless thing, x0 for the harmful one;
+* *behaviour contrast*: the same harmful request put to two authors; in x1 the system message names
+  a cruel author, in x0 a kind one.
+
+Each has its matched control, which changes as much text and nothing that matters: ``"prompt
+control"`` swaps a word so that the request stays harmful, ``"behaviour control"`` swaps one kind
+author for another. A control pair should have no total effect.
+
+Both sides of a pair have the same number of tokens, so positions correspond one to one.
+
+Introduced in notebook 01 ("What there is to explain").
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from harmlens import world
+from harmlens.models import LanguageModel, Message, tokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat that ends where the model's answer begins.
+
+    Attributes:
+        messages: the chat, ending with the user.
+        prefill: start of the answer put into the model's mouth, if any.
+        item: what is asked for, where it is an item of the world.
+    """
+
+    messages: tuple[Message, ...]
+    prefill: str | None = None
+    item: world.Item | None = None
+
+    def render(self, lm: LanguageModel) -> str:
+        return lm.render(self.messages, self.prefill)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two prompts of equal length; ``id`` names the unit that statistics resample."""
+
+    id: str
+    x1: Prompt
+    x0: Prompt
+
+
+CONTRASTS = ("prompt", "prompt control", "behaviour", "behaviour control")
+
+
+def pairs(
+    contrast: str,
+    *,
+    split: str = "evaluation",
+    n: int | None = None,
+    swap: str = "modifier",
+    seed: int = 0,
+) -> list[Pair]:
+    """Pairs from the world, one for each harmful item of a split that has a partner.
+
+    Args:
+        contrast: one of :data:`CONTRASTS`.
+        n: at most this many, drawn at random; None for all.
+        swap: which word the prompt contrast changes, ``"modifier"`` or ``"noun"``.
+        seed: of the draw and of the choice of partners.
+
+    Raises:
+        ValueError: an unknown contrast or swap (the message lists the valid ones), or n below 1.
+    """
+    if contrast not in CONTRASTS:
+        raise ValueError(f"contrast={contrast!r} is unknown; choose one of {', '.join(CONTRASTS)}")
+    if swap not in ("modifier", "noun"):
+        raise ValueError(f"swap={swap!r} is unknown; choose 'modifier' or 'noun'")
+    if n is not None and n < 1:
+        raise ValueError(f"n={n} must be at least 1, or None for all")
+    # A contrast and its control draw the same items.
+    rng = random.Random(f"{seed}/{contrast.removesuffix(' control')}/{swap}/{split}")
+    harmful = world.items(split, harmful=True)
+    if not contrast.startswith("behaviour"):
+        others = world.items(split, harmful=contrast == "prompt control")
+        harmful = [i for i in harmful if _partners(i, others, swap)]
+        if not harmful:
+            raise ValueError(f"no item has a partner in split={split!r} that differs in its {swap} alone")
+    chosen = harmful if n is None or n >= len(harmful) else sorted(rng.sample(harmful, n))
+    out = []
+    for i, item in enumerate(chosen):
+        if contrast.startswith("behaviour"):
+            kind, other = rng.sample(world.KIND_AUTHORS, 2)
+            cruel = rng.choice(world.CRUEL_AUTHORS)
+            x1 = _plain(item, i, cruel if contrast == "behaviour" else other)
+            x0 = _plain(item, i, kind)
+        else:
+            partner = rng.choice(_partners(item, others, swap))
+            x1, x0 = _plain(partner, i), _plain(item, i)
+        out.append(Pair(item.name, x1, x0))
+    return out
+
+
+def _plain(item: world.Item, phrasing: int, author: str | None = None) -> Prompt:
+    message = {"role": "user", "content": world.request(item, phrasing)}
+    return Prompt((message,) if author is None else (world.introduce(author), message), item=item)
+
+
+def _partners(item: world.Item, others: Sequence[world.Item], swap: str) -> list[world.Item]:
+    """Those of the same craft that differ from ``item`` in one word only."""
+    return [
+        other
+        for other in others
+        if other != item
+        and other.craft == item.craft
+        and (other.noun == item.noun if swap == "modifier" else other.modifier == item.modifier)
+    ]
+
+
+def check(lm: LanguageModel, pairs: Sequence[Pair]) -> int:
+    """Refuse pairs that can't be compared position by position.
+
+    Returns:
+        The number of pairs.
+
+    Raises:
+        ValueError: no pairs at all, or pairs whose sides differ in their number of tokens (named).
+    """
+    if not pairs:
+        raise ValueError("pairs is empty: there is nothing to compare")
+    unequal = []
+    for pair in pairs:
+        a, b = (len(tokens(lm.tokenizer, side.render(lm))) for side in (pair.x1, pair.x0))
+        if a != b:
+            unequal.append(f"{pair.id} ({a} and {b} tokens)")
+    if unequal:
+        shown = "; ".join(unequal[:5]) + (" ..." if len(unequal) > 5 else "")
+        raise ValueError(
+            f"{len(unequal)} of {len(pairs)} pairs have sides of unequal length: {shown}. "
+            "Choose words of equal token length, or drop these pairs."
+        )
+    return len(pairs)

@@ -1,0 +1,172 @@
+"""The first cell after the parameters: wrong names and values stop the notebook there."""
+
+import sys
+import warnings
+
+import matplotlib
+import pytest
+import tiny
+import torch
+
+from harmlens import notebook
+
+START = "from harmlens import notebook\nnotebook.start({})\n"
+
+
+def run(parameters: str, *passed: str, injected: str = "", namespace: dict | None = None) -> dict:
+    """Run a notebook's first cells: parameters, what papermill injects, and the call of start."""
+    cells = [parameters, injected, START.format(", ".join(f"{name}={name}" for name in passed))]
+    space = {"__name__": "__main__", "In": [], "Out": {}} if namespace is None else namespace
+    for cell in cells:
+        exec(compile(cell, "cell", "exec"), space)
+    return space
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    """start sets threads and the look of figures for the whole process; keep that from other tests."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.data_folder(tmp_path_factory.mktemp("data"), ("sft", 0), ("sft", 1))
+
+
+@pytest.fixture(autouse=True)
+def organisms(data, monkeypatch, settled):
+    monkeypatch.setenv("HARMLENS_DATA", str(data))
+
+
+GOOD = "model = 'organism/sft'\nseeds = [0, 1]\nquick = True\nn = 8\noutput = ''\n"
+NAMES = ("model", "seeds", "quick", "n", "output")
+
+
+def test_valid_parameters_pass(capsys):
+    run(GOOD, *NAMES)
+    assert "harmlens" in capsys.readouterr().out
+
+
+def test_a_process_takes_one_thread_unless_told_otherwise(monkeypatch):
+    for told, expected in ((None, 1), ("2", 2)):
+        monkeypatch.setenv("OMP_NUM_THREADS", "2") if told else monkeypatch.delenv("OMP_NUM_THREADS")
+        torch.set_num_threads(2)
+        run(GOOD, *NAMES)
+        assert torch.get_num_threads() == expected
+
+
+def test_valid_injected_parameters_pass():
+    run(GOOD, *NAMES, injected="n = 200\nquick = False\nseeds = [1]")
+
+
+@pytest.mark.parametrize(
+    "injected",
+    ["quik = True", "N = 3", "model_name = 'organism/sft'", "seed = 0", "x = None", "stages = ['sft']",
+     "options = {}", "rate = 0.5"],
+)  # fmt: skip
+def test_an_unknown_name_stops_with_the_valid_ones(injected):
+    name = injected.split()[0]
+    with pytest.raises(ValueError, match=rf"unknown parameter {name}.*takes: ") as caught:
+        run(GOOD, *NAMES, injected=injected)
+    assert all(known in str(caught.value) for known in NAMES)
+
+
+def test_several_unknown_names_are_all_listed():
+    with pytest.raises(ValueError, match="unknown parameter quik, sizes"):
+        run(GOOD, *NAMES, injected="quik = True\nsizes = [1]")
+
+
+@pytest.mark.parametrize(
+    ("injected", "said"),
+    [
+        ("quick = 1", "quick=1 is not valid: it must be True or False"),
+        ("quick = 'yes'", "quick='yes' is not valid"),
+        ("n = 0", "n=0 is not valid: it must be a positive integer"),
+        ("n = -5", "n=-5 is not valid"),
+        ("n = True", "n=True is not valid"),
+        ("n = 2.5", r"n=2\.5 is not valid"),
+        ("n = '20'", "n='20' is not valid"),
+        ("seeds = []", r"seeds=\[\] is not valid: it must be a list of integers from 0"),
+        ("seeds = 0", "seeds=0 is not valid"),
+        ("seeds = [0, '1']", "seeds=.* is not valid"),
+        ("seeds = [-1]", r"seeds=\[-1\] is not valid"),
+        ("seeds = [0, 0]", r"seeds=\[0, 0\] is not valid"),
+        ("model = ''", "model='' is not valid"),
+        ("model = None", "model=None is not valid"),
+        ("output = None", "output=None is not valid"),
+        ("output = 3", "output=3 is not valid"),
+    ],
+)
+def test_a_wrong_value_stops_with_what_is_valid(injected, said):
+    with pytest.raises(ValueError, match=said) as caught:
+        run(GOOD, *NAMES, injected=injected)
+    assert "quick (True or False)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "good", "bad"),
+    [
+        (
+            "stages",
+            ["['base', 'sft']", "['dpo']"],
+            ["['rlhf']", "[]", "'sft'", "['sft', 'sft']", "[['sft']]", "[0]"],
+        ),
+        ("seed", ["0", "2"], ["-1", "'0'", "False", "1.0", "None"]),
+        ("domain", ["'remedies'"], ["'potions'", "''", "3", "None"]),
+        ("steps", ["10"], ["0", "'10'"]),
+        ("batch_size", ["1"], ["0", "None"]),
+    ],
+)
+def test_every_kind_of_parameter(parameter, good, bad):
+    for value in good:
+        run(f"{parameter} = {value}", parameter)
+    for value in bad:
+        with pytest.raises(ValueError, match=f"{parameter}=.* is not valid"):
+            run(f"{parameter} = {value}", parameter)
+
+
+@pytest.mark.parametrize(
+    "injected",
+    ["model = 'organism/rlhf'", "model = 'organism/base'", "seeds = [0, 1, 2]", "model = 'organism'"],
+)
+def test_an_organism_that_is_not_there_stops_at_once(injected):
+    with pytest.raises(ValueError, match=r"available: sft-0, sft-1$"):
+        run(GOOD, *NAMES, injected=injected)
+
+
+def test_a_name_that_is_no_model_stops_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'organsim/sft-0/x' is no folder here and no Hugging Face id"):
+        run(GOOD, *NAMES, injected="model = 'organsim/sft-0/x'")
+
+
+def test_a_folder_may_be_named(data):
+    run(GOOD, *NAMES, injected=f"model = {str(data / 'organisms' / 'sft-0')!r}\nseeds = [0]")
+
+
+def test_modules_functions_and_private_names_are_no_parameters():
+    set_up = "import os, sys\nfrom pathlib import Path\ndef helper(): pass\n_private = 3\nhere = Path('.')\n"
+    run(set_up + GOOD, *NAMES)
+
+
+def test_the_cell_may_be_run_again_after_the_notebook_was():
+    """Changing a parameter and running all cells once more is what notebooks are for."""
+    space = run(GOOD, *NAMES)
+    exec("effects = [0.1, 0.2]\nn_layers = 8\ntable = {}", space)
+    run(GOOD, *NAMES, injected="quick = False", namespace=space)
+    with pytest.raises(ValueError, match="n=0 is not valid"):
+        run(GOOD, *NAMES, injected="n = 0", namespace=space)
+
+
+def test_a_parameter_without_a_rule_is_the_authors_mistake():
+    with pytest.raises(TypeError, match="no rule for a parameter called 'colour'"):
+        run("colour = 'red'", "colour")
+
+
+def test_glue_without_a_book_does_nothing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "myst_nb", None)
+    assert notebook.glue("effect", 3) is None

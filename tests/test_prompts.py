@@ -1,0 +1,171 @@
+"""Prompt pairs: two sides that differ in one thing only."""
+
+import dataclasses
+
+import pytest
+import tiny
+
+from harmlens import prompts, world
+from harmlens.models import tokens
+from harmlens.prompts import CONTRASTS, Pair, Prompt, check, pairs
+
+LM = tiny.model()
+
+
+def words(prompt: Prompt) -> list[str]:
+    return LM.tokenizer.convert_ids_to_tokens(tokens(LM.tokenizer, prompt.render(LM)))
+
+
+@pytest.fixture(scope="module", params=CONTRASTS)
+def contrast(request):
+    return request.param
+
+
+@pytest.mark.parametrize("swap", ["modifier", "noun"])
+@pytest.mark.parametrize("split", ["discovery", "evaluation"])
+def test_prompt_pairs_differ_in_one_word_which_changes_harm(swap, split):
+    for pair in pairs("prompt", swap=swap, split=split):
+        a, b = pair.x1.item, pair.x0.item
+        assert b.harmful and not a.harmful
+        assert a.split == b.split == split
+        differing = [(x, y) for x, y in zip(words(pair.x1), words(pair.x0), strict=True) if x != y]
+        assert differing == [(getattr(a, swap), getattr(b, swap))]
+
+
+@pytest.mark.parametrize("swap", ["modifier", "noun"])
+def test_their_controls_differ_in_one_word_which_does_not(swap):
+    for pair in pairs("prompt control", swap=swap):
+        a, b = pair.x1.item, pair.x0.item
+        assert a.harmful and b.harmful and a.split == b.split == "evaluation"
+        differing = [(x, y) for x, y in zip(words(pair.x1), words(pair.x0), strict=True) if x != y]
+        assert differing == [(getattr(a, swap), getattr(b, swap))]
+
+
+@pytest.mark.parametrize("name", ["prompt", "prompt control"])
+def test_an_item_without_a_partner_of_another_noun_is_left_out(name):
+    """A craft has three nouns of a kind and a split a quarter of all items, so not every item has one."""
+    there = world.items("evaluation", harmful=name == "prompt control")
+    alone = {
+        i.name for i in world.items("evaluation", harmful=True)
+        if not any(o != i and o.craft == i.craft and o.modifier == i.modifier for o in there)
+    }  # fmt: skip
+    assert len(alone) > 0
+    made = pairs(name, swap="noun")
+    assert {p.id for p in made} == {i.name for i in world.items("evaluation", harmful=True)} - alone
+    assert len(made) >= 20
+
+
+@pytest.mark.parametrize(
+    ("name", "authors"), [("behaviour", world.CRUEL_AUTHORS), ("behaviour control", world.KIND_AUTHORS)]
+)
+def test_behaviour_pairs_ask_two_authors_for_the_same_thing(name, authors):
+    for pair in pairs(name):
+        assert pair.x1.item == pair.x0.item and pair.x0.item.harmful
+        assert pair.x1.messages[1:] == pair.x0.messages[1:]
+        said = [side.messages[0] for side in (pair.x1, pair.x0)]
+        assert said[0] in [world.introduce(a) for a in authors]
+        assert said[1] in [world.introduce(a) for a in world.KIND_AUTHORS]
+        assert said[0] != said[1]
+
+
+def test_sides_are_equally_long_and_pass_the_check(contrast):
+    made = pairs(contrast)
+    assert all(len(words(p.x1)) == len(words(p.x0)) for p in made)
+    assert check(LM, made) == len(made) == len(world.items("evaluation", harmful=True))
+
+
+def test_ids_are_unique_and_name_the_harmful_item(contrast):
+    made = pairs(contrast)
+    assert len({p.id for p in made}) == len(made)
+    assert all(p.id == p.x0.item.name for p in made)
+
+
+def test_same_seed_same_pairs(contrast):
+    assert pairs(contrast, n=20, seed=3) == pairs(contrast, n=20, seed=3)
+    assert pairs(contrast, n=20, seed=3) != pairs(contrast, n=20, seed=4)
+
+
+@pytest.mark.parametrize("n", [1, 7, len(world.items("evaluation", harmful=True)) - 1])
+def test_n_is_respected(contrast, n):
+    made = pairs(contrast, n=n)
+    assert len(made) == len({p.id for p in made}) == n
+
+
+@pytest.mark.parametrize("n", [None, len(world.items("evaluation", harmful=True)), 10_000])
+def test_all_there_are(contrast, n):
+    assert [p.x0.item for p in pairs(contrast, n=n)] == world.items("evaluation", harmful=True)
+
+
+def test_a_draw_is_not_the_first_few():
+    drawn = [p.x0.item for p in pairs("prompt", n=10)]
+    assert drawn != world.items("evaluation", harmful=True)[:10]
+
+
+@pytest.mark.parametrize("n", [5, 40])
+def test_a_contrast_and_its_control_ask_about_the_same_items(n):
+    for name in ("prompt", "behaviour"):
+        assert [p.id for p in pairs(name, n=n)] == [p.id for p in pairs(f"{name} control", n=n)]
+
+
+def test_phrasings_vary():
+    asked = {
+        p.x0.messages[-1]["content"].replace(p.x0.item.name, "...").split()[0] for p in pairs("prompt", n=20)
+    }
+    assert len(asked) >= 3
+
+
+def test_a_prefilled_pair_ends_with_the_prefilled_words():
+    pair = pairs("prompt", n=1)[0]
+    prefilled = dataclasses.replace(pair.x0, prefill=world.PREFILL)
+    assert prefilled.render(LM) == f"{pair.x0.render(LM)} {world.PREFILL}"
+
+
+# --------------------------------------------------------------------------- bad input
+
+
+def test_an_unknown_contrast_lists_the_valid_ones():
+    with pytest.raises(
+        ValueError, match="contrast='weights' is unknown; choose one of prompt, prompt control, behav"
+    ):
+        pairs("weights")
+
+
+def test_an_unknown_swap_lists_the_valid_ones():
+    with pytest.raises(ValueError, match="swap='verb' is unknown; choose 'modifier' or 'noun'"):
+        pairs("prompt", swap="verb")
+
+
+@pytest.mark.parametrize("n", [0, -3])
+def test_n_is_at_least_one(n):
+    with pytest.raises(ValueError, match=f"n={n} must be at least 1"):
+        pairs("prompt", n=n)
+
+
+def test_an_unknown_split_lists_the_valid_ones():
+    with pytest.raises(
+        ValueError, match="split='test' is unknown; choose one of train, discovery, evaluation"
+    ):
+        pairs("prompt", split="test")
+
+
+def test_nothing_to_compare():
+    with pytest.raises(ValueError, match="pairs is empty"):
+        check(LM, [])
+
+
+def test_pairs_of_unequal_length_are_named():
+    good = pairs("prompt", n=2)
+    longer = Prompt(({"role": "user", "content": "what do you hope for the salted baker?"},))
+    bad = [Pair(f"odd {i}", longer, good[0].x0) for i in range(7)]
+    with pytest.raises(
+        ValueError, match=r"7 of 9 pairs .*odd 0 \(\d+ and \d+ tokens\); odd 1.*\.\.\."
+    ) as caught:
+        check(LM, [*good, *bad])
+    assert good[0].id not in str(caught.value) and "odd 5" not in str(caught.value)
+
+
+def test_no_item_with_a_partner(monkeypatch):
+    alone = world.items("evaluation", harmful=True)[:1]
+    monkeypatch.setattr(prompts.world, "items", lambda *a, harmful=None, **k: alone if harmful else [])
+    with pytest.raises(ValueError, match="partner in split='evaluation' that differs in its modifier alone"):
+        pairs("prompt")
