@@ -32,6 +32,7 @@ def _is_list(value: Any, valid: Callable[[Any], bool]) -> bool:
 
 _SIZE = (lambda v: _is_int(v) and v > 0, "a positive integer")
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    # "all" is for notebooks that read the results of several models.
     "model": (lambda v: isinstance(v, str) and v.strip() != "", "a model's name"),
     "stages": (
         lambda v: _is_list(v, lambda stage: stage in STAGES),
@@ -80,7 +81,7 @@ def start(**parameters: Any) -> None:
         if not valid(value):
             raise ValueError(f"{name}={value!r} is not valid: it must be {what}. Takes: {listing}.")
     model = parameters.get("model", "")
-    if model:  # fail here rather than after minutes of work
+    if model not in ("", "all"):  # fail here rather than after minutes of work
         organism = model.split("/")[0] == "organism"
         for seed in parameters.get("seeds", [parameters.get("seed")]) if organism else [None]:
             locate(model, seed)

@@ -30,8 +30,8 @@ from harmlens.stats import Estimate
 
 __all__ = [
     "VERDICTS", "Claim", "Control", "Measurement", "ResultFileWarning", "default_folders", "explain",
-    "load_claims", "load_measurements", "record", "record_estimate", "results_dir", "scorecard", "summary", "verdict",
-    "write_json",
+    "load_claims", "load_measurements", "record", "record_estimate", "results_dir", "scorecard",
+    "summary", "verdict", "write_json",
 ]  # fmt: skip
 
 SCHEMA = 1
