@@ -131,6 +131,7 @@ def fit(
     clip: float = 1.0,
     weight_decay: float = 0.01,
     progress: str | None = None,
+    line: int = 0,
 ) -> list[float]:
     """Train all parameters that require gradients, in place; the rate rises, then falls to zero.
 
@@ -139,6 +140,7 @@ def fit(
         optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the blocks (AdamW for the rest),
             which needs about half the steps when training from scratch.
         progress: label of a progress bar, shown on a terminal only; None for none.
+        line: of the bar, for several that run side by side.
 
     Returns:
         The loss of every step.
@@ -150,7 +152,8 @@ def fit(
     optimizers = _optimizers(model, optimizer, lr, weight_decay)
     parameters = [p for p in model.parameters() if p.requires_grad]
     history, stream, was_training = [], iter(stream), model.training
-    bar = tqdm(range(steps), desc=progress, disable=True if progress is None else None, mininterval=2.0)
+    hidden = True if progress is None else None  # None: shown on a terminal, not in a page or a log
+    bar = tqdm(range(steps), desc=progress, disable=hidden, mininterval=2.0, position=line, leave=False)
     model.train()
     try:
         for step in bar:

@@ -290,6 +290,7 @@ def train_stage(
         loss=loss,
         warmup=max(10, plan.steps // 20),
         progress=progress,
+        line=line,
     )
     lm.model.eval()
     return lm
@@ -317,7 +318,9 @@ def finished(folder: Path, stage: str) -> bool:
     return card is not None and card.get("recipe") == recipe(stage)
 
 
-def train_seed(seed: int, folder: Path, *, progress: bool = True, until: str = STAGES[-1]) -> None:
+def train_seed(
+    seed: int, folder: Path, *, progress: bool = True, until: str = STAGES[-1], line: int = 0
+) -> None:
     """Train the ladder of one seed up to a stage, leaving finished checkpoints alone."""
     torch.set_num_threads(1)  # seeds run side by side; two threads each would fight over the cores
 
@@ -330,7 +333,8 @@ def train_seed(seed: int, folder: Path, *, progress: bool = True, until: str = S
         above = LADDER[stage].parent
         # Parents come from disk, rounded to half precision, so that resuming changes nothing.
         parent = load(str(folder / f"{above}-{seed}"), device="cpu") if above else None
-        lm = train_stage(stage, seed, parent=parent, progress=target.name if progress else None)
+        label = target.name if progress else None
+        lm = train_stage(stage, seed, parent=parent, progress=label, line=line)
         save(lm, target, {"stage": stage, "seed": seed, "recipe": recipe(stage)})
         rates = abilities.measure(load(str(target), device="cpu"), n=36)
         shown = ", ".join(f"{name} {value.mean():.0%}" for name, value in rates.items())
@@ -350,19 +354,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     context = multiprocessing.get_context("spawn")
     waiting = list(options.seeds)
     running: dict[int, multiprocessing.Process] = {}
+    lines: dict[int, int] = {}  # which line of the terminal a seed's bar has
     failed = []
     while waiting or running:
         while waiting and len(running) < max(1, options.workers):
             seed = waiting.pop(0)
+            line = min(set(range(len(running) + 1)) - set(lines.values()))
+            lines[seed] = line
             running[seed] = context.Process(
-                target=train_seed, args=(seed, folder), kwargs={"until": options.until}
+                target=train_seed, args=(seed, folder), kwargs={"until": options.until, "line": line}
             )
             running[seed].start()
         for seed, process in list(running.items()):
             process.join(timeout=0.5)
             if process.exitcode is not None:
                 failed += [seed] if process.exitcode else []
-                del running[seed]
+                del running[seed], lines[seed]
     if failed:
         print(f"seeds {failed} failed; run the same command again to go on from the last checkpoint")
         return 1
