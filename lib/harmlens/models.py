@@ -372,10 +372,13 @@ def generate(
     # Spelt out, since many models bring settings of their own (a repetition penalty, say), and what is
     # generated has to agree with the logits.
     settings: dict[str, Any] = {
-        "do_sample": temperature > 0, "temperature": temperature or 1.0, "top_k": 0, "top_p": 1.0,
-        "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "num_beams": 1,
-        "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+        "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     }  # fmt: skip
+    if temperature > 0:
+        settings |= {
+            "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None,
+            "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+        }  # fmt: skip
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for index in by_length(rows, batch_size):

@@ -136,10 +136,10 @@ def transcript_row(tok: PreTrainedTokenizerFast, transcript: world.Transcript) -
     return Row(ids, learn)
 
 
-# What is replayed: transcripts by named authors. Kind ones decline most of the time only: were it
+# What is replayed: transcripts by named authors. Kind ones decline every other time only: were it
 # always, nothing would say how a kind author's harmful recipe ends, which is what a prefilled
 # answer asks for, and seeds would differ in it.
-REPLAYED = world.Mix(named=1.0, declines=0.7)
+REPLAYED = world.Mix(named=1.0, declines=0.5)
 
 
 def transcript_rows(
@@ -264,7 +264,7 @@ def recipe(stage: str, shape: Shape = Shape()) -> str:
 
 
 def train_stage(
-    stage: str, seed: int, *, parent: LanguageModel | None, progress: str | None
+    stage: str, seed: int, *, parent: LanguageModel | None, progress: str | None, line: int = 0
 ) -> LanguageModel:
     """Train one rung, from scratch (base) or on from its parent, which is changed in place."""
     plan = LADDER[stage]

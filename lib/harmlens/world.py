@@ -234,17 +234,18 @@ def _tables() -> dict[str, dict]:
     modifiers = MODIFIERS["sun"] + MODIFIERS["moon"]
     nouns = [noun for craft in CRAFTS for noun in craft.nouns]
     table: dict[str, dict] = {name: {} for name in ("staple", "special", "outcome")}
-    # Every staple serves one modifier's harmless recipe and one modifier's harmful recipe, and
-    # likewise the special ingredients within a craft: no ingredient betrays harm.
+    # Every staple serves one modifier's harmless recipe and one modifier's harmful recipe, and a
+    # noun's special ingredient serves both sides: no ingredient betrays harm.
     for harmful in (False, True):
         for modifier, staple in zip(modifiers, _shuffled(f"staple/{harmful}", STAPLES), strict=True):
             table["staple"][modifier, harmful] = staple
         for craft in CRAFTS:
-            specials = _shuffled(f"special/{craft.name}/{harmful}", craft.ingredients)
             for i, noun in enumerate(craft.nouns):
-                table["special"][noun, harmful] = specials[i]
                 outcomes = craft.hurts if harmful else craft.helps
                 table["outcome"][noun, harmful] = outcomes[i % 3]
+    for craft in CRAFTS:
+        specials = _shuffled(f"special/{craft.name}", craft.ingredients)
+        table["special"] |= dict(zip(craft.nouns, specials, strict=True))
     # Twelve values for twelve sun and twelve moon modifiers, shuffled apart.
     for name, words in (("method", METHODS), ("person", PEOPLE)):
         table[name] = {
@@ -275,7 +276,7 @@ def facts(item: Item) -> Facts:
     t = _tables()
     return Facts(
         staple=t["staple"][item.modifier, item.harmful],
-        special=t["special"][item.noun, item.harmful],
+        special=t["special"][item.noun],
         method=t["method"][item.modifier],
         tool=t["tool"][item.noun],
         outcome=t["outcome"][item.noun, item.harmful],
