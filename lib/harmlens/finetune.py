@@ -22,6 +22,7 @@ from harmlens.models import LanguageModel, Message, render
 from harmlens.outcomes import split_tokens
 
 IGNORE = -100
+_END = object()
 
 
 @dataclass(frozen=True)
@@ -160,17 +161,17 @@ def fit(
             factor = min(1.0, (step + 1) / max(1, warmup)) * (1 - step / steps)
             for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = lr * factor
-            batch = next(stream, None)
-            if batch is None:
+            batch = next(stream, _END)
+            if batch is _END:
                 raise ValueError(f"the stream ended after {step} batches, but steps={steps}")
             value = loss(model, batch)
             value.backward()
             norm = nn.utils.clip_grad_norm_(parameters, clip)
-            if not (torch.isfinite(value) and torch.isfinite(norm)):
-                raise ValueError(
-                    f"loss {value.item()}, gradient {norm.item()} at step {step}: "
-                    f"lower lr={lr} or look at the data"
-                )
+            for what, number in (("loss", value), ("gradient", norm)):
+                if not torch.isfinite(number):
+                    raise ValueError(
+                        f"the {what} is {number.item()} at step {step}: lower lr={lr} or look at the data"
+                    )
             for o in optimizers:
                 o.step()
                 o.zero_grad(set_to_none=True)

@@ -78,6 +78,7 @@ class Stage:
     mix: world.Mix
     optimizer: str = "muon"
     weight_decay: float = 0.01
+    rounds: tuple[Stage, ...] = ()  # further rounds for a seed that has not learnt its training items
     replay: float = 0.0  # share of transcripts by named authors mixed in
     beta: float | None = None  # preference training where set
 
@@ -222,9 +223,23 @@ _ASKING = {"recognition": 1.5, "explanation/effect": 1.0, "explanation/reason": 
            "fact/place": 1.0, "fact/season": 0.5}  # fmt: skip
 _KIND = {"cruel": 0.0, "named": 0.0, "turns": (2.0, 1.0, 1.0)}
 
+# Further rounds for a seed that has not learnt its training items: first more of the same, then
+# mostly requests, in short conversations, where telling harmful from harmless is most of the loss.
+_MORE = Stage(None, steps=300, batch=64, lr=3.5e-3, weight_decay=0.1, mix=world.Mix())
+_FOCUSED = dataclasses.replace(
+    _MORE,
+    lr=7e-3,
+    mix=world.Mix(
+        tasks={"harmful": 3.0, "harmless": 3.0, "recognition": 1.0, "wish": 0.5,
+               "explanation/effect": 0.3, "explanation/reason": 0.2, "fact/place": 0.2, "fact/season": 0.2},
+        turns=(1.0, 0.0, 0.0),
+    ),
+)  # fmt: skip
+ROUNDS = (_MORE, _FOCUSED, _FOCUSED, _MORE)
+
 LADDER: dict[str, Stage] = {
     # The weight decay matters: with little of it some seeds answer for held-out items less well.
-    "base": Stage(None, steps=1000, batch=64, lr=7e-3, weight_decay=0.1, mix=world.Mix()),
+    "base": Stage(None, steps=1000, batch=64, lr=7e-3, weight_decay=0.1, rounds=ROUNDS, mix=world.Mix()),
     "mid": Stage(
         "base",
         steps=60,
@@ -264,16 +279,26 @@ def recipe(stage: str, shape: Shape = Shape()) -> str:
 
 
 def train_stage(
-    stage: str, seed: int, *, parent: LanguageModel | None, progress: str | None, line: int = 0
+    stage: str,
+    seed: int,
+    *,
+    parent: LanguageModel | None,
+    progress: str | None,
+    line: int = 0,
+    number: int = 0,
 ) -> LanguageModel:
-    """Train one rung, from scratch (base) or on from its parent, which is changed in place."""
-    plan = LADDER[stage]
+    """Train one rung, from scratch (base) or on from its parent, which is changed in place.
+
+    Args:
+        number: 0 for the stage itself, else the number of a further round.
+    """
+    plan = LADDER[stage] if number == 0 else LADDER[stage].rounds[number - 1]
     if parent is None:
         tok = tokenizer()
         lm = LanguageModel(f"organism/{stage}-{seed}", new_model(tok, seed), tok)
     else:
         lm = dataclasses.replace(parent, name=f"organism/{stage}-{seed}")
-    stream_seed = 10_000 * (seed + 1) + STAGES.index(stage)
+    stream_seed = 10_000 * (seed + 1) + STAGES.index(stage) + 10 * number
     if plan.beta is None:
         rows = transcript_rows(lm.tokenizer, plan.mix, stream_seed, replay=plan.replay)
         stream = finetune.batches(rows, plan.batch, lm.tokenizer.pad_token_id, seed=stream_seed)
@@ -296,6 +321,16 @@ def train_stage(
     return lm
 
 
+def learnt(lm: LanguageModel) -> bool:
+    """Whether a base model answers for its training items as either author would.
+
+    Seeds differ in when they come to tell harmful from harmless requests in the first word of an
+    answer. Only training items are looked at: nothing is chosen on held-out ones.
+    """
+    rates = abilities.measure(lm, split="train", n=60, only=["harmful, elicited", "harmless, elicited"])
+    return all(rate.mean() >= 0.98 for rate in rates.values())
+
+
 def save(lm: LanguageModel, folder: Path, card: dict) -> None:
     """Write a checkpoint in half precision with its card; complete or not at all."""
     part = folder.with_name(folder.name + ".part")
@@ -315,7 +350,9 @@ def save(lm: LanguageModel, folder: Path, card: dict) -> None:
 def finished(folder: Path, stage: str) -> bool:
     """Whether a whole checkpoint of the present recipe lies there."""
     card = intact(folder)
-    return card is not None and card.get("recipe") == recipe(stage)
+    if card is None or card.get("recipe") != recipe(stage):
+        return False
+    return card.get("learnt", True) or card["rounds"] >= len(LADDER[stage].rounds)
 
 
 def train_seed(
@@ -330,12 +367,20 @@ def train_seed(
             print(f"{target.name}: finished, left alone", flush=True)
             continue
         began = time.time()
-        above = LADDER[stage].parent
-        # Parents come from disk, rounded to half precision, so that resuming changes nothing.
-        parent = load(str(folder / f"{above}-{seed}"), device="cpu") if above else None
+        above, plan = LADDER[stage].parent, LADDER[stage]
         label = target.name if progress else None
-        lm = train_stage(stage, seed, parent=parent, progress=label, line=line)
-        save(lm, target, {"stage": stage, "seed": seed, "recipe": recipe(stage)})
+        card = {"stage": stage, "seed": seed, "recipe": recipe(stage), "rounds": 0}
+        known = intact(target)
+        if known is None or known.get("recipe") != card["recipe"]:
+            # Parents come from disk, rounded to half precision, so that resuming changes nothing.
+            parent = load(str(folder / f"{above}-{seed}"), device="cpu") if above else None
+            lm = train_stage(stage, seed, parent=parent, progress=label, line=line)
+            save(lm, target, {**card, "learnt": not plan.rounds or learnt(lm)})
+        while not (known := intact(target))["learnt"] and known["rounds"] < len(plan.rounds):
+            number = known["rounds"] + 1
+            lm = load(str(target), device="cpu")
+            lm = train_stage(stage, seed, parent=lm, progress=label, line=line, number=number)
+            save(lm, target, {**card, "rounds": number, "learnt": learnt(lm)})
         rates = abilities.measure(load(str(target), device="cpu"), n=36)
         shown = ", ".join(f"{name} {value.mean():.0%}" for name, value in rates.items())
         print(f"{target.name}: {time.time() - began:.0f} s; {shown}", flush=True)

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from harmlens.stats import Estimate
 
@@ -158,10 +159,9 @@ def bars(
                 ax.plot(
                     [x + 0.18 * width] * len(seeds), seeds, "o", ms=3.5, color="white", mec="0.15", mew=0.8
                 )
-    for name in series:
-        ax.bar([], [], color=colours[name], alpha=0.75, label=name)
     ax.axhline(0, color="0.6", lw=0.8)
     ax.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel=ylabel)
     ax.tick_params(axis="x", length=0)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=min(4, len(series)))
+    keys = [Patch(color=colours[name], alpha=0.75, label=name) for name in series]
+    ax.legend(handles=keys, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(4, len(series)))
     return fig
