@@ -27,6 +27,9 @@ BADGE = re.compile(
     r"\[!\[[^\]]*\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]\(([^)]+)\)"
 )
 
+GLUE = re.compile(r"```\{glue\} (\w+)\n:doc: [^\n]+\n```\n")
+PREFIX = "application/papermill.record/"
+
 
 class BookError(Exception):
     """The book can't be built; the message says what to do."""
@@ -124,11 +127,35 @@ def stage(shown: dict, target: Path, root: Path = ROOT) -> str:
             if cell.cell_type == "markdown":  # the badge is an image from the network; a page needs none
                 cell.source = BADGE.sub(r"[Open this notebook in Google Colab](\1)", cell.source)
         write_notebook(notebook, target / path.relative_to(root))
+    said = {name: text for notebook in shown.values() for name, text in glued(notebook).items()}
+    for page in (target / "book").glob("*.md"):
+        page.write_text(paste(page.read_text(encoding="utf-8"), said, page.name), encoding="utf-8")
     digest = hashlib.sha256()
     for path in execute.files(target, "*"):
         digest.update(f"{path.relative_to(target).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def glued(notebook) -> dict[str, str]:
+    """Sentences that a notebook keeps for other pages with harmlens.notebook.glue: name -> Markdown."""
+    return {
+        output.metadata["scrapbook"]["name"]: output.data[f"{PREFIX}text/markdown"]
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if "scrapbook" in output.get("metadata", {}) and f"{PREFIX}text/markdown" in output.data
+    }
+
+
+def paste(text: str, said: dict[str, str], page: str) -> str:
+    """A page with its {glue} blocks replaced: myst-nb can't paste Markdown from another document."""
+
+    def sentence(match: re.Match) -> str:
+        if match[1] not in said:
+            raise BookError(f"book/{page} asks for {match[1]}, which no notebook keeps")
+        return f"> {said[match[1]]}\n"
+
+    return GLUE.sub(sentence, text)
 
 
 def render(work: Path, staged: str, root: Path = ROOT) -> None:
