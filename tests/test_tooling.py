@@ -153,7 +153,11 @@ def test_failure_names_notebook_and_cell_and_keeps_the_finished(project):
 def test_interruption_keeps_the_finished_notebooks(project):
     write(project, "02_second", PARAMETERS, "import time\ntime.sleep(600)")
     command = [sys.executable, str(project / "tools" / "build_book.py"), "--jobs", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A suite that runs in the background has SIGINT ignored, and would hand that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     record = project / "build" / "executed" / "01_first.json"
     until = time.monotonic() + 300
     while not record.exists() and time.monotonic() < until:
