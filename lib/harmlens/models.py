@@ -322,6 +322,16 @@ def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def padded(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Indices of rows in batches of similar length, and the arguments that the model takes for them."""
+    for index in by_length(rows, batch_size):
+        ids, mask = pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+        yield index, {**inputs, "use_cache": False}
+
+
 @torch.no_grad()
 def last_logits(
     lm: LanguageModel, texts: Sequence[str], *, batch_size: int = 128
@@ -335,15 +345,8 @@ def last_logits(
         raise ValueError("texts is empty: there is nothing to run")
     rows = [tokens(lm.tokenizer, text) for text in texts]
     out: list[Tensor | None] = [None] * len(rows)
-    for index in by_length(rows, batch_size):
-        ids, mask = pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
-        logits = lm.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            use_cache=False,
-            logits_to_keep=1,
-        ).logits[:, -1]
+    for index, inputs in padded(lm, rows, batch_size):
+        logits = lm.model(**inputs, logits_to_keep=1).logits[:, -1]
         for i, row in zip(index, logits.float().cpu(), strict=True):
             out[i] = row
     return torch.stack(out)

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harmlens.judges import Judgement
-from harmlens.models import LanguageModel, by_length, last_logits, pad_left, positions, tokens
+from harmlens.models import LanguageModel, last_logits, padded, tokens
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,10 @@ def answer_logprobs(
         rows.append(head + tail)
         lengths.append(len(tail) - skip)
     out = torch.empty(len(rows))
-    for index in by_length(rows, batch_size):
-        ids, mask = pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
+    for index, inputs in padded(lm, rows, batch_size):
         keep = max(lengths[i] for i in index) + 1
-        logits = lm.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            use_cache=False,
-            logits_to_keep=keep,
-        ).logits.float()
-        target = ids[:, -(keep - 1) :]
+        logits = lm.model(**inputs, logits_to_keep=keep).logits.float()
+        target = inputs["input_ids"][:, -(keep - 1) :]
         logp = logits[:, :-1].log_softmax(-1).gather(-1, target[..., None])[..., 0].cpu()
         for i, row in zip(index, logp, strict=True):
             out[i] = row[-lengths[i] :].mean()

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens.models import LanguageModel, by_length, pad_left, positions, tokens
+from harmlens.models import LanguageModel, padded, tokens
 
 
 @torch.no_grad()
@@ -32,15 +32,8 @@ def hidden_states(
         raise ValueError("texts is empty: there is nothing to run")
     rows = [tokens(lm.tokenizer, text) for text in texts]
     out: list[Tensor | None] = [None] * len(rows)
-    for index in by_length(rows, batch_size):
-        ids, mask = pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
-        states = lm.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            use_cache=False,
-            output_hidden_states=True,
-        ).hidden_states
+    for index, inputs in padded(lm, rows, batch_size):
+        states = lm.model(**inputs, output_hidden_states=True).hidden_states
         for i, row in zip(index, torch.stack([s[:, -1].float().cpu() for s in states], dim=1), strict=True):
             out[i] = row
     return torch.stack(out)
