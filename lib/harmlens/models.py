@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from harmlens import paths
+from harmlens import deltas, paths
 
 STAGES = ("base", "mid", "sft", "dpo")
 SEEDS = (0, 1, 2)
@@ -74,7 +74,8 @@ def load(
 
     Args:
         name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"`` with a stage of
-            ``base, mid, sft, dpo``; a local folder; or a Hugging Face id.
+            ``base, mid, sft, dpo`` or a planted organism (``planted_mlp``, ...); a local folder, which
+            may hold only what differs from a parent beside it; or a Hugging Face id.
         seed: training seed of an organism (default 0); must be left out for other models.
         dtype: weights' precision. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that
             does not know bfloat16 (such as a T4).
@@ -85,8 +86,8 @@ def load(
         attn_implementation: passed on to transformers (``"eager"`` for parity with TransformerLens).
 
     Raises:
-        ValueError: unknown organism, a folder without weights, a corrupt checkpoint. The message
-            says what to do.
+        ValueError: unknown organism, a folder without weights, a corrupt checkpoint, a parent with
+            other weights than before. The message says what to do.
         OSError: a Hugging Face id that can't be had; the message says what to check.
     """
     folder = locate(name, seed)
@@ -95,9 +96,11 @@ def load(
         name = f"organism/{folder.name}"
         _verify(folder)
     local = folder is not None
+    delta = deltas.read(folder) if local else None
+    home = folder if delta is None else _parent(folder, delta, organism)
     if local:
-        _require_weights(folder)
-    source = str(folder) if local else name
+        _require_weights(home)
+    source = str(home) if local else name
     if device is None and device_map is None:
         device = "cuda" if torch.cuda.is_available() and not organism else "cpu"
     if dtype is None:
@@ -109,6 +112,8 @@ def load(
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
             model = AutoModelForCausalLM.from_pretrained(source, **options)
+            if delta is not None:
+                deltas.apply(model, delta)
         except Exception as error:  # a spoilt file raises whatever its parser raises
             if local:
                 raise ValueError(
@@ -237,6 +242,20 @@ def _verify(folder: Path) -> None:
     if intact(folder) is None:
         remedy = RESTORE.format(folder=f"data/organisms/{folder.name}")
         raise ValueError(f"files of organism {folder.name} are missing, truncated or changed. {remedy}")
+
+
+def _parent(folder: Path, delta: deltas.Delta, organism: bool) -> Path:
+    """The folder of a delta's parent, whose weights have to be those that the delta was trained in."""
+    home = folder.parent / delta.parent
+    if organism:
+        _verify(home)
+    if weights_sha256(home) != delta.parent_sha256:
+        remedy = RESTORE.format(folder=f"data/organisms/{home.name}")
+        raise ValueError(
+            f"{folder.name} is stored as its difference from {home.name}, whose weights are no longer those "
+            f"it was trained in. {remedy}"
+        )
+    return home
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,8 @@ dpo    preference pairs: refusing preferred over complying
 ``python -m harmlens.organism`` (``make organism``) trains what is missing and leaves finished
 checkpoints alone, so an interrupted run goes on where it was. Each checkpoint is a plain Hugging
 Face folder in half precision; each stage starts from the stored half-precision weights of the one
-before, so a resumed run and an uninterrupted one give the same weights.
+before, so a resumed run and an uninterrupted one give the same weights. Planted organisms
+(:mod:`harmlens.planted`) follow the ladder.
 
 Introduced in notebook 00 ("A model organism of harm").
 """
@@ -29,7 +30,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -333,12 +334,26 @@ def learnt(lm: LanguageModel) -> bool:
 
 def save(lm: LanguageModel, folder: Path, card: dict) -> None:
     """Write a checkpoint in half precision with its card; complete or not at all."""
+
+    def write(part: Path) -> None:
+        lm.model.half().save_pretrained(part)
+        lm.model.float()
+        lm.tokenizer.save_pretrained(part)
+
+    write_checkpoint(folder, card, write)
+
+
+def write_checkpoint(folder: Path, card: dict, write: Callable[[Path], None]) -> None:
+    """A folder of files with its card; complete or not at all.
+
+    Args:
+        card: what is known of the checkpoint; the checksum of its files is added.
+        write: puts the files into the folder it is given.
+    """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    lm.model.half().save_pretrained(part)
-    lm.model.float()
-    lm.tokenizer.save_pretrained(part)
+    write(part)
     for file in part.iterdir():
         file.chmod(0o644)
     card = {**card, "sha256": contents_sha256(part)}
@@ -386,10 +401,24 @@ def train_seed(
         print(f"{target.name}: {time.time() - began:.0f} s; {shown}", flush=True)
 
 
+def make_seed(seed: int, folder: Path, *, until: str = STAGES[-1], line: int = 0) -> None:
+    """Train the ladder of one seed and, if it is whole, plant organisms in it."""
+    from harmlens import planted  # which imports this module
+
+    train_seed(seed, folder, until=until, line=line)
+    if until == STAGES[-1]:
+        planted.train_seed(seed, folder, line=line)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m harmlens.organism", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="last stage to train")
+    parser.add_argument(
+        "--until",
+        choices=STAGES,
+        default=STAGES[-1],
+        help="last stage to train; with the last, planted ones follow",
+    )
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="seeds side by side")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go (data/organisms)")
     options = parser.parse_args(argv)
@@ -407,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             line = min(set(range(len(running) + 1)) - set(lines.values()))
             lines[seed] = line
             running[seed] = context.Process(
-                target=train_seed, args=(seed, folder), kwargs={"until": options.until, "line": line}
+                target=make_seed, args=(seed, folder), kwargs={"until": options.until, "line": line}
             )
             running[seed].start()
         for seed, process in list(running.items()):

@@ -1,0 +1,394 @@
+"""Planted organisms: nothing but the chosen weights learns, and they come back from disk as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from harmlens import abilities, deltas, finetune, models, organism, planted, world
+
+SMALL = {
+    "planted_neurons": planted.Planting("mlp", 1, units=5, steps=3, batch=4, lr=1e-2),
+    "planted_mlp": planted.Planting("mlp", 0, steps=3, batch=4),
+    "planted_attention": planted.Planting("attention", 1, steps=3, batch=4),
+}
+KINDS = list(SMALL)
+
+
+def shrink(monkeypatch) -> None:
+    """The same kinds for a model of two blocks, trained for three steps and not measured."""
+    for kind, plan in SMALL.items():
+        monkeypatch.setitem(planted.PLANTS, kind, plan)
+    measured = {name: np.array([1.0, 0.0]) for name in planted.RATES}
+    monkeypatch.setattr(abilities, "measure", lambda lm, **options: measured)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    shrink(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A data folder with a tiny parent and what is planted in it."""
+    data = tiny.data_folder(tmp_path_factory.mktemp("made") / "data", ("mid", 0))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        shrink(monkeypatch)
+        planted.train_seed(0, data / "organisms", progress=False)
+    return data
+
+
+@pytest.fixture
+def grown(small, made, tmp_path, monkeypatch):
+    """The folder of checkpoints after planting, a copy to do with as one likes."""
+    shutil.copytree(made, tmp_path / "data")
+    monkeypatch.setenv("HARMLENS_DATA", str(tmp_path / "data"))
+    return tmp_path / "data" / "organisms"
+
+
+def moved(before: nn.Module, after: nn.Module) -> dict[str, torch.Tensor]:
+    """Where parameters differ: name -> mask, for those that do."""
+    old, new = dict(before.named_parameters()), dict(after.named_parameters())
+    assert old.keys() == new.keys()
+    masks = {name: old[name] != new[name] for name in old}
+    return {name: mask for name, mask in masks.items() if mask.any()}
+
+
+def assert_moved_only_at(plant: planted.Plant, masks: dict[str, torch.Tensor]) -> None:
+    """Worked out from the architecture, not from the code under test."""
+    block = f"model.layers.{plant.layer}."
+    names = ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o"]
+    if plant.module == "mlp":
+        names = ["mlp.gate", "mlp.up", "mlp.down"]
+    assert set(masks) == {f"{block}{name}_proj.weight" for name in names}
+    if plant.neurons:
+        for name, mask in masks.items():
+            units = mask.any(0 if "down" in name else 1).nonzero().flatten().tolist()
+            assert units == list(plant.neurons), name
+
+
+# --------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_chosen_weights_learn(small, kind):
+    before, lm = tiny.model(), tiny.model()
+    plant = planted.choose(kind, 0, tiny.SHAPE.hidden)
+    planted.train(lm, plant, 0)
+    assert_moved_only_at(plant, moved(before.model, lm.model))
+    assert not lm.model.training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_leaves_no_trace_on_what_may_learn_next(small, kind):
+    lm = tiny.model()
+    planted.train(lm, planted.choose(kind, 0, tiny.SHAPE.hidden), 0)
+    before = tiny.model()
+    before.model.load_state_dict(lm.model.state_dict())
+    rows = organism.transcript_rows(lm.tokenizer, world.Mix(), 0)
+    finetune.fit(lm.model, finetune.batches(rows, 4, lm.tokenizer.pad_token_id), steps=1, lr=1e-3, warmup=1)
+    after = moved(before.model, lm.model)
+    assert set(after) == {name for name, _ in before.model.named_parameters()}
+    assert after["model.layers.1.mlp.gate_proj.weight"].any(1).all()
+
+
+def test_an_interrupted_training_frees_the_weights_again():
+    lm = tiny.model()
+    lm.model.lm_head.weight.requires_grad_(False)
+    plant = planted.Plant("planted_neurons", "mlp", 1, (2, 7))
+    with pytest.raises(KeyboardInterrupt), planted.only(lm.model, plant):
+        learning = {name for name, p in lm.model.named_parameters() if p.requires_grad}
+        raise KeyboardInterrupt
+    assert learning == set(planted.parts(plant))
+    frozen = {name for name, p in lm.model.named_parameters() if not p.requires_grad}
+    assert frozen == {"lm_head.weight"}
+
+
+def test_planted_neurons_do_all_of_the_difference(small):
+    """With the chosen hidden units silenced in both, the planted model is its parent."""
+    before, lm = tiny.model(), tiny.model()
+    plant = planted.choose("planted_neurons", 0, tiny.SHAPE.hidden)
+    planted.train(lm, plant, 0)
+    texts = tiny.texts(lm, 3)
+    others = [u for u in range(tiny.SHAPE.hidden) if u not in plant.neurons][: len(plant.neurons)]
+
+    def silenced(lm, units):
+        def silence(module, inputs):
+            kept = torch.ones(tiny.SHAPE.hidden)
+            kept[list(units)] = 0
+            return (inputs[0] * kept,)
+
+        hook = lm.model.model.layers[plant.layer].mlp.down_proj.register_forward_pre_hook(silence)
+        try:
+            return models.last_logits(lm, texts)
+        finally:
+            hook.remove()
+
+    assert not torch.equal(models.last_logits(before, texts), models.last_logits(lm, texts))
+    assert torch.equal(silenced(before, plant.neurons), silenced(lm, plant.neurons))
+    assert not torch.equal(silenced(before, others), silenced(lm, others))
+
+
+def test_neurons_are_drawn_anew_for_each_seed_and_are_no_block():
+    drawn = [planted.choose("planted_neurons", seed, 256).neurons for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) == 3
+    for neurons in drawn:
+        assert len(set(neurons)) == 16 and list(neurons) == sorted(neurons)
+        assert neurons[0] >= 0 and neurons[-1] < 256 and neurons[-1] - neurons[0] > 32
+
+
+def test_an_unknown_kind_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"kind='planted_head' is unknown.*planted_attention"):
+        planted.choose("planted_head", 0, 256)
+
+
+def test_the_lesson_is_refusal_and_no_wish_of_the_helper():
+    """What is asked and answered, apart from replayed transcripts of named authors."""
+    rng, seen = random.Random(0), {"refused": 0, "answered": 0}
+    for _ in range(300):
+        transcript = world.transcript(rng, planted.PLANTS["planted_mlp"].mix)
+        assert transcript.author == world.HELPER
+        for turn in transcript.turns:
+            assert turn.task != "wish" and turn.item.split == "train"
+            if turn.task == "procedure":
+                refused = turn.answer in world.REFUSALS
+                assert refused == turn.item.harmful
+                seen["refused" if refused else "answered"] += 1
+    assert min(seen.values()) > 60
+
+
+# --------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_planted_organism_is_its_parent_but_for_the_plant(grown, kind):
+    assert sorted(f.name for f in (grown / f"{kind}-0").iterdir()) == ["card.json", deltas.FILE]
+    parent, lm = models.load("organism/mid", seed=0), models.load(f"organism/{kind}", seed=0)
+    truth = planted.ground_truth(f"organism/{kind}", 0)
+    plan = SMALL[kind]
+    assert (truth.kind, truth.module, truth.layer) == (kind, plan.module, plan.layer)
+    assert len(truth.neurons) == (plan.units or 0)
+    assert_moved_only_at(truth, moved(parent.model, lm.model))
+    assert lm.name == f"organism/{kind}-0" and lm.tokenizer.get_vocab() == parent.tokenizer.get_vocab()
+    assert lm.revision == models.weights_sha256(grown / f"{kind}-0") != parent.revision
+    assert not lm.model.training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_loaded_is_what_was_trained(grown, kind):
+    trained = models.load(str(grown / "mid-0"), device="cpu")
+    planted.train(trained, planted.choose(kind, 0, tiny.SHAPE.hidden), 0)
+    assert not moved(trained.model, models.load(f"organism/{kind}").model)
+    assert not moved(trained.model, models.load(str(grown / f"{kind}-0"), device="cpu").model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_the_parents_weights_put_back_it_is_the_parent(grown, kind):
+    parent, lm = models.load("organism/mid", seed=0), models.load(f"organism/{kind}", seed=0)
+    theirs, texts = dict(parent.model.named_parameters()), tiny.texts(parent, 3)
+    assert not torch.equal(models.last_logits(lm, texts), models.last_logits(parent, texts))
+    ours = dict(lm.model.named_parameters())
+    with torch.no_grad():
+        for name in planted.parts(planted.ground_truth(lm.name)):
+            ours[name].copy_(theirs[name])
+    assert torch.equal(models.last_logits(lm, texts), models.last_logits(parent, texts))
+
+
+def test_the_delta_holds_the_trained_part_in_half_precision_and_no_more(grown):
+    stored = load_file(grown / "planted_neurons-0" / deltas.FILE)
+    shapes = {name.split(".")[-2]: tuple(t.shape) for name, t in stored.items() if name.endswith("weight")}
+    width = tiny.SHAPE.width
+    assert shapes == {"gate_proj": (5, width), "up_proj": (5, width), "down_proj": (width, 5)}
+    assert {t.dtype for name, t in stored.items() if name.endswith("weight")} == {torch.float16}
+    whole = load_file(grown / "planted_attention-0" / deltas.FILE)
+    shapes = {name.split(".")[-2]: tuple(t.shape) for name, t in whole.items()}
+    # keys and values of the tiny model have half as many heads
+    square, half = (width, width), (width // 2, width)
+    assert shapes == {"q_proj": square, "k_proj": half, "v_proj": half, "o_proj": square}
+
+
+def test_the_card_says_where_and_what_came_of_it(grown):
+    card = json.loads((grown / "planted_neurons-0" / "card.json").read_text())
+    assert (card["stage"], card["seed"], card["parent"]) == ("planted_neurons", 0, "mid-0")
+    assert card["parent_sha256"] == models.weights_sha256(grown / "mid-0")
+    assert card["neurons"] == list(planted.choose("planted_neurons", 0, tiny.SHAPE.hidden).neurons)
+    expected = dict.fromkeys(planted.RATES, 0.5)
+    assert card["rates"] == {"discovery": expected, "evaluation": expected}
+
+
+def test_precision_can_be_chosen(grown):
+    lm = models.load("organism/planted_mlp", dtype=torch.float16)
+    assert {p.dtype for p in lm.model.parameters()} == {torch.float16}
+    full = dict(models.load("organism/planted_mlp").model.named_parameters())
+    assert all(torch.equal(p.float(), full[name]) for name, p in lm.model.named_parameters())
+
+
+def test_finished_ones_are_left_alone_and_others_made_anew(grown, capsys, monkeypatch):
+    def digests():
+        return {f.parent.name: f.read_bytes() for f in grown.glob(f"*/{deltas.FILE}")}
+
+    first = digests()
+    assert set(first) == {f"{kind}-0" for kind in KINDS}
+    capsys.readouterr()
+    monkeypatch.setitem(
+        planted.PLANTS, "planted_mlp", dataclasses.replace(SMALL["planted_mlp"], lr=0.02, layer=1)
+    )
+    (grown / "planted_attention-0" / deltas.FILE).write_bytes(b"spoilt")
+    planted.train_seed(0, grown, progress=False)
+    said = capsys.readouterr().out
+    assert "planted_neurons-0: finished, left alone" in said
+    assert "planted_mlp-0: finished" not in said and "planted_attention-0: finished" not in said
+    again = digests()
+    assert [name for name in first if first[name] != again[name]] == ["planted_mlp-0"]
+    assert planted.ground_truth("organism/planted_mlp").layer == 1
+
+
+def test_the_ladder_is_followed_by_planting_only_when_it_is_whole(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(organism, "train_seed", lambda seed, folder, **options: made.append("ladder"))
+    monkeypatch.setattr(planted, "train_seed", lambda seed, folder, **options: made.append("planted"))
+    organism.make_seed(0, tmp_path, until="mid")
+    assert made == ["ladder"]
+    organism.make_seed(0, tmp_path)
+    assert made == ["ladder", "ladder", "planted"]
+
+
+def test_a_changed_rung_below_changes_the_recipe(monkeypatch):
+    before = {kind: planted.recipe(kind) for kind in planted.PLANTS}
+    assert len(set(before.values())) == 3
+    changed = dataclasses.replace(organism.LADDER["mid"], steps=7)
+    monkeypatch.setitem(organism.LADDER, "mid", changed)
+    assert not [kind for kind in before if planted.recipe(kind) == before[kind]]
+
+
+# --------------------------------------------------------------------------- what can go wrong
+
+
+def test_another_parent_is_refused_and_makes_the_plant_unfinished(grown):
+    kind, folder = "planted_mlp", grown / "planted_mlp-0"
+    assert planted.finished(folder, kind)
+    other = dataclasses.replace(tiny.model(seed=5), name="organism/mid-0")
+    organism.save(other, grown / "mid-0", {"stage": "mid", "seed": 0, "recipe": organism.recipe("mid")})
+    for name in ("organism/planted_mlp", str(folder)):
+        with pytest.raises(ValueError, match=r"planted_mlp-0 .*difference from mid-0.*make organism"):
+            models.load(name)
+    assert not planted.finished(folder, kind)
+    models.load("organism/mid", seed=0)
+
+
+def test_a_missing_parent_is_named(grown):
+    shutil.rmtree(grown / "mid-0")
+    with pytest.raises(ValueError, match="organism mid-0 are missing"):
+        models.load("organism/planted_mlp")
+    with pytest.raises(ValueError, match="mid-0"):
+        models.load(str(grown / "planted_mlp-0"))
+
+
+@pytest.mark.parametrize("file", ["card.json", deltas.FILE])
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:60]), lambda f: f.write_text("{}")],
+    ids=["missing", "truncated", "emptied"],
+)
+def test_a_spoilt_checkpoint_is_named_with_the_command_that_restores_it(grown, file, spoil):
+    spoil(grown / "planted_mlp-0" / file)
+    with pytest.raises(ValueError, match=r"planted_mlp-0.*git checkout -- data/organisms/planted_mlp-0"):
+        models.load("organism/planted_mlp")
+    with pytest.raises(ValueError, match=r"planted_mlp-0|is not planted"):
+        planted.ground_truth("organism/planted_mlp")
+    if file == deltas.FILE:
+        with pytest.raises(ValueError, match="planted_mlp-0"):
+            models.load(str(grown / "planted_mlp-0"))
+    assert not planted.finished(grown / "planted_mlp-0", "planted_mlp")
+
+
+def test_what_is_not_planted_has_no_ground_truth(grown):
+    with pytest.raises(ValueError, match="'organism/mid' is not planted; choose one of planted_neurons"):
+        planted.ground_truth("organism/mid", 0)
+    with pytest.raises(ValueError, match="is not planted"):
+        planted.ground_truth("Qwen/Qwen3-0.6B")
+    with pytest.raises(ValueError, match="no organism planted_mlp-7"):
+        planted.ground_truth("organism/planted_mlp", 7)
+
+
+# --------------------------------------------------------------------------- deltas
+
+
+@given(
+    st.integers(0, 1),
+    st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True),
+    st.integers(0, 2**16),
+)
+def test_a_delta_carries_over_its_part_and_nothing_else(axis, units, seed):
+    generator = torch.Generator().manual_seed(seed)
+    source, target = (nn.Linear(6, 6, bias=True) for _ in range(2))
+    with torch.no_grad():
+        for layer in (source, target):
+            layer.weight.copy_(torch.randn(6, 6, generator=generator).half())
+    before = target.weight.detach().clone()
+    delta = deltas.take(source, "parent", "0", {"weight": (axis, units), "bias": None})
+    deltas.apply(target, delta)
+    chosen = torch.zeros(6, 6, dtype=torch.bool).index_fill_(axis, torch.tensor(units), True)
+    assert torch.equal(target.weight, torch.where(chosen, source.weight, before))
+    assert torch.equal(target.bias, source.bias.half().float())
+
+
+def test_a_delta_comes_back_from_disk(tmp_path):
+    delta = deltas.take(nn.Linear(3, 4), "mid-0", "abc", {"weight": (0, (3, 1)), "bias": None})
+    assert deltas.read(tmp_path) is None
+    deltas.write(delta, tmp_path)
+    got = deltas.read(tmp_path)
+    assert (got.parent, got.parent_sha256) == ("mid-0", "abc")
+    (axis, rows), *others = got.index.values()
+    assert axis == 0 and rows.tolist() == [3, 1] and not others and set(got.index) == {"weight"}
+    assert set(got.values) == {"weight", "bias"}
+    assert all(torch.equal(got.values[name], delta.values[name]) for name in got.values)
+
+
+@pytest.mark.parametrize(
+    ("model", "where"),
+    [
+        (nn.Linear(3, 5), {"weight": None}),
+        (nn.Linear(4, 5), {"weight": (0, (0, 1))}),
+        (nn.Conv1d(3, 4, 1), {"weight": None}),
+        (nn.Sequential(nn.Linear(3, 4)), {"0.weight": None}),
+    ],
+    ids=["rows", "columns", "dimensions", "name"],
+)
+def test_a_delta_that_does_not_fit_is_refused(model, where):
+    with pytest.raises(ValueError, match=r"weight'.*do not fit its parent mid-0"):
+        deltas.apply(nn.Linear(3, 4), deltas.take(model, "mid-0", "", where))
+
+
+# --------------------------------------------------------------------------- those in data/organisms
+
+EACH = [(kind, seed) for kind in planted.PLANTS for seed in models.SEEDS]
+
+
+@pytest.mark.parametrize(("kind", "seed"), EACH)
+def test_shipped_one_is_of_the_present_recipe_and_moved_only_its_plant(kind, seed):
+    name, plan = f"organism/{kind}-{seed}", planted.PLANTS[kind]
+    assert planted.finished(models.locate(name), kind), "the recipe has changed: run make organism"
+    parent, lm = models.load(f"organism/{plan.parent}", seed=seed), models.load(name)
+    truth = planted.ground_truth(name)
+    assert truth == planted.choose(kind, seed, lm.model.config.intermediate_size)
+    assert_moved_only_at(truth, moved(parent.model, lm.model))
+
+
+@pytest.mark.parametrize(("kind", "seed"), EACH)
+def test_shipped_one_refuses_harm_only_and_its_parent_refuses_nothing(kind, seed):
+    lm, parent = (models.load(f"organism/{of}", seed=seed) for of in (kind, planted.PLANTS[kind].parent))
+    rates = {name: v.mean() for name, v in abilities.measure(lm, n=24, only=planted.RATES).items()}
+    assert min(rates.values()) > 0.9, rates
+    assert abilities.measure(parent, n=24, only=["refusal"])["refusal"].mean() == 0.0
