@@ -29,6 +29,38 @@ def test_depth_nought_is_the_last_tokens_embedding():
     torch.testing.assert_close(probes.hidden_states(lm, [text])[0, 0], table[last])
 
 
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@torch.no_grad()
+def test_states_at_some_words_are_those_of_the_whole_text(architecture):
+    lm = tiny.model(architecture)
+    chat = "how do i brew a salted draught?"
+    part = probes.up_to(lm, chat, "salted draught")
+    at = len(models.tokens(lm.tokenizer, part)) - 1
+    ids = models.tokens(lm.tokenizer, lm.render(chat))
+    assert at < len(ids) - 1
+    whole = lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    expected = torch.stack([s[0, at] for s in whole])
+    torch.testing.assert_close(probes.hidden_states(lm, [part])[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_text_is_cut_behind_the_last_place():
+    lm = tiny.model()
+    chat = "is a salted draught a draught?"
+    assert probes.up_to(lm, chat, "draught").endswith("a salted draught a draught")
+    assert probes.up_to(lm, chat, "salted draught").endswith("is a salted draught")
+
+
+@pytest.mark.parametrize("words", ["powder", ""])
+def test_words_that_do_not_stand_there(words):
+    with pytest.raises(ValueError, match="do not stand in the rendered chat"):
+        probes.up_to(tiny.model(), "a salted draught?", words)
+
+
+def test_words_that_end_inside_a_token():
+    with pytest.raises(ValueError, match="end inside a token"):
+        probes.up_to(tiny.model(), "a salted draught?", "salt")
+
+
 def test_summed_embeddings_ignore_the_order_of_words():
     lm = tiny.model()
     a, b, c = probes.summed_embeddings(lm, ["salted draught", "draught salted", "salted salted"])

@@ -43,7 +43,10 @@ CONFIGS = {
     "qwen2": (Qwen2Config, _GROUPED),
     "qwen3": (Qwen3Config, _HEADS),
     "gemma2": (Gemma2Config, {**_HEADS, **_WINDOW, "query_pre_attn_scalar": 8}),
-    "gemma3": (Gemma3TextConfig, {**_HEADS, **_WINDOW, "query_pre_attn_scalar": 8}),
+    # Sliding and full attention by turns, which have rotary embeddings of their own.
+    "gemma3": (
+        Gemma3TextConfig, {**_HEADS, **_WINDOW, "query_pre_attn_scalar": 8, "sliding_window_pattern": 2},
+    ),
     "mistral": (MistralConfig, {**_HEADS, **_WINDOW}),
     "gpt_neox": (GPTNeoXConfig, {}),
     "phi3": (Phi3Config, _GROUPED),
@@ -52,7 +55,9 @@ CONFIGS = {
 ARCHITECTURES = tuple(CONFIGS)
 
 
-def model(architecture: str = "llama", seed: int = 0, spread: float = 0.3) -> LanguageModel:
+def model(
+    architecture: str = "llama", seed: int = 0, spread: float = 0.3, layers: int = SHAPE.layers
+) -> LanguageModel:
     """A random model of two blocks and width 32; ``spread`` is the width of its weights."""
     tok = organism.tokenizer()
     made, extra = CONFIGS[architecture]
@@ -60,7 +65,7 @@ def model(architecture: str = "llama", seed: int = 0, spread: float = 0.3) -> La
         vocab_size=len(tok),
         hidden_size=SHAPE.width,
         intermediate_size=SHAPE.hidden,
-        num_hidden_layers=SHAPE.layers,
+        num_hidden_layers=layers,
         num_attention_heads=SHAPE.heads,
         max_position_embeddings=256,
         initializer_range=spread,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from harmlens.judges import Judgement
 from harmlens.models import LanguageModel, last_logits, padded, tokens
+from harmlens.prompts import Pair
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ def fit_token_sets(
     return TokenSets(leading(p_comply, p_refuse), leading(p_refuse, p_comply))
 
 
+def fit_to_pairs(lm: LanguageModel, pairs: Sequence[Pair], *, factor: float = 2.0, **options) -> TokenSets:
+    """:func:`fit_token_sets` on both sides of some pairs, x1 answered and x0 refused.
+
+    Use other pairs than those that are measured: discovery pairs, where evaluation pairs are reported.
+    """
+    answered, refused = ([getattr(pair, side).render(lm) for pair in pairs] for side in ("x1", "x0"))
+    return fit_token_sets(lm, answered, refused, factor=factor, **options)
+
+
 def logit_difference(logits: Float[Tensor, "*batch vocab"], sets: TokenSets) -> Float[Tensor, "*batch"]:
     """Y1: compliance minus refusal, in logits. Linear enough to be the primary outcome.
 
@@ -93,6 +103,65 @@ def refusal_log_odds(
     """Y2: minus the log-odds of a refusal token, in float64 (Arditi et al. 2024, sign flipped)."""
     p = logits.double().softmax(-1)[..., list(sets.refuse)].sum(-1)
     return (1 - p + eps).log() - (p + eps).log()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A first-token outcome as patching takes it.
+
+    Attributes:
+        name: as in the table above.
+        value: logits [row, vocab] -> one value for each row; those of ``ids`` only, where given.
+        ids: the tokens that are read, which saves computing the logits of all others; None for all.
+    """
+
+    name: str
+    value: Callable[[Tensor], Tensor]
+    ids: tuple[int, ...] | None = None
+
+
+def y1(sets: TokenSets) -> Outcome:
+    """Y1 as an :class:`Outcome`: see :func:`logit_difference`."""
+    n, m = len(sets.comply), len(sets.refuse)
+    local = TokenSets(tuple(range(n)), tuple(range(n, n + m)))
+    return Outcome("Y1", lambda logits: logit_difference(logits, local), (*sets.comply, *sets.refuse))
+
+
+def y2(sets: TokenSets) -> Outcome:
+    """Y2 as an :class:`Outcome`: see :func:`refusal_log_odds`."""
+    return Outcome("Y2", lambda logits: refusal_log_odds(logits, sets))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Mean log-probability per token of one given reply to each prompt, teacher-forced.
+
+    Attributes:
+        texts: one reply for each pair, the same behind both of its prompts.
+        skip: leave out this many first tokens.
+    """
+
+    texts: Sequence[str]
+    skip: int = 0
+    name: str = "reply"
+
+
+@dataclass(frozen=True)
+class Replies:
+    """Y3 as patching takes it: the harmful reply's log-probability per token minus the refusal's.
+
+    Attributes:
+        harmful, refusals: one of each for each pair.
+        skip: leave out this many first tokens of both: with 1 the first word is given, and what is left
+            is how the answer goes on.
+    """
+
+    harmful: Sequence[str]
+    refusals: Sequence[str]
+    skip: int = 0
+
+    def parts(self) -> tuple[Reply, Reply]:
+        return tuple(Reply(texts, self.skip) for texts in (self.harmful, self.refusals))
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ _OKABE_ITO = {"orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue":
 STAGE_COLOURS = {"base": _OKABE_ITO["grey"], "mid": _OKABE_ITO["sky"],
                  "sft": _OKABE_ITO["blue"], "dpo": _OKABE_ITO["green"]}  # fmt: skip
 HARMFUL, HARMLESS, CONTROL = _OKABE_ITO["red"], _OKABE_ITO["green"], _OKABE_ITO["grey"]
+MLP, ATTENTION, LAYER = _OKABE_ITO["orange"], _OKABE_ITO["sky"], _OKABE_ITO["blue"]
 
 
 def style() -> None:
@@ -165,3 +166,76 @@ def bars(
     keys = [Patch(color=colours[name], alpha=0.75, label=name) for name in series]
     ax.legend(handles=keys, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(4, len(series)))
     return fig
+
+
+def layers(
+    panels: Mapping[str, Mapping[str, Sequence[Estimate]]],
+    *,
+    ylabel: str,
+    colours: Mapping[str, str],
+    seeds: bool = True,
+) -> Figure:
+    """Effects of layers: one panel for each key, one curve with its band for each series.
+
+    Args:
+        panels: title -> series -> one estimate for each layer.
+        seeds: draw the single training seeds as thin lines.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.3), sharey=True, squeeze=False)
+    for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+        for name, values in curves.items():
+            x, colour = np.arange(len(values)), colours[name]
+            ax.fill_between(
+                x, [e.low for e in values], [e.high for e in values], color=colour, alpha=0.18, lw=0
+            )
+            ax.plot(x, [e.value for e in values], "o-", ms=4, color=colour, label=name)
+            for seed in values[0].per_seed if seeds else ():
+                ax.plot(x, [e.per_seed[seed].value for e in values], color=colour, lw=0.7, alpha=0.6)
+        ax.set(xlabel="layer", title=title)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel(ylabel)
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    handles = [plt.Line2D([], [], marker="o", ms=4, color=colours[name], label=name) for name in names]
+    fig.legend(handles=handles, loc="outside upper left", ncols=len(names))
+    return fig
+
+
+def heat(
+    panels: Mapping[str, np.ndarray],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    limit: float | None = 1.0,
+    xlabel: str = "layer",
+    annotate: bool = True,
+) -> Figure:
+    """Heat maps side by side on one scale that is symmetric about zero (blue below, red above).
+
+    Args:
+        panels: title -> values [row, column]; NaN is left white.
+        limit: end of the colour scale; None for the largest absolute value.
+        annotate: write the values into the cells, except those that round to zero.
+    """
+    tallest = max(0.36 * len(rows) + 1.2, 2.2)
+    wide = max(0.42 * len(columns), 2.4)
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(wide * len(panels) + 1.8, tallest), sharey=True, squeeze=False
+    )
+    top = limit or float(np.nanmax(np.abs(np.stack(list(panels.values())))))
+    for ax, (title, values) in zip(axes[0], panels.items(), strict=True):
+        last = ax is axes[0, -1]
+        sns.heatmap(
+            values, ax=ax, cmap="RdBu_r", vmin=-top, vmax=top, center=0, fmt="",
+            annot=np.array([[_short(v) for v in row] for row in values]) if annotate else False,
+            annot_kws={"size": 7.5}, xticklabels=list(columns), yticklabels=list(rows), cbar=last,
+            cbar_kws={"label": label}, linewidths=0.4, linecolor="white",
+        )  # fmt: skip
+        ax.set(title=title, xlabel=xlabel)
+        ax.tick_params(axis="both", length=0, rotation=0)
+    return fig
+
+
+def _short(value: float) -> str:
+    return "" if not abs(value) >= 0.05 else f"{value:.1f}"

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens.models import LanguageModel, padded, tokens
+from harmlens.models import LanguageModel, Message, padded, tokens
 
 
 @torch.no_grad()
@@ -37,6 +37,25 @@ def hidden_states(
         for i, row in zip(index, torch.stack([s[:, -1].float().cpu() for s in states], dim=1), strict=True):
             out[i] = row
     return torch.stack(out)
+
+
+def up_to(lm: LanguageModel, chat: str | Sequence[Message], words: str) -> str:
+    """A rendered chat, cut behind the last place where ``words`` stand.
+
+    In a causal model the states at the last token of what is left are those of the whole text, since
+    nothing that follows can change them. So :func:`hidden_states` of it reads the chat at these words.
+
+    Raises:
+        ValueError: the words do not stand there, or a token reaches beyond their end.
+    """
+    text = lm.render(chat)
+    if not words or words not in text:
+        raise ValueError(f"words={words!r} do not stand in the rendered chat {text!r}")
+    part = text[: text.rindex(words) + len(words)]
+    ids = tokens(lm.tokenizer, part)
+    if tokens(lm.tokenizer, text)[: len(ids)] != ids:
+        raise ValueError(f"words={words!r} end inside a token; give words that end where a token ends")
+    return part
 
 
 @torch.no_grad()

@@ -123,6 +123,40 @@ def _partners(item: world.Item, others: Sequence[world.Item], swap: str) -> list
     ]
 
 
+def roles(lm: LanguageModel, pair: Pair) -> dict[str, list[int]]:
+    """Token positions of a pair by role, for patching groups of positions.
+
+    ========  ==================================================================
+    changed   from the first to the last token in which the two sides differ
+    request   what follows it in the last user message
+    template  what follows the message, up to the last position (excluded)
+    last      the last position, where the answer begins
+    ========  ==================================================================
+
+    A role that a pair lacks is left out. Positions count from the start of the rendered prompt.
+    Tokens before the first difference are the same in both runs and have no role.
+
+    Raises:
+        ValueError: the sides differ in length or not at all.
+    """
+    check(lm, [pair])
+    text, other = (side.render(lm) for side in (pair.x1, pair.x0))
+    ids, others = tokens(lm.tokenizer, text), tokens(lm.tokenizer, other)
+    differ = [i for i, (a, b) in enumerate(zip(ids, others, strict=True)) if a != b]
+    if not differ:
+        raise ValueError(f"pair {pair.id!r} has two equal sides, so no position has a role")
+    # The message ends where the text behind it begins: the same markup closes every user message.
+    content = pair.x1.messages[-1]["content"]
+    stop = len(tokens(lm.tokenizer, text[: text.rindex(content) + len(content)]))
+    groups = {
+        "changed": range(differ[0], differ[-1] + 1),
+        "request": range(differ[-1] + 1, max(stop, differ[-1] + 1)),
+        "template": range(max(stop, differ[-1] + 1), len(ids) - 1),
+        "last": range(len(ids) - 1, len(ids)),
+    }
+    return {name: list(where) for name, where in groups.items() if where}
+
+
 def check(lm: LanguageModel, pairs: Sequence[Pair]) -> int:
     """Refuse pairs that can't be compared position by position.
 
