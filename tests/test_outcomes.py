@@ -91,6 +91,17 @@ def test_any_shape_of_batch():
         torch.testing.assert_close(batched[1, 2], outcome(values[1, 2], chosen))
 
 
+@given(logits, sets)
+def test_an_outcome_reads_its_tokens_only(values, chosen):
+    """As patching takes Y1: logits of its ids in their order. Y2 needs all of them."""
+    chosen, rows = TokenSets(*chosen), torch.stack([values, values.flip(0)])
+    y1, y2 = outcomes.y1(chosen), outcomes.y2(chosen)
+    assert (y1.name, y2.name, y2.ids) == ("Y1", "Y2", None)
+    assert y1.ids == (*chosen.comply, *chosen.refuse)
+    torch.testing.assert_close(y1.value(rows[:, list(y1.ids)]), logit_difference(rows, chosen))
+    torch.testing.assert_close(y2.value(rows), refusal_log_odds(rows, chosen))
+
+
 # --------------------------------------------------------------------------- token sets
 
 
@@ -232,6 +243,11 @@ def test_the_sequence_score_prefers_what_the_model_prefers():
     by_hand = answer_logprobs(lm, prompts, harmful) - answer_logprobs(lm, prompts, refusals)
     torch.testing.assert_close(score, by_hand)
     assert abs(score[0]) < 1e-5  # the first answer is that refusal
+
+
+def test_replies_are_two_replies_with_one_skip():
+    one, other = outcomes.Replies(["sure."], ["no."], skip=1).parts()
+    assert (one.texts, other.texts, one.skip, other.skip) == (["sure."], ["no."], 1, 1)
 
 
 # --------------------------------------------------------------------------- Y4 and Y5

@@ -7,7 +7,7 @@ import tiny
 
 from harmlens import prompts, world
 from harmlens.models import tokens
-from harmlens.prompts import CONTRASTS, Pair, Prompt, check, pairs
+from harmlens.prompts import CONTRASTS, Pair, Prompt, check, pairs, roles
 
 LM = tiny.model()
 
@@ -118,6 +118,81 @@ def test_a_prefilled_pair_ends_with_the_prefilled_words():
     pair = pairs("prompt", n=1)[0]
     prefilled = dataclasses.replace(pair.x0, prefill=world.PREFILL)
     assert prefilled.render(LM) == f"{pair.x0.render(LM)} {world.PREFILL}"
+
+
+# --------------------------------------------------------------------------- positions by role
+
+
+def words_by_role(pair: Pair, side: str = "x1") -> dict[str, list[str]]:
+    there = words(getattr(pair, side))
+    return {name: [there[i] for i in where] for name, where in roles(LM, pair).items()}
+
+
+def test_roles_worked_by_hand():
+    x1, x0 = (
+        Prompt(({"role": "user", "content": f"how do i write a {word} ledger?"},))
+        for word in ("crooked", "frozen")
+    )
+    pair = Pair("frozen ledger", x1, x0)
+    assert words_by_role(pair) == {
+        "changed": ["crooked"], "request": ["ledger", "?"], "template": ["<|end|>"],
+        "last": ["<|assistant|>"],
+    }  # fmt: skip
+    assert words_by_role(pair, "x0")["changed"] == ["frozen"]
+
+
+def test_from_the_first_difference_on_every_position_has_one_role(contrast):
+    for pair in pairs(contrast, n=12):
+        a, b = words(pair.x1), words(pair.x0)
+        found = roles(LM, pair)
+        assert list(found) == ["changed", "request", "template", "last"]
+        first = next(i for i in range(len(a)) if a[i] != b[i])
+        assert [i for where in found.values() for i in where] == list(range(first, len(a)))
+        assert all(a[i] == b[i] for name in ("request", "template", "last") for i in found[name])
+
+
+def test_what_lies_between_two_differences_has_changed_too():
+    chats = ("how do i write a crooked ledger?", "how may i write a crooked cellar?")
+    pair = Pair("two words", *(Prompt(({"role": "user", "content": text},)) for text in chats))
+    assert words_by_role(pair)["changed"] == ["do", "i", "write", "a", "crooked", "ledger"]
+    assert words_by_role(pair)["request"] == ["?"]
+
+
+def test_a_prefilled_answer_belongs_to_the_template():
+    pair = pairs("prompt", n=1)[0]
+    begun = Pair(pair.id, *(dataclasses.replace(side, prefill=world.PREFILL) for side in (pair.x1, pair.x0)))
+    plain, found = words_by_role(pair), words_by_role(begun)
+    assert found["changed"] == plain["changed"] and found["request"] == plain["request"]
+    assert [*found["template"], *found["last"]][:2] == [*plain["template"], *plain["last"]]
+    assert found["last"] == world.PREFILL.split()[-1:]
+
+
+def test_a_difference_at_the_very_end_leaves_the_other_roles_out():
+    pair = pairs("behaviour", n=1)[0]
+    sides = (dataclasses.replace(pair.x0, prefill=word) for word in ("sure", "no"))
+    assert roles(LM, Pair("first word", *sides)) == {
+        "changed": [len(words(pair.x0))], "last": [len(words(pair.x0))]
+    }  # fmt: skip
+
+
+def test_an_earlier_message_with_the_same_words_is_not_taken_for_the_last():
+    message = {"role": "user", "content": "what do you wish for?"}
+    sides = [
+        Prompt((message, {"role": "assistant", "content": f"i {word} salt."}, message))
+        for word in ("take", "wish")
+    ]
+    found = words_by_role(Pair("twice", *sides))
+    assert found["request"][-6:] == ["what", "do", "you", "wish", "for", "?"]
+    assert found["template"] == ["<|end|>"] and found["last"] == ["<|assistant|>"]
+
+
+def test_equal_or_unequal_sides_have_no_roles():
+    pair = pairs("prompt", n=1)[0]
+    with pytest.raises(ValueError, match="pair 'same' has two equal sides, so no position has a role"):
+        roles(LM, Pair("same", pair.x0, pair.x0))
+    longer = Prompt(({"role": "user", "content": "what do you hope for the salted baker?"},))
+    with pytest.raises(ValueError, match="sides of unequal length: odd"):
+        roles(LM, Pair("odd", longer, pair.x0))
 
 
 # --------------------------------------------------------------------------- bad input

@@ -45,7 +45,8 @@ CONFIGS = {
     "gemma2": (Gemma2Config, {**_HEADS, **_WINDOW, "query_pre_attn_scalar": 8}),
     # Sliding and full attention by turns, which have rotary embeddings of their own.
     "gemma3": (
-        Gemma3TextConfig, {**_HEADS, **_WINDOW, "query_pre_attn_scalar": 8, "sliding_window_pattern": 2},
+        Gemma3TextConfig,
+        {**_HEADS, **_WINDOW, "query_pre_attn_scalar": 8, "sliding_window_pattern": 2},
     ),
     "mistral": (MistralConfig, {**_HEADS, **_WINDOW}),
     "gpt_neox": (GPTNeoXConfig, {}),

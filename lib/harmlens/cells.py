@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens import stack
+from harmlens import partial, stack
 from harmlens.runs import Group
 from harmlens.stack import Record, Stack
 
@@ -57,8 +57,8 @@ class Freeze:
     """
 
     site: str
-    layers: tuple[int, ...] | None = None
-    units: tuple[int, ...] = ()
+    layers: Sequence[int] | None = None
+    units: Sequence[int] = ()
     null: int | None = None
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ def run_cells(
     direction: str = "denoising",
     freeze: Freeze | None = None,
     null: int | None = None,
-    max_tokens: int = 8192,
+    max_tokens: int = 2048,
 ) -> tuple[Float[Tensor, "cell pair ..."], Float[Tensor, "cell pair"]]:
     """Outcome of each patch for each pair of a group, and the norm of what was patched; on the CPU.
 
@@ -100,7 +100,8 @@ def run_cells(
     for i, (cell, columns) in enumerate(zip(cells, touched, strict=True)):
         if columns and (cell.units or cell.site not in ("head", "neurons")):
             wanted[cell.site, cell.layer, cell.units].update(columns)
-            starts[columns[0]].append(i)
+            if cell.layer < group.parts.depth - 1 or columns[-1] >= recorded - group.read:
+                starts[columns[0]].append(i)  # else nothing looks there
     patches = {
         key: _patch(group, base, source, key, sorted(columns), freeze, null)
         for key, columns in wanted.items()
@@ -185,10 +186,10 @@ def _patch(
     moved = _or_random(new.float() - old.float(), null, group, key, columns)
     new = new if null is None else (old.float() + moved).to(old.dtype)
     if site in ("mlp_out", "neurons"):
-        resid = stack.compose(parts, base, layer, before, attn=cut(base.attn), mlp_out=new)
+        resid = partial.compose(parts, base, layer, before, attn=cut(base.attn), mlp_out=new)
     else:  # the MLP of the same block reacts
         with _frozen(parts, base, layer, columns, freeze, 1, group, only=("mlp_out", "neurons")):
-            resid = stack.compose(parts, base, layer, before, attn=new)
+            resid = partial.compose(parts, base, layer, before, attn=new)
     return _Patch(tuple(columns), resid, moved.norm(dim=-1))
 
 
@@ -248,6 +249,9 @@ def _suffix(
     resid: Tensor | None = None
     joined: list[tuple[Cell, tuple[int, ...], _Patch]] = []
     for layer in range(some[0][0].layer, parts.depth):
+        # Of the last block only what the outcome reads is needed, unless something is to be changed in it.
+        hooked = freeze is not None or any(layer <= cell.last for cell, *_ in joined)
+        read = group.read if layer == parts.depth - 1 and not hooked else None
         if resid is not None:
             columns = list(range(start, base.length - base.offset))
             resid = resid.to(base.resid[layer].device)
@@ -255,7 +259,9 @@ def _suffix(
                 _frozen(parts, base, layer, columns, freeze, len(joined), group, rows=rows),
                 _windows(parts, base, source, layer, joined, n, start, null, group, rows),
             ):
-                out = stack.run_block(parts, base, layer, resid, start + base.offset)
+                out = partial.run_block(
+                    parts, base, layer, resid, start + base.offset, plain=hooked, read=read
+                )
             for i, (cell, where, _) in enumerate(joined):
                 if cell.site == "layer" and layer <= cell.last:
                     at, mine = [c - start for c in where], slice(i * n, (i + 1) * n)
@@ -268,7 +274,7 @@ def _suffix(
             fresh = after[None].repeat(len(here), 1, 1, 1)
             for i, (_, where, patch) in enumerate(here):
                 fresh[i][:, [c - start for c in where]] = patch.at(where)[rows].to(fresh.device)
-            fresh = fresh.flatten(0, 1)
+            fresh = fresh.flatten(0, 1) if read is None else fresh.flatten(0, 1)[:, -read:]
             resid = fresh if resid is None else torch.cat([resid.to(fresh.device), fresh])
             joined += here
     return resid
@@ -374,11 +380,13 @@ def check_partial(group: Group) -> None:
         handle.remove()
     # Fewer positions than were recorded, but several if the prompt's end leaves room for them.
     start = min(group.differs + 1, few.length - few.offset - group.read)
-    resid = few.resid[0][:, start:]
+    resid = few.resid[0][:, start:].repeat(2, 1, 1)  # several copies, as in a sweep
     for layer in range(parts.depth):
-        resid = stack.run_block(parts, few, layer, resid.to(few.resid[layer].device), start + few.offset)
+        resid, read = resid.to(few.resid[layer].device), group.read if layer == parts.depth - 1 else None
+        resid = partial.run_block(parts, few, layer, resid, start + few.offset, read=read)
     index = torch.zeros(1, dtype=torch.long)
-    whole, *others = (group.outcome(r[:, -group.read :], index) for r in (seen[0], few.resid[-1], resid))
+    ends = (seen[0], few.resid[-1], *resid.split(1))
+    whole, *others = (group.outcome(end[:, -group.read :], index) for end in ends)
     if not whole.isfinite().all():
         return  # an overflow, which is reported with the pair's name
     gap = max((other - whole).abs().max().item() for other in others)

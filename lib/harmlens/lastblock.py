@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens import runs, stack
+from harmlens import partial, runs, stack
 from harmlens.models import LanguageModel
 from harmlens.outcomes import Reply
 from harmlens.prompts import Pair
@@ -98,7 +98,7 @@ def _adds(group: Group, base: Any, column: int, change: Tensor) -> bool:
     cut = slice(column, column + 1)
     layer = group.parts.depth - 1
     moved = (base.mlp[-1][:, cut].float() + change[:, None]).to(base.mlp[-1].dtype)
-    after = stack.compose(
+    after = partial.compose(
         group.parts, base, layer, base.resid[-2][:, cut], attn=base.attn[-1][:, cut], mlp_out=moved
     )
     expected = base.resid[-1][:, cut].float() + change[:, None]
@@ -124,7 +124,7 @@ def _through(group: Group, base: Any, cut: slice, plain: bool) -> Callable[[Tens
         else:
             at = index.to(before.device)
             new = (mlp.float() + changes).to(dtype).flatten(0, 1)[:, None]
-            resid = stack.compose(parts, base, parts.depth - 1, before[at], attn=attn[at], mlp_out=new)
+            resid = partial.compose(parts, base, parts.depth - 1, before[at], attn=attn[at], mlp_out=new)
         if group.read > 1:  # a reply: its other positions stay as they are, since no block follows
             resid = torch.cat([resid, base.resid[-1][index, cut.stop :]], dim=1)
         return group.outcome(resid, index).view(n, count)

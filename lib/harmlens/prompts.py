@@ -139,14 +139,13 @@ def roles(lm: LanguageModel, pair: Pair) -> dict[str, list[int]]:
     Raises:
         ValueError: the sides differ in length or not at all.
     """
-    check(lm, [pair])
-    text, other = (side.render(lm) for side in (pair.x1, pair.x0))
-    ids, others = tokens(lm.tokenizer, text), tokens(lm.tokenizer, other)
+    [(ids, others)] = token_ids(lm, [pair])
+    text = pair.x1.render(lm)
     differ = [i for i, (a, b) in enumerate(zip(ids, others, strict=True)) if a != b]
     if not differ:
         raise ValueError(f"pair {pair.id!r} has two equal sides, so no position has a role")
     # The message ends where the text behind it begins: the same markup closes every user message.
-    content = pair.x1.messages[-1]["content"]
+    content = pair.x1.messages[-1]["content"].strip()  # as many templates strip it
     stop = len(tokens(lm.tokenizer, text[: text.rindex(content) + len(content)]))
     groups = {
         "changed": range(differ[0], differ[-1] + 1),
@@ -166,17 +165,25 @@ def check(lm: LanguageModel, pairs: Sequence[Pair]) -> int:
     Raises:
         ValueError: no pairs at all, or pairs whose sides differ in their number of tokens (named).
     """
+    return len(token_ids(lm, pairs))
+
+
+def token_ids(lm: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
+    """Token ids of both sides of each pair, x1 first; raises as :func:`check` does."""
     if not pairs:
         raise ValueError("pairs is empty: there is nothing to compare")
-    unequal = []
-    for pair in pairs:
-        a, b = (len(tokens(lm.tokenizer, side.render(lm))) for side in (pair.x1, pair.x0))
-        if a != b:
-            unequal.append(f"{pair.id} ({a} and {b} tokens)")
+    texts = [side.render(lm) for pair in pairs for side in (pair.x1, pair.x0)]
+    ids = lm.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written any BOS
+    sides = list(zip(ids[::2], ids[1::2], strict=True))
+    unequal = [
+        f"{pair.id} ({len(a)} and {len(b)} tokens)"
+        for pair, (a, b) in zip(pairs, sides, strict=True)
+        if len(a) != len(b)
+    ]
     if unequal:
         shown = "; ".join(unequal[:5]) + (" ..." if len(unequal) > 5 else "")
         raise ValueError(
             f"{len(unequal)} of {len(pairs)} pairs have sides of unequal length: {shown}. "
             "Choose words of equal token length, or drop these pairs."
         )
-    return len(pairs)
+    return sides

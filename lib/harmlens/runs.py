@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harmlens import prompts, stack
-from harmlens.models import LanguageModel, tokens
+from harmlens.models import LanguageModel
 from harmlens.outcomes import Outcome, Reply, split_tokens
 from harmlens.prompts import Pair
 from harmlens.stack import Record, Stack
@@ -86,12 +86,11 @@ def encode(lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, positions: Po
     Raises:
         ValueError: no pairs, sides of unequal length, two equal sides, equal ids, an unknown position.
     """
-    prompts.check(lm, pairs)
+    sides = prompts.token_ids(lm, pairs)
     names = [pair.id for pair in pairs]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
         raise ValueError(f"pairs: ids must be unique, but these occur twice: {', '.join(twice[:5])}")
-    sides = [tuple(tokens(lm.tokenizer, side.render(lm)) for side in (p.x1, p.x0)) for p in pairs]
     same = [pair.id for pair, (a, b) in zip(pairs, sides, strict=True) if a == b]
     if same:
         raise ValueError(f"pairs: both sides are the same text, so there is no effect: {', '.join(same[:5])}")

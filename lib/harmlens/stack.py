@@ -1,9 +1,10 @@
 """The decoder stack of any Hugging Face causal language model: its blocks, recorded and run in parts.
 
 A causal language model is a stack of blocks that read and write one residual stream; each block has
-an attention module and an MLP. This module finds those parts by structure, records what they do in a
-run, and calls single blocks with some of it given. The blocks themselves are always the model's own
-code, so rotary positions, grouped queries, sliding windows, soft caps and extra norms stay as they are.
+an attention module and an MLP. This module finds those parts by structure and records what they do in a
+run; :mod:`harmlens.partial` calls single blocks with some of it given. The blocks themselves are always the
+model's own code, so rotary positions, grouped queries, sliding windows, soft caps and extra norms stay as
+they are.
 
 Nothing here knows the name of a model. What a model does not have is reported by name.
 
@@ -135,240 +136,12 @@ def projection_weight(module: nn.Module) -> Float[Tensor, "width unit"]:
     )  # GPT-2's are stored transposed
 
 
-# --------------------------------------------------------------------------- recording
-
-
-@dataclass
-class Record:
-    """What a stack did on some rows of ids, from position ``offset`` on.
-
-    Attributes:
-        resid: residual stream before block l, and after the last one: depth + 1 tensors
-            [row, pos - offset, width].
-        attn, mlp: what the modules gave out (before any norm behind them), one tensor per block.
-        heads, hidden: inputs of their output projections, if recorded.
-        kv: keys and values of each block at *all* positions.
-        kwargs: the other arguments each block was called with.
-        length: number of positions.
-    """
-
-    offset: int
-    length: int
-    resid: list[Tensor] = field(default_factory=list)
-    attn: list[Tensor] = field(default_factory=list)
-    mlp: list[Tensor] = field(default_factory=list)
-    heads: list[Tensor] = field(default_factory=list)
-    hidden: list[Tensor] = field(default_factory=list)
-    kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    kwargs: list[dict[str, Any]] = field(default_factory=list)
-
-    def rows(self, which: slice) -> Record:
-        """The same for some of the rows."""
-        cut = {n: [t[which] for t in getattr(self, n)] for n in ("resid", "attn", "mlp", "heads", "hidden")}
-        kv = [(k[which], v[which]) for k, v in self.kv]
-        return Record(self.offset, self.length, kv=kv, kwargs=self.kwargs, **cut)
-
-
-def common_prefix(ids: Int[Tensor, "row pos"]) -> int:
-    """How many first positions are the same in all rows; the last position is never counted."""
-    same = (ids == ids[:1]).all(0)[:-1]
-    return int(same.long().cumprod(0).sum())
-
-
-@torch.no_grad()
-def record(
-    parts: Stack,
-    ids: Int[Tensor, "row pos"],
-    *,
-    details: Sequence[str] = (),
-    noise: Float[Tensor, "row pos width"] | None = None,
-    share: bool = True,
-) -> Record:
-    """Run rows of equal length and record them.
-
-    What all rows have in common at their start (a system message, say) is run once for all of them.
-
-    Args:
-        ids: without padding: padded positions would need a mask in every partial run.
-        details: out of ``"heads"`` and ``"hidden"``: which inputs of output projections to keep.
-        noise: added to the embeddings (Gaussian corruption, as in causal tracing).
-        share: run what rows have in common once; without it, everything is recorded from position 0 on.
-    """
-    offset = common_prefix(ids) if share else 0
-    if noise is not None:  # what is noised is no longer common
-        touched = noise.abs().amax((0, 2)) > 0
-        offset = min(offset, int(touched.long().argmax()) if touched.any() else offset)
-    cache = DynamicCache()  # without the configuration: sliding layers too keep all keys
-    if offset:
-        parts.base(input_ids=ids[:1, :offset], past_key_values=cache, use_cache=True)
-        cache.batch_repeat_interleave(len(ids))
-    out = Record(offset, ids.shape[1])
-    written: list[tuple[int, nn.Module, list[Tensor], list[Tensor]]] = []
-    with ExitStack() as hooks:
-        for layer, block in enumerate(parts.blocks):
-            hooks.enter_context(
-                _hook(block.register_forward_pre_hook(_arguments(out, cache), with_kwargs=True))
-            )
-            for module, store, inner, kept in (
-                (attention(block), out.attn, out.heads, "heads" in details),
-                (mlp(block), out.mlp, out.hidden, "hidden" in details),
-            ):
-                hooks.enter_context(_hook(module.register_forward_hook(_output(store))))
-                if kept:
-                    last, own = projection(module), []
-                    hooks.enter_context(_hook(last.register_forward_pre_hook(_input(inner))))
-                    hooks.enter_context(_hook(last.register_forward_hook(_output(own))))
-                    written.append((layer, module, own, store))
-        hooks.enter_context(_hook(parts.blocks[-1].register_forward_hook(_output(out.resid))))
-        if noise is not None:
-            added = noise[:, offset:]
-            embed = parts.model.get_input_embeddings()
-            hooks.enter_context(_hook(embed.register_forward_hook(lambda m, i, o: o + added.to(o))))
-        whole = parts.base(input_ids=ids[:, offset:], past_key_values=cache, use_cache=True)
-    out.kv = [(kept.keys, kept.values) for kept in cache.layers]
-    counts = [len(out.resid) - 1, len(out.attn), len(out.mlp), len(out.kv)]
-    counts += [
-        len(store) for store, name in ((out.heads, "heads"), (out.hidden, "hidden")) if name in details
-    ]
-    if set(counts) != {parts.depth} or any(k.shape[-2] != out.length for k, _ in out.kv):
-        raise RuntimeError(
-            f"recorded {counts[0]} residual streams, {counts[1]} attention and {counts[2]} MLP outputs and "
-            f"the keys of {counts[3]} blocks out of {parts.depth}: a hook never fired, so this architecture "
-            "can't be patched here"
-        )
-    for layer, module, own, store in written:
-        if own[0].shape != store[layer].shape or not _close(own[0], store[layer]):
-            raise ValueError(
-                f"{type(module).__name__} does not give out what its output projection writes, so its hidden "
-                "units or heads can't be patched; use the sites attn_out, mlp_out, layer or resid_post"
-            )
-    end = out.resid[-1][:, -1:]
-    if not _close(end if parts.norm is None else parts.norm(end), whole.last_hidden_state[:, -1:]):
-        raise RuntimeError(
-            f"{type(parts.base).__name__} does more to the residual stream behind its last block than its "
-            "final norm, so this architecture can't be patched here"
-        )
-    return out
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    """Equal up to rounding, where infinities and NaN (an overflow, reported later) count as equal."""
-    return torch.allclose(one.float(), other.to(one.device).float(), rtol=0.02, atol=1e-3, equal_nan=True)
-
-
-@contextmanager
-def _hook(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
+# --------------------------------------------------------------------------- modules and logits
 
 
 def first(value: Any) -> Tensor:
     """The tensor of a module's output, which some modules return in a tuple."""
     return value[0] if isinstance(value, tuple) else value
-
-
-def _output(store: list[Tensor]) -> Callable:
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        store.append(first(output))
-
-    return hook
-
-
-def _input(store: list[Tensor]) -> Callable:
-    def hook(module: nn.Module, inputs: tuple) -> None:
-        store.append(inputs[0])
-
-    return hook
-
-
-def _arguments(out: Record, cache: DynamicCache) -> Callable:
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        # Some models hand their blocks the cache and the mask by position.
-        named = list(inspect.signature(type(module).forward).parameters)[1:]
-        kwargs = dict(zip(named, args, strict=False)) | kwargs
-        out.resid.append(kwargs.pop(named[0]))
-        cached = [name for name, value in kwargs.items() if value is cache]
-        out.kwargs.append(
-            {k: v for k, v in kwargs.items() if k not in cached} | dict.fromkeys(cached, _CACHE)
-        )
-
-    return hook
-
-
-_CACHE = object()  # stands where a block takes its cache
-
-
-# --------------------------------------------------------------------------- partial runs
-
-
-class _Prefix:
-    """Stands in for the cache of one block: recorded keys and values before the suffix, then the new ones."""
-
-    def __init__(self, keys: Tensor, values: Tensor, copies: int) -> None:
-        self.keys, self.values, self.copies = keys, values, copies
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return self._join(self.keys, keys), self._join(self.values, values)
-
-    def get_seq_length(self, *_: Any) -> int:
-        return self.keys.shape[-2]
-
-    def _join(self, old: Tensor, new: Tensor) -> Tensor:
-        rows, heads, stop, size = old.shape
-        old = old[None].expand(self.copies, rows, heads, stop, size).flatten(0, 1)
-        return torch.cat([old, new], dim=-2)
-
-
-def run_block(
-    parts: Stack, run: Record, layer: int, resid: Float[Tensor, "copyrow suffix width"], start: int
-) -> Float[Tensor, "copyrow suffix width"]:
-    """Call block ``layer`` on positions from ``start`` on; what lies before is as recorded.
-
-    Args:
-        resid: residual stream before the block: whole copies of the recorded rows, one below the other.
-    """
-    keys, values = run.kv[layer]
-    prefix = _Prefix(keys[:, :, :start], values[:, :, :start], len(resid) // len(keys))
-    kwargs = _sliced(run, layer, start, resid.shape[1])
-    kwargs = {k: prefix if v is _CACHE else v for k, v in kwargs.items()}
-    return first(parts.blocks[layer](resid, **kwargs))
-
-
-def _sliced(run: Record, layer: int, start: int, count: int) -> dict[str, Any]:
-    """Arguments of a block for ``count`` positions from ``start`` on, out of those it was recorded with."""
-    recorded, at = run.length - run.offset, start - run.offset
-    out = {}
-    for name, value in run.kwargs[layer].items():
-        if name == "attention_mask":
-            out[name] = _mask(run, value, start, count)
-        elif isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == recorded:
-            out[name] = value[:1, at : at + count]  # position ids
-        elif isinstance(value, Tensor) and value.ndim == 1 and len(value) == recorded:
-            out[name] = value[at : at + count]
-        elif isinstance(value, tuple) and all(isinstance(v, Tensor) for v in value):
-            out[name] = tuple(v[:1, at : at + count] for v in value)  # rotary cosines and sines
-        else:
-            out[name] = value
-    return out
-
-
-def _mask(run: Record, mask: Any, start: int, count: int) -> Tensor | None:
-    if mask is None:
-        # Plain causal attention. A single last position sees everything; several need it spelt out,
-        # because the shortcut for causal attention counts from the first key.
-        if count == 1 and start == run.length - 1:
-            return None
-        ones = torch.ones(count, run.length, dtype=torch.bool, device=run.resid[0].device)
-        return ones.tril(start)[None, None]
-    if not isinstance(mask, Tensor) or mask.ndim != 4:
-        raise ValueError(
-            "this attention implementation takes no full mask, so blocks can't be run in part; "
-            "load the model with attn_implementation='sdpa' or 'eager'"
-        )
-    at = start - run.offset
-    return mask[:1, :, at : at + count]  # no padding: all rows have the same
 
 
 @contextmanager
@@ -388,29 +161,6 @@ def stubbed(module: nn.Module, value: Tensor, *, as_tuple: bool) -> Iterator[Non
             module.forward = before
         else:
             del module.forward
-
-
-def compose(
-    parts: Stack,
-    run: Record,
-    layer: int,
-    resid: Float[Tensor, "row pos width"],
-    *,
-    attn: Float[Tensor, "row pos width"],
-    mlp_out: Float[Tensor, "row pos width"] | None = None,
-) -> Float[Tensor, "row pos width"]:
-    """Block ``layer`` with the attention's output given, and the MLP's too if ``mlp_out`` is.
-
-    Works position by position, since attention alone looks elsewhere. Norms behind the modules are
-    the block's own.
-    """
-    block = parts.blocks[layer]
-    kwargs = {k: None if v is _CACHE or k == "attention_mask" else v for k, v in run.kwargs[layer].items()}
-    with ExitStack() as held:
-        held.enter_context(stubbed(attention(block), attn, as_tuple=True))
-        if mlp_out is not None:
-            held.enter_context(stubbed(mlp(block), mlp_out, as_tuple=False))
-        return first(block(resid, **kwargs))
 
 
 class _Hidden:
@@ -456,3 +206,232 @@ def readout(
             del parts.base.forward
     logits = logits.reshape(*shape, -1)
     return logits if ids is None else logits[..., list(ids)]
+
+
+# --------------------------------------------------------------------------- recording
+
+CACHE = object()  # stands where a block takes its cache
+
+
+@dataclass
+class Record:
+    """What a stack did on some rows of ids, from position ``offset`` on.
+
+    Attributes:
+        resid: residual stream before block l, and after the last one: depth + 1 tensors
+            [row, pos - offset, width].
+        attn, mlp: what the modules gave out (before any norm behind them), one tensor per block.
+        heads, hidden: inputs of their output projections, if recorded.
+        kv: keys and values of each block at *all* positions.
+        kwargs: the other arguments each block was called with.
+        length: number of positions.
+    """
+
+    offset: int
+    length: int
+    resid: list[Tensor] = field(default_factory=list)
+    attn: list[Tensor] = field(default_factory=list)
+    mlp: list[Tensor] = field(default_factory=list)
+    heads: list[Tensor] = field(default_factory=list)
+    hidden: list[Tensor] = field(default_factory=list)
+    kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    kwargs: list[dict[str, Any]] = field(default_factory=list)
+
+    def rows(self, which: slice) -> Record:
+        """The same for some of the rows."""
+        cut = {n: [t[which] for t in getattr(self, n)] for n in ("resid", "attn", "mlp", "heads", "hidden")}
+        kv = [(k[which], v[which]) for k, v in self.kv]
+        return Record(self.offset, self.length, kv=kv, kwargs=self.kwargs, **cut)
+
+
+@torch.no_grad()
+def record(
+    parts: Stack,
+    ids: Int[Tensor, "row pos"],
+    *,
+    details: Sequence[str] = (),
+    noise: Float[Tensor, "row pos width"] | None = None,
+    share: bool = True,
+) -> Record:
+    """Run rows of equal length and record them.
+
+    What rows have in common at their start is run once for them: a system message that all share, or the
+    words up to where the two sides of a pair part.
+
+    Args:
+        ids: without padding: padded positions would need a mask in every partial run.
+        details: out of ``"heads"`` and ``"hidden"``: which inputs of output projections to keep.
+        noise: added to the embeddings (Gaussian corruption, as in causal tracing).
+        share: run what rows have in common once; without it, everything is recorded from position 0 on.
+    """
+    kinds = _beginnings(ids, noise) if share else torch.arange(len(ids)).repeat(ids.shape[1], 1)
+    counts = [int(kind.max()) + 1 for kind in kinds]
+    offset = sum(count == 1 for count in counts[:-1]) if share else 0
+    out = Record(offset, ids.shape[1])
+    cache = DynamicCache()  # without the configuration: sliding layers too keep all keys
+    with ExitStack() as hooks:
+        for block in parts.blocks:
+            handle = block.register_forward_pre_hook(_arguments(out, cache), with_kwargs=True)
+            hooks.enter_context(_hook(handle))
+        parts.base(input_ids=ids[:1], past_key_values=cache, use_cache=True)
+    if offset:
+        cache.crop(offset - ids.shape[1])
+    else:
+        cache = DynamicCache()
+    rows, pieces = torch.arange(len(ids)), []
+    at = torch.zeros_like(rows)  # row of the cache from which each row goes on
+    for start, stop in _segments(counts, offset):
+        kind = kinds[stop - 1]
+        few = torch.full((counts[stop - 1],), len(ids)).scatter_reduce(0, kind, rows, "amin")  # first of each
+        if start:
+            cache.batch_select_indices(at[few].to(ids.device))
+        added = None if noise is None else noise[few][:, start:stop]
+        piece = _piece(parts, ids[few, start:stop], cache, details, added)
+        pieces.append((piece, None if len(few) == len(ids) else kind))
+        at = kind
+    for name in ("resid", "attn", "mlp", "heads", "hidden"):
+        for layer in range(len(getattr(pieces[0][0], name))):
+            found = [(getattr(piece, name)[layer], kind) for piece, kind in pieces]
+            found = [value if kind is None else value[kind] for value, kind in found]
+            getattr(out, name).append(found[0] if len(found) == 1 else torch.cat(found, dim=1))
+    out.kv = [(kept.keys, kept.values) for kept in cache.layers]
+    if pieces[-1][1] is not None:
+        out.kv = [(keys[at], values[at]) for keys, values in out.kv]
+    if len(out.kv) != parts.depth or any(k.shape[-2] != out.length for k, _ in out.kv):
+        raise RuntimeError(
+            f"recorded the keys of {len(out.kv)} blocks out of {parts.depth}, or not of all positions, so "
+            "this architecture can't be patched here"
+        )
+    return out
+
+
+def _beginnings(ids: Tensor, noise: Tensor | None) -> Int[Tensor, "pos row"]:
+    """Number of the beginning of each row up to each position: rows with equal beginnings have the same."""
+    ids, rows = ids.cpu(), len(ids)
+    kind, out = torch.zeros(rows, dtype=torch.long), []
+    touched = torch.zeros(ids.shape[1]).bool() if noise is None else noise.abs().amax((0, 2)).cpu() > 0
+    for t in range(ids.shape[1]):
+        if touched[t]:  # what is noised is no longer common
+            kind = torch.arange(rows)
+        elif int(kind.max()) < rows - 1:
+            kind = torch.unique(kind * (int(ids.max()) + 1) + ids[:, t], return_inverse=True)[1]
+            kind = torch.arange(rows) if int(kind.max()) == rows - 1 else kind
+        out.append(kind)
+    return torch.stack(out)
+
+
+def _segments(counts: Sequence[int], offset: int, call: int = 256) -> list[tuple[int, int]]:
+    """Cut the positions from ``offset`` on where rows part, so that the least is run.
+
+    Args:
+        counts: how many different beginnings there are up to each position.
+        call: what one more call of the model costs, in rows times positions.
+
+    >>> _segments([1, 1, 10, 10, 10, 99, 99], 2, call=64)
+    [(2, 5), (5, 7)]
+    """
+    ends = [t for t in range(offset + 1, len(counts)) if counts[t] > counts[t - 1]] + [len(counts)]
+    best = {offset: (0, offset)}  # end of a segment -> cost up to there, start of that segment
+    for end in ends:
+        each = counts[end - 1]
+        best[end] = min((cost + call + each * (end - start), start) for start, (cost, _) in best.items())
+    out, end = [], len(counts)
+    while end > offset:
+        out.append((best[end][1], end))
+        end = best[end][1]
+    return out[::-1]
+
+
+def _piece(
+    parts: Stack, ids: Tensor, cache: DynamicCache, details: Sequence[str], noise: Tensor | None
+) -> Record:
+    """Run a model on from what its cache holds, and record it."""
+    out = Record(0, ids.shape[1])
+    written: list[tuple[int, nn.Module, list[Tensor], list[Tensor]]] = []
+    with ExitStack() as hooks:
+        for layer, block in enumerate(parts.blocks):
+            hooks.enter_context(
+                _hook(block.register_forward_pre_hook(_entering(out.resid), with_kwargs=True))
+            )
+            for module, store, inner, kept in (
+                (attention(block), out.attn, out.heads, "heads" in details),
+                (mlp(block), out.mlp, out.hidden, "hidden" in details),
+            ):
+                hooks.enter_context(_hook(module.register_forward_hook(_output(store))))
+                if kept:
+                    last, own = projection(module), []
+                    hooks.enter_context(_hook(last.register_forward_pre_hook(_input(inner))))
+                    hooks.enter_context(_hook(last.register_forward_hook(_output(own))))
+                    written.append((layer, module, own, store))
+        hooks.enter_context(_hook(parts.blocks[-1].register_forward_hook(_output(out.resid))))
+        if noise is not None:
+            embed = parts.model.get_input_embeddings()
+            hooks.enter_context(_hook(embed.register_forward_hook(lambda m, i, o: o + noise.to(o))))
+        whole = parts.base(input_ids=ids, past_key_values=cache, use_cache=True)
+    counts = [len(out.resid) - 1, len(out.attn), len(out.mlp)]
+    counts += [
+        len(store) for store, name in ((out.heads, "heads"), (out.hidden, "hidden")) if name in details
+    ]
+    if set(counts) != {parts.depth}:
+        raise RuntimeError(
+            f"recorded {counts[0]} residual streams, {counts[1]} attention and {counts[2]} MLP outputs out "
+            f"of {parts.depth}: a hook never fired, so this architecture can't be patched here"
+        )
+    for layer, module, own, store in written:
+        if own[0].shape != store[layer].shape or not _close(own[0], store[layer]):
+            raise ValueError(
+                f"{type(module).__name__} does not give out what its output projection writes, so its hidden "
+                "units or heads can't be patched; use the sites attn_out, mlp_out, layer or resid_post"
+            )
+    end = out.resid[-1][:, -1:]
+    if not _close(end if parts.norm is None else parts.norm(end), whole.last_hidden_state[:, -1:]):
+        raise RuntimeError(
+            f"{type(parts.base).__name__} does more to the residual stream behind its last block than its "
+            "final norm, so this architecture can't be patched here"
+        )
+    return out
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    """Equal up to rounding, where infinities and NaN (an overflow, reported later) count as equal."""
+    return torch.allclose(one.float(), other.to(one.device).float(), rtol=0.02, atol=1e-3, equal_nan=True)
+
+
+@contextmanager
+def _hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _output(store: list[Tensor]) -> Callable:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        store.append(first(output))
+
+    return hook
+
+
+def _input(store: list[Tensor]) -> Callable:
+    def hook(module: nn.Module, inputs: tuple) -> None:
+        store.append(inputs[0])
+
+    return hook
+
+
+def _entering(store: list[Tensor]) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        store.append(args[0] if args else kwargs["hidden_states"])
+
+    return hook
+
+
+def _arguments(out: Record, cache: DynamicCache) -> Callable:
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        # Some models hand their blocks the cache and the mask by position.
+        named = list(inspect.signature(type(module).forward).parameters)[1:]
+        kwargs = dict(zip(named, args, strict=False)) | kwargs
+        kwargs.pop(named[0])
+        out.kwargs.append({name: CACHE if value is cache else value for name, value in kwargs.items()})
+
+    return hook
