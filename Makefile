@@ -18,11 +18,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test notebooks scorecard organism sync clean clean-all
+.PHONY: help setup book test bench notebooks scorecard organism sync clean clean-all
 
 help:
 	@echo "make book       run the notebooks and render the book (unchanged notebooks are not run again)"
 	@echo "make test       style, unit and notebook tests, and the book from the stored outputs"
+	@echo "make bench      time patching beside TransformerLens and the machine's floor (three minutes)"
 	@echo "make notebooks  run the notebooks and store their outputs and results in the repository"
 	@echo "make scorecard  compute build/scorecard.json from the result files"
 	@echo "make organism   train the model organism again (resumes where it stopped)"
@@ -64,6 +65,10 @@ test: $(STAMP)
 	@$(PY) -m ruff format --check lib tests tools
 	@$(PY) -m pytest tests notebooks --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg \
 	  --nbval-cell-timeout 600 -n $(WORKERS) --dist loadfile $(ARGS)
+
+bench: export TQDM_DISABLE := 1
+bench: $(STAMP)
+	@$(PY) tests/benchmarks/run.py $(ARGS)
 
 notebooks: $(STAMP)
 	@$(PY) tools/refresh_notebooks.py $(ARGS)

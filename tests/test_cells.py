@@ -11,7 +11,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
 from harmlens import outcomes, patching, prompts, runs, stack
-from harmlens.cells import SITES, Cell, Freeze, check_partial, run_cells
+from harmlens.cells import SITES, Cell, Freeze, _drawn, check_partial, run_cells
 from harmlens.models import LanguageModel, tokens
 from harmlens.outcomes import Replies, Reply, TokenSets
 
@@ -312,6 +312,21 @@ def test_the_size_is_the_norm_of_what_is_moved():
             torch.testing.assert_close(found.size[i, layer, 0, 0], want, atol=1e-4, rtol=1e-4)
 
 
+def test_every_layer_of_a_window_is_moved_at_random():
+    """Behind the last block, a window over all blocks has moved the stream by the sum of three steps."""
+    lm = tiny.model(layers=3)
+    group, last = recorded(lm, PAIRS[:1]), prompts.roles(lm, PAIRS[0])["last"][0]
+    column, seen = last - group.x0.offset, []
+    group.outcome = lambda resid, index: seen.append(resid[:, -1]) or resid[:, -1, 0]
+    run_cells(group, [Cell("layer", 0, (column,), until=2)], null=3)
+    step = torch.zeros(1, 32)
+    for layer in range(3):
+        own = [run.resid[layer + 1] - run.resid[layer] for run in (group.x1, group.x0)]
+        far = (own[0] - own[1])[:, column].norm()
+        step += far * _drawn(group, (3, "layer", layer, ()), [column], slice(None), 32)[:, 0]
+    torch.testing.assert_close(seen[-1], group.x0.resid[-1][:, column] + step, atol=1e-4, rtol=1e-4)
+
+
 def test_a_null_draw_does_not_depend_on_what_else_is_swept():
     lm = tiny.model(layers=3)
     alone = patching.sweep(lm, PAIRS, Y1, sites=("mlp_out",), null=1, layers=[1])
@@ -369,8 +384,8 @@ def test_memory_is_bounded(limit):
 
 
 def recorded(lm: LanguageModel, pairs, outcome=Y1, **options):
-    """The first group of pairs, recorded."""
-    encoded = runs.encode(lm, pairs, outcome, "last")
+    """The first group of pairs, recorded at all positions."""
+    encoded = runs.encode(lm, pairs, outcome, "all")
     return next(iter(runs.groups(lm, stack.stack(lm), encoded, **options)))
 
 

@@ -334,6 +334,7 @@ def test_a_line_that_was_cut_off_is_survived(tmp_path, calls, rest):
 
 
 OTHERS = {
+    "nothing": {},
     "layers": {"layers": [0, 1]},
     "as many cells": {"layers": [1, 0, 2]},
     "sites": {"sites": ("resid_post",)},
@@ -349,6 +350,7 @@ OTHERS = {
     "units": {"sites": ("neurons",), "units": {"a": {0: range(40)}}},
     "other units": {"sites": ("neurons",), "units": {"a": {0: range(1, 41)}}},
     "tokens": {"outcome": outcomes.y1(TokenSets((5,), (7,)))},
+    "as many other tokens": {"outcome": outcomes.y1(TokenSets((5, 9, 21), (7, 31)))},
     "Y2": {"outcome": outcomes.y2(SETS)},
     "Y2 of other tokens": {"outcome": outcomes.y2(TokenSets((5, 9, 20), (7,)))},
     "function": {"outcome": lambda logits: logits[:, 5]},

@@ -82,7 +82,7 @@ def run_cells(
     direction: str = "denoising",
     freeze: Freeze | None = None,
     null: int | None = None,
-    max_tokens: int = 2048,
+    max_tokens: int = 3072,
 ) -> tuple[Float[Tensor, "cell pair ..."], Float[Tensor, "cell pair"]]:
     """Outcome of each patch for each pair of a group, and the norm of what was patched; on the CPU.
 
@@ -157,8 +157,11 @@ def _patch(
     site, layer, units = key
     parts, block = group.parts, group.parts.blocks[layer]
 
+    run = slice(columns[0], columns[-1] + 1)
+    where = run if len(columns) == run.stop - run.start else columns  # without copying, where possible
+
     def cut(tensors: list[Tensor], at: int = layer) -> Tensor:
-        return tensors[at][:, columns]
+        return tensors[at][:, where]
 
     before, after = cut(base.resid), cut(base.resid, layer + 1)
     if site in ("resid_post", "layer"):

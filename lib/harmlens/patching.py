@@ -156,7 +156,7 @@ def sweep(
     freeze: Freeze | None = None,
     null: int | None = None,
     noise: float | None = None,
-    max_tokens: int = 2048,
+    max_tokens: int = 3072,
     batch_size: int = 128,
     progress: str | None = None,
     save: str | Path | None = None,
@@ -248,7 +248,7 @@ def across(
     *,
     sites: Sequence[str] = ("layer",),
     positions: str = "all",
-    max_tokens: int = 2048,
+    max_tokens: int = 3072,
 ) -> Sweep:
     """Patch activations of *another model* that reads the same prompts: the model contrast.
 

@@ -57,7 +57,7 @@ def vary(
     windows: Sequence[int] = WINDOWS,
     null: int | None = None,
     sites: Sequence[str] = SITES,
-    max_tokens: int = 2048,
+    max_tokens: int = 3072,
     progress: str | None = None,
 ) -> dict[Setting, dict[str, np.ndarray]]:
     """Effects of every layer under every setting.

@@ -182,15 +182,15 @@ def _group(
     ids = ids.to(lm.device)
     if noise is not None:
         ids, added = _noised(parts, ids, n, noise, [encoded.pairs[i].id for i in index])
-    run = stack.record(parts, ids, details=details, noise=added)
-    columns = {
-        name: tuple(c - run.offset for c in where if c >= run.offset)
-        for name, where in encoded.columns[index[0]].items()
-    }
+    where = encoded.columns[index[0]]
+    read = 1 if reply is None else reply.shape[1]
+    since = min(ids.shape[1] - read, *(min(columns) for columns in where.values()))
+    run = stack.record(parts, ids, details=details, noise=added, since=since)
+    columns = {name: tuple(c - run.offset for c in at if c >= run.offset) for name, at in where.items()}
     return Group(
         parts, index, run.rows(slice(0, n)), run.rows(slice(n, None)), columns,
         # Without any noise the two runs are one, and the first difference may lie in their common prefix.
-        max(0, int(differ.long().argmax()) - run.offset), 1 if reply is None else reply.shape[1],
+        max(0, int(differ.long().argmax()) - run.offset), read,
         first_token(parts, encoded.outcome) if reply is None else _reply(parts, encoded.outcome, reply),
         [encoded.pairs[i].id for i in index], ids[:1],
     )  # fmt: skip

@@ -252,6 +252,7 @@ def record(
     details: Sequence[str] = (),
     noise: Float[Tensor, "row pos width"] | None = None,
     share: bool = True,
+    since: int = 0,
 ) -> Record:
     """Run rows of equal length and record them.
 
@@ -263,39 +264,41 @@ def record(
         details: out of ``"heads"`` and ``"hidden"``: which inputs of output projections to keep.
         noise: added to the embeddings (Gaussian corruption, as in causal tracing).
         share: run what rows have in common once; without it, everything is recorded from position 0 on.
+        since: keep only keys and values of what lies before this position.
     """
     kinds = _beginnings(ids, noise) if share else torch.arange(len(ids)).repeat(ids.shape[1], 1)
     counts = [int(kind.max()) + 1 for kind in kinds]
-    offset = sum(count == 1 for count in counts[:-1]) if share else 0
-    out = Record(offset, ids.shape[1])
+    shared = sum(count == 1 for count in counts[:-1]) if share else 0
+    out = Record(max(shared, min(since, ids.shape[1] - 1)), ids.shape[1])
     cache = DynamicCache()  # without the configuration: sliding layers too keep all keys
     with ExitStack() as hooks:
         for block in parts.blocks:
             handle = block.register_forward_pre_hook(_arguments(out, cache), with_kwargs=True)
             hooks.enter_context(_hook(handle))
         parts.base(input_ids=ids[:1], past_key_values=cache, use_cache=True)
-    if offset:
-        cache.crop(offset - ids.shape[1])
+    if shared:
+        cache.crop(shared - ids.shape[1])
     else:
         cache = DynamicCache()
     rows, pieces = torch.arange(len(ids)), []
     at = torch.zeros_like(rows)  # row of the cache from which each row goes on
-    for start, stop in _segments(counts, offset):
+    for start, stop in _segments(counts, shared):
         kind = kinds[stop - 1]
         few = torch.full((counts[stop - 1],), len(ids)).scatter_reduce(0, kind, rows, "amin")  # first of each
         if start:
             cache.batch_select_indices(at[few].to(ids.device))
         added = None if noise is None else noise[few][:, start:stop]
         piece = _piece(parts, ids[few, start:stop], cache, details, added)
-        pieces.append((piece, None if len(few) == len(ids) else kind))
+        if stop > out.offset:
+            pieces.append((piece, slice(max(0, out.offset - start), None), kind))
         at = kind
     for name in ("resid", "attn", "mlp", "heads", "hidden"):
         for layer in range(len(getattr(pieces[0][0], name))):
-            found = [(getattr(piece, name)[layer], kind) for piece, kind in pieces]
-            found = [value if kind is None else value[kind] for value, kind in found]
-            getattr(out, name).append(found[0] if len(found) == 1 else torch.cat(found, dim=1))
+            found = [(getattr(piece, name)[layer][:, cut], kind) for piece, cut, kind in pieces]
+            found = [value if len(value) == len(ids) else value[kind] for value, kind in found]
+            getattr(out, name).append(torch.cat(found, dim=1))
     out.kv = [(kept.keys, kept.values) for kept in cache.layers]
-    if pieces[-1][1] is not None:
+    if counts[-1] < len(ids):
         out.kv = [(keys[at], values[at]) for keys, values in out.kv]
     if len(out.kv) != parts.depth or any(k.shape[-2] != out.length for k, _ in out.kv):
         raise RuntimeError(
@@ -315,7 +318,8 @@ def _beginnings(ids: Tensor, noise: Tensor | None) -> Int[Tensor, "pos row"]:
             kind = torch.arange(rows)
         elif int(kind.max()) < rows - 1:
             kind = torch.unique(kind * (int(ids.max()) + 1) + ids[:, t], return_inverse=True)[1]
-            kind = torch.arange(rows) if int(kind.max()) == rows - 1 else kind
+            # Where nearly all differ, putting the rest in its places costs more than running it.
+            kind = torch.arange(rows) if int(kind.max()) + 1 > 0.8 * rows else kind
         out.append(kind)
     return torch.stack(out)
 

@@ -62,6 +62,7 @@ LOOPS = {
 }
 
 
+CONTRASTS = ("prompt", "behaviour")
 BARS = {"patch_grid": 12, "patch_last": 40, "neurons_last": 200}
 
 
@@ -210,14 +211,14 @@ class Floor:
             "keys": sum(size[f"self_attn.{which}_proj.weight"] for which in "kv"),
             "width": config.hidden_size,
             "depth": config.num_hidden_layers,
+            "length": self.case.ids()[0].shape[1],
         }
         for name, value in facts.items():
             object.__setattr__(self, name, value)
 
     def run(self, rows: Sequence[int], below: int = -1) -> float:
         """Rows at each position, the last at the end, in the blocks above one; the last position is read."""
-        length = self.case.ids()[0].shape[1]
-        first = length - len(rows)
+        first = self.length - len(rows)
         look = [2 * self.width * (first + i + 1) for i in range(len(rows))]
         full = sum(count * (self.block + at) for count, at in zip(rows, look, strict=True))
         final = sum(rows[:-1]) * self.keys + rows[-1] * (self.block + look[-1])
@@ -288,20 +289,19 @@ def worst(by_contrast: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def measure(
     name: str = "organism/sft-0",
     *,
-    contrasts: Sequence[str] = ("prompt", "behaviour"),
     pairs: int | None = None,
     repeats: int = 8,
 ) -> dict[str, Any]:
     """All numbers of ``bench.json``."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    by_contrast = {contrast: case(name, contrast, pairs) for contrast in contrasts}
+    by_contrast = {contrast: case(name, contrast, pairs) for contrast in CONTRASTS}
     rate = matmul_rate((1024, 1024, 1024))
     out: dict[str, Any] = {}
     for key, positions in (("patch_grid", "each"), ("patch_last", "last")):
         rows = {which: sweeps(one, positions, rate, repeats) for which, one in by_contrast.items()}
         out[key] = worst(rows)
-    one = by_contrast[contrasts[0]]
+    one = by_contrast[CONTRASTS[0]]
     needed = Floor(one).both_runs() + Floor(one).neurons()
     out["neurons_last"] = compare(
         one, partial(our_neurons, one), partial(their_neurons, one), needed, rate, repeats,
