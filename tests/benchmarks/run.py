@@ -4,9 +4,9 @@ Both sides do the same work in one process, on the same organism, pairs and dtyp
 tokenise the pairs, run both sides of each, and patch every cell. After a warm-up each is repeated and the
 fastest run counts. Seconds are processor time, so that other programs do not slow down either side.
 TransformerLens keeps only the activations that it needs. It takes no padding here, so the pairs are those of
-the commonest length. The numbers are those of the prompt contrast, which most claims are about; ``by_contrast``
-holds the behaviour contrast too. There the prompts part at the author's name, near their start, and much less
-can be saved.
+the commonest length. The numbers are those of the prompt contrast, which most claims are about;
+``by_contrast`` holds the behaviour contrast too. There the prompts part at the author's name, near their
+start, and much less can be saved.
 
 ``ratio`` compares whole calls. ``patching_ratio`` compares the patched runs alone: what comes before them,
 both runs of each pair above all, is taken off on both sides.
