@@ -44,6 +44,14 @@ class Cell:
         return self.layer if self.until is None else self.until
 
 
+def windowed(
+    site: str, layer: int, depth: int, window: int, columns: tuple[int, ...], units: tuple[int, ...] = ()
+) -> Cell:
+    """A cell of ``window`` neighbouring layers around ``layer``, cut off at the ends of the stack."""
+    low, high = max(0, layer - window // 2), min(depth - 1, layer + window // 2)
+    return Cell(site, low, columns, units, high if window > 1 else None)
+
+
 @dataclass(frozen=True)
 class Freeze:
     """Modules that keep the unpatched run's output downstream of a patch, which severs paths through them.

@@ -403,13 +403,12 @@ def _cells(
     labels: Sequence[str],
     window: int,
 ) -> Iterator[cells.Cell]:
-    half, depth = window // 2, group.parts.depth
+    depth = group.parts.depth
     for _, site, units in names:
         for layer in chosen:
             for label in labels:
                 which = tuple(units.get(layer, ())) if isinstance(units, dict) else units
-                low, high = max(0, layer - half), min(depth - 1, layer + half)
-                yield cells.Cell(site, low, group.columns[label], which, high if window > 1 else None)
+                yield cells.windowed(site, layer, depth, window, group.columns[label], which)
 
 
 # --------------------------------------------------------------------------- results as they come

@@ -125,7 +125,7 @@ def _read(
         group.outcome = _everything(parts, sets, torch.tensor([encoded.replies[i] for i in group.index]))
         y1, y0 = (group.unpatched(run).cpu() for run in (group.x1, group.x0))
         for direction, window in product(DIRECTIONS, windows):
-            todo = [_cell(site, layer, parts.depth, window, group.columns[where]) for site in sites
+            todo = [cells.windowed(site, layer, parts.depth, window, group.columns[where]) for site in sites
                     for layer in range(parts.depth)]  # fmt: skip
             values, _ = cells.run_cells(group, todo, direction=direction, null=null, max_tokens=max_tokens)
             effects = values - y0 if direction == "denoising" else y1 - values
@@ -141,11 +141,6 @@ def _put(into: dict[str, Tensor], name: str, values: Tensor, index: list[int], n
     if name not in into:
         into[name] = torch.full((n, *values.shape[1:]), float("nan"))
     into[name][index] = values
-
-
-def _cell(site: str, layer: int, depth: int, window: int, columns: tuple[int, ...]) -> cells.Cell:
-    low, high = max(0, layer - window // 2), min(depth - 1, layer + window // 2)
-    return cells.Cell(site, low, columns, (), high if window > 1 else None)
 
 
 def _everything(parts: stack.Stack, sets: TokenSets, targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

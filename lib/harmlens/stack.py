@@ -145,7 +145,7 @@ def first(value: Any) -> Tensor:
 
 
 @contextmanager
-def stubbed(module: nn.Module, value: Tensor, *, as_tuple: bool) -> Iterator[None]:
+def stubbed(module: nn.Module, value: Any, *, as_tuple: bool) -> Iterator[None]:
     """Let a module give out ``value`` without computing anything.
 
     >>> with stubbed(attention(block), zeros, as_tuple=True):  # doctest: +SKIP
@@ -195,15 +195,8 @@ def readout(
         return logits if parts.soft_cap is None else parts.soft_cap * (logits / parts.soft_cap).tanh()
     shape, flat = resid.shape[:-1], resid.reshape(-1, 1, resid.shape[-1])
     dummy = torch.zeros(len(flat), 1, dtype=torch.long, device=flat.device)
-    had, before = "forward" in parts.base.__dict__, parts.base.__dict__.get("forward")
-    parts.base.forward = lambda *a, **k: _Hidden(flat)
-    try:
+    with stubbed(parts.base, _Hidden(flat), as_tuple=False):
         logits = parts.model(input_ids=dummy, use_cache=False).logits[:, -1].float()
-    finally:
-        if had:
-            parts.base.forward = before
-        else:
-            del parts.base.forward
     logits = logits.reshape(*shape, -1)
     return logits if ids is None else logits[..., list(ids)]
 
