@@ -219,6 +219,11 @@ def _drawn(
     return drawn / drawn.norm(dim=-1, keepdim=True)
 
 
+def _added(resid: list[Tensor], layer: int, columns: Sequence[int]) -> Float[Tensor, "pair column width"]:
+    """What a block adds to the residual stream."""
+    return resid[layer + 1][:, list(columns)].float() - resid[layer][:, list(columns)].float()
+
+
 def _apart(
     base: Record, source: Record, site: str, layer: int, columns: Sequence[int]
 ) -> Float[Tensor, "pair column width"]:
@@ -226,7 +231,7 @@ def _apart(
 
     def output(run: Record) -> Tensor:
         if site == "layer":
-            return run.resid[layer + 1][:, list(columns)].float() - run.resid[layer][:, list(columns)].float()
+            return _added(run.resid, layer, columns)
         return {"attn_out": run.attn, "mlp_out": run.mlp}[site][layer][:, list(columns)].float()
 
     return output(source) - output(base)
@@ -296,12 +301,11 @@ def _moved(
     group: Group, rows: slice, cell: Cell,
 ) -> Tensor:  # fmt: skip
     """A block's contribution in the source run (for the null: as far from ours in a random direction)."""
-    at = list(where)
-    source = (theirs[layer + 1][:, at] - theirs[layer][:, at]).float()
+    source = _added(theirs, layer, where)
     if null is None:
         return source
-    own = (ours[layer + 1][:, at] - ours[layer][:, at]).float()
-    return own + _or_random(source - own, null, group, (cell.site, layer, cell.units), at, rows)
+    own = _added(ours, layer, where)
+    return own + _or_random(source - own, null, group, (cell.site, layer, cell.units), where, rows)
 
 
 @contextmanager

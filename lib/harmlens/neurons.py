@@ -265,14 +265,12 @@ def screen(
         ValueError: a layer that does not exist; bad pairs.
     """
     parts = stack.stack(lm)
-    chosen = list(range(parts.depth)) if layers is None else list(layers)
-    if not chosen or not set(chosen) <= set(range(parts.depth)):
-        raise ValueError(f"layers={layers} must be a non-empty list out of 0 to {parts.depth - 1}")
+    chosen = stack.some_layers(parts, layers)
     if isinstance(outcome, Replies | Reply):
         raise ValueError("outcome: the screen reads the first word; use a first-token outcome such as Y1")
     encoded = runs.encode(lm, pairs, outcome, "last")
     n, toward = len(pairs), 1.0 if direction == "denoising" else -1.0
-    _check_direction(direction)
+    patching.check_direction(direction)
     y1, y0 = torch.zeros(n), torch.zeros(n)
     effects: dict[int, list] = {layer: [None] * n for layer in chosen}
     sizes: dict[int, list] = {layer: [None] * n for layer in chosen}
@@ -441,7 +439,7 @@ def _last(
     progress: str | None,
 ) -> NeuronEffects:
     """Run ``compute`` (patched outcomes and sizes [pair, label]) on every group; put the pairs in order."""
-    _check_direction(direction)
+    patching.check_direction(direction)
     if isinstance(outcome, Replies):
         a, b = (
             _last(lm, pairs, o, labels, compute, direction, batch_size, progress) for o in outcome.parts()
@@ -477,11 +475,6 @@ def _last(
         group.parts.depth - 1, tuple(range(values.shape[1])) if labels is None else labels,
         tuple(p.id for p in pairs), direction, y1, y0, values, whole, sizes, " and ".join(sorted(methods)),
     )  # fmt: skip
-
-
-def _check_direction(direction: str) -> None:
-    if direction not in patching.DIRECTIONS:
-        raise ValueError(f"direction={direction!r} is unknown; choose 'denoising' or 'noising'")
 
 
 def _check_sets(sets: Mapping[Any, Sequence[int]], count: int) -> None:

@@ -201,9 +201,7 @@ def sweep(
         parts_of = [sweep(lm, pairs, part, **options) for part in outcome.parts()]
         return parts_of[0].minus(parts_of[1])
     parts = stack.stack(lm)
-    chosen = list(range(parts.depth)) if layers is None else list(layers)
-    if not chosen or not set(chosen) <= set(range(parts.depth)):
-        raise ValueError(f"layers={layers} must be a non-empty list out of 0 to {parts.depth - 1}")
+    chosen = stack.some_layers(parts, layers)
     encoded = runs.encode(lm, pairs, outcome, positions)
     labels = encoded.labels
     _check_units(parts, units, freeze)
@@ -324,6 +322,12 @@ def heads(lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, **options: Any
 # --------------------------------------------------------------------------- checks and labels
 
 
+def check_direction(direction: str) -> None:
+    """Refuse a direction of patching that there is not."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction={direction!r} is unknown; choose 'denoising' or 'noising'")
+
+
 def _check(
     sites: Sequence[str], direction: str, window: int, units: Any, noise: float | None, max_tokens: int,
     batch_size: int,
@@ -331,8 +335,7 @@ def _check(
     unknown = [site for site in sites if site not in cells.SITES]
     if unknown or not sites:
         raise ValueError(f"sites={list(sites)}: unknown {unknown}; choose from {', '.join(cells.SITES)}")
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction={direction!r} is unknown; choose 'denoising' or 'noising'")
+    check_direction(direction)
     if window < 1 or window % 2 == 0:
         raise ValueError(f"window={window} must be an odd number of layers, such as 1 or 3")
     if window > 1 and not set(sites) <= {"layer", "attn_out", "mlp_out"}:

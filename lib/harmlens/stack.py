@@ -89,6 +89,18 @@ def stack(lm: LanguageModel) -> Stack:
     return found if plain else Stack(*[getattr(found, f) for f in Stack.__dataclass_fields__][:-1], False)
 
 
+def some_layers(parts: Stack, layers: Sequence[int] | None) -> list[int]:
+    """Layers that were asked for, or all of them.
+
+    Raises:
+        ValueError: none, or one that the model does not have.
+    """
+    chosen = list(range(parts.depth)) if layers is None else list(layers)
+    if not chosen or not set(chosen) <= set(range(parts.depth)):
+        raise ValueError(f"layers={layers} must be a non-empty list out of 0 to {parts.depth - 1}")
+    return chosen
+
+
 def _child(block: nn.Module, names: Sequence[str], what: str) -> nn.Module:
     for name in names:
         if isinstance(getattr(block, name, None), nn.Module):
