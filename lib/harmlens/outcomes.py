@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from harmlens.judges import Judgement
@@ -164,7 +164,6 @@ class Replies:
         return tuple(Reply(texts, self.skip) for texts in (self.harmful, self.refusals))
 
 
-@torch.no_grad()
 def answer_logprobs(
     lm: LanguageModel,
     prompts: Sequence[str],
@@ -182,24 +181,51 @@ def answer_logprobs(
     Raises:
         ValueError: as many answers as prompts are needed, and each must have a token left.
     """
+    return follow(lm, prompts, answers, skip=skip, batch_size=batch_size)[0]
+
+
+@torch.no_grad()
+def follow(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    *,
+    skip: int = 0,
+    end: bool = False,
+    batch_size: int = 64,
+) -> tuple[Float[Tensor, " prompt"], Bool[Tensor, " prompt"]]:
+    """Force given answers: their mean log-probability per token, and whether greedy decoding gives them.
+
+    An answer of which every token is the most probable one is what greedy decoding would write, so one pass
+    tells what generation would take a pass for each word to tell.
+
+    Args:
+        skip: leave out this many first tokens of the answer.
+        end: count the end-of-answer token as part of the answer.
+
+    Raises:
+        ValueError: as for :func:`answer_logprobs`.
+    """
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer to each")
     rows, lengths = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         head, tail = split_tokens(lm, prompt, answer)
+        tail = [*tail, lm.tokenizer.eos_token_id] if end else tail
         if len(tail) <= skip:
             raise ValueError(f"the answer {answer!r} has no token left after skip={skip}")
         rows.append(head + tail)
         lengths.append(len(tail) - skip)
-    out = torch.empty(len(rows))
+    logprob, greedy = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
     for index, inputs in padded(lm, rows, batch_size):
         keep = max(lengths[i] for i in index) + 1
-        logits = lm.model(**inputs, logits_to_keep=keep).logits.float()
+        logits = lm.model(**inputs, logits_to_keep=keep).logits.float()[:, :-1]
         target = inputs["input_ids"][:, -(keep - 1) :]
-        logp = logits[:, :-1].log_softmax(-1).gather(-1, target[..., None])[..., 0].cpu()
-        for i, row in zip(index, logp, strict=True):
-            out[i] = row[-lengths[i] :].mean()
-    return out
+        logp = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0].cpu()
+        right = (logits.argmax(-1) == target).cpu()
+        for i, row, hits in zip(index, logp, right, strict=True):
+            logprob[i], greedy[i] = row[-lengths[i] :].mean(), hits[-lengths[i] :].all()
+    return logprob, greedy
 
 
 def split_tokens(lm: LanguageModel, prompt: str, answer: str) -> tuple[list[int], list[int]]:

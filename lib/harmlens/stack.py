@@ -68,18 +68,11 @@ def stack(lm: LanguageModel) -> Stack:
             f"{lm.name!r} was loaded with attn_implementation={kind!r}, which takes no full mask, so blocks "
             "can't be run in part; load it with attn_implementation='sdpa' or 'eager'"
         )
-    base = lm.model.get_decoder()
-    depth = lm.model.config.get_text_config().num_hidden_layers
-    lists = [m for m in base.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
-        raise ValueError(
-            f"{lm.name!r} ({type(lm.model).__name__}) has no list of {depth} decoder blocks; patching needs "
-            "a decoder-only causal language model"
-        )
+    base, found = lm.model.get_decoder(), blocks(lm)
     norms = [m for m in base.children() if "norm" in type(m).__name__.lower()]
     head = lm.model.get_output_embeddings()
     cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
-    found = Stack(lm.model, base, tuple(lists[0]), norms[-1] if norms else None, head, cap, True)
+    found = Stack(lm.model, base, found, norms[-1] if norms else None, head, cap, True)
     # A few rows of the head are cheaper than all of it, where the head is all that there is.
     with torch.no_grad():
         probe = torch.randn(1, found.width, generator=torch.Generator().manual_seed(0))
@@ -87,6 +80,22 @@ def stack(lm: LanguageModel) -> Stack:
         few, whole = readout(found, probe, ids=(0, 1)), readout(found, probe)[:, :2]
     plain = torch.allclose(few, whole, atol=1e-3, rtol=1e-2)
     return found if plain else Stack(*[getattr(found, f) for f in Stack.__dataclass_fields__][:-1], False)
+
+
+def blocks(lm: LanguageModel) -> tuple[nn.Module, ...]:
+    """The decoder blocks of a model.
+
+    Raises:
+        ValueError: the model has no list of blocks.
+    """
+    depth = lm.model.config.get_text_config().num_hidden_layers
+    for child in lm.model.get_decoder().children():
+        if isinstance(child, nn.ModuleList) and len(child) == depth:
+            return tuple(child)
+    raise ValueError(
+        f"{lm.name!r} ({type(lm.model).__name__}) has no list of {depth} decoder blocks; this needs a "
+        "decoder-only causal language model"
+    )
 
 
 def some_layers(parts: Stack, layers: Sequence[int] | None) -> list[int]:
