@@ -59,7 +59,14 @@ def _ratio(numerator: np.ndarray, denominator: np.ndarray, axis: int = -1) -> np
     return np.mean(numerator, axis=axis) / np.mean(denominator, axis=axis)
 
 
-_STATISTICS: dict[str, Callable] = {"mean": _mean, "median": _median, "ratio": _ratio}
+def _drop(before: np.ndarray, after: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
+    return 1 - np.mean(after, axis=axis) / np.mean(before, axis=axis)
+
+
+_STATISTICS: dict[str, Callable] = {
+    "mean": _mean, "median": _median, "ratio": _ratio, "relative drop": _drop,
+}  # fmt: skip
+_PAIRED = ("ratio", "relative drop")
 
 
 def _columns(name: str, values: ArrayLike) -> tuple[np.ndarray, ...]:
@@ -94,7 +101,7 @@ def _statistic(statistic: str | Callable, n_columns: int) -> Callable:
         return statistic
     if statistic not in _STATISTICS:
         raise ValueError(f"statistic: {statistic!r} is unknown; use {sorted(_STATISTICS)} or a function")
-    needed = 2 if statistic == "ratio" else 1
+    needed = 2 if statistic in _PAIRED else 1
     if n_columns != needed:
         raise ValueError(f"statistic: {statistic!r} needs {needed} column(s) of values, got {n_columns}")
     return _STATISTICS[statistic]
@@ -140,8 +147,16 @@ def _interval(
 def _all_same_outcome(columns: Sequence[np.ndarray], statistic: str | Callable) -> float | None:
     """0.0 or 1.0 if these are yes/no outcomes that all came out alike, else None.
 
-    Their bootstrap interval would be a point whatever n is; the exact binomial one is not.
+    Their bootstrap interval would be a point whatever n is; the exact binomial one is not. The same goes for
+    a relative drop where all that was there is gone, or all of it stayed.
     """
+    if statistic == "relative drop":
+        pairs = list(zip(columns[::2], columns[1::2], strict=True))
+        if not all(np.isin(column, (0.0, 1.0)).all() for column in columns):
+            return None
+        if all((after == 0).all() for _, after in pairs):
+            return 1.0
+        return 0.0 if all((after == before).all() for before, after in pairs) else None
     if statistic != "mean":
         return None
     first = float(columns[0][0])
@@ -161,8 +176,9 @@ def bootstrap_ci(
     Args:
         values: [units], or [units, columns] for a statistic of paired columns. One row is one item,
             request or pair.
-        statistic: "mean", "median", "ratio" (mean of column 0 over mean of column 1), or a function
-            of one array per column, vectorised along ``axis`` if it takes such an argument.
+        statistic: "mean", "median", "ratio" (mean of column 0 over mean of column 1), "relative drop"
+            (1 - mean of column 1, after, over mean of column 0, before), or a function of one array per
+            column, vectorised along ``axis`` if it takes such an argument.
         n_resamples: number of resamples.
         seed: of the resampling; the same seed gives the same interval.
         confidence: of the two-sided interval.
