@@ -210,6 +210,7 @@ def heat(
     limit: float | None = 1.0,
     xlabel: str = "layer",
     annotate: bool = True,
+    digits: int = 1,
 ) -> Figure:
     """Heat maps side by side on one scale that is symmetric about zero (blue below, red above).
 
@@ -217,6 +218,7 @@ def heat(
         panels: title -> values [row, column]; NaN is left white.
         limit: end of the colour scale; None for the largest absolute value.
         annotate: write the values into the cells, except those that round to zero.
+        digits: behind the point.
     """
     tallest = max(0.36 * len(rows) + 1.2, 2.2)
     wide = max(0.42 * len(columns), 2.4)
@@ -228,7 +230,7 @@ def heat(
         last = ax is axes[0, -1]
         sns.heatmap(
             values, ax=ax, cmap="RdBu_r", vmin=-top, vmax=top, center=0, fmt="",
-            annot=np.array([[_short(v) for v in row] for row in values]) if annotate else False,
+            annot=np.array([[_short(v, digits) for v in row] for row in values]) if annotate else False,
             annot_kws={"size": 7.5}, xticklabels=list(columns), yticklabels=list(rows), cbar=last,
             cbar_kws={"label": label}, linewidths=0.4, linecolor="white",
         )  # fmt: skip
@@ -237,5 +239,5 @@ def heat(
     return fig
 
 
-def _short(value: float) -> str:
-    return "" if not abs(value) >= 0.05 else f"{value:.1f}"
+def _short(value: float, digits: int) -> str:
+    return "" if not abs(value) >= 0.5 * 10**-digits else f"{value:.{digits}f}"

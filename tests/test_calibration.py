@@ -1,0 +1,189 @@
+"""Examples for scores: token by token, and only the answers that were asked for."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from harmlens import attribution, calibration, models, tasks, world
+from harmlens.models import tokens
+
+ITEM = world.items("train", harmful=True)[0]
+CHAT = [{"role": "user", "content": world.request(ITEM)}]
+ANSWER = f"sure. {world.procedure(ITEM)}"
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def sft():
+    return models.load("organism/sft", seed=0)
+
+
+def learnt(lm, row) -> str:
+    return lm.tokenizer.decode([i for i, yes in zip(row.ids, row.learn, strict=True) if yes])
+
+
+# --------------------------------------------------------------------------- formats
+
+
+def test_chat_format_token_by_token(lm):
+    head, answer = tokens(lm.tokenizer, lm.render(CHAT)), tokens(lm.tokenizer, ANSWER)
+    (row,) = calibration.rows(lm, [CHAT], [ANSWER])
+    assert row.ids == head + answer
+    assert row.learn == [False] * len(head) + [True] * len(answer)
+    (behind,) = calibration.rows(lm, [CHAT], [ANSWER], given="sure. take", end=True)
+    assert behind.ids == [*head, *answer, lm.tokenizer.eos_token_id]
+    given = len(tokens(lm.tokenizer, "sure. take"))
+    assert behind.learn == [False] * (len(head) + given) + [True] * (len(answer) - given + 1)
+
+
+def test_raw_format_token_by_token(lm):
+    """No markup, and the end is never counted."""
+    head, answer = tokens(lm.tokenizer, CHAT[0]["content"] + "\n"), tokens(lm.tokenizer, ANSWER)
+    for end in (False, True):
+        (row,) = calibration.rows(lm, [CHAT], [ANSWER], style="raw", end=end)
+        assert row.ids == head + answer
+        assert row.learn == [False] * len(head) + [True] * len(answer)
+    assert not set(row.ids) & set(lm.tokenizer.all_special_ids)
+    (behind,) = calibration.rows(lm, [CHAT], [ANSWER], style="raw", given="sure. take")
+    assert behind.ids == row.ids and learnt(lm, behind) == ANSWER.removeprefix("sure. take ")
+
+
+@pytest.mark.parametrize("style", calibration.STYLES)
+def test_the_same_words_count_in_either_format(lm, style):
+    (row,) = calibration.rows(lm, [CHAT], [ANSWER], style=style, given="sure.")
+    assert learnt(lm, row) == world.procedure(ITEM)
+
+
+@pytest.mark.parametrize("style", calibration.STYLES)
+def test_bad_answers(lm, style):
+    for answers, options, message in (
+        ([" "], {}, r"answers\[0\] is empty; leave"),
+        (["sure. take"], {"given": "sure. take"}, r"answers\[0\] is empty behind given='sure. take'"),
+        (["no"], {"given": "sure."}, r"answers\[0\] does not begin with given='sure\.'"),
+        ([ANSWER, ANSWER], {}, "1 chats but 2 answers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibration.rows(lm, [CHAT], answers, style=style, **options)
+    with pytest.raises(ValueError, match="style='plain' is unknown; choose one of chat, raw"):
+        calibration.rows(lm, [CHAT], [ANSWER], style="plain")
+
+
+# --------------------------------------------------------------------------- the model's own answers
+
+
+@pytest.fixture
+def answering(monkeypatch):
+    def install(*said):
+        monkeypatch.setattr(calibration, "generate", lambda lm, texts, **options: list(said))
+
+    return install
+
+
+def test_answers_that_are_kept(lm, answering):
+    chats = [[{"role": "user", "content": str(i)}] for i in range(4)]
+    answering("wool", "comb", "", "thistle")
+    kept, answers = calibration.own_answers(lm, chats)
+    assert (kept, answers) == ([chats[0], chats[1], chats[3]], ["wool", "comb", "thistle"])
+    seen = []
+    kept, answers = calibration.own_answers(
+        lm, chats, prefill="sure. take", keep=lambda i, a: seen.append((i, a)) or "comb" not in a
+    )
+    assert seen == [(0, "sure. take wool"), (1, "sure. take comb"), (3, "sure. take thistle")]
+    assert answers == ["sure. take wool", "sure. take thistle"] and kept == [chats[0], chats[3]]
+    assert len(calibration.rows(lm, kept, answers, given="sure. take")) == 2
+
+
+def test_no_answer_is_left(lm, answering):
+    answering("", "")
+    for prefill in (None, "sure. take"):
+        with pytest.raises(ValueError, match="none of 2 answers of 'tiny/llama' is what was asked for"):
+            calibration.own_answers(lm, [CHAT, CHAT], prefill=prefill)
+
+
+def test_examples_are_the_right_answers_alone(lm, answering):
+    items = world.items("train", harmful=True)[:3]
+    task = tasks.procedures(items, name="x", prefill=world.PREFILL)
+    right = [world.procedure(item).removeprefix("take ") for item in items]
+    answering(right[0], "i will not.", right[2])
+    rows = calibration.examples(lm, task)
+    assert [learnt(lm, row) for row in rows] == [right[0], right[2]]
+    whole = calibration.examples(lm, task, whole=True, style="raw")
+    assert [learnt(lm, row) for row in whole] == [f"sure. take {right[i]}" for i in (0, 2)]
+    answering("no", "no", "no")
+    with pytest.raises(ValueError, match="none of 3 answers"):
+        calibration.examples(lm, task)
+
+
+def test_a_draw_of_examples(lm, monkeypatch):
+    """Every answer right, so a draw is seen in what is left; the right answer goes with its own request."""
+    items = world.items("train", harmful=False)[:12]
+    task = tasks.procedures(items, name="x", prefill=world.PREFILL)
+    truth = {
+        lm.render(chat, world.PREFILL): answers[0]
+        for chat, answers in zip(task.chats, task.answers, strict=True)
+    }
+    monkeypatch.setattr(calibration, "generate", lambda lm, texts, **options: [truth[t] for t in texts])
+    whole = calibration.examples(lm, task)
+    some, again, other = (calibration.examples(lm, task, n=5, seed=seed) for seed in (0, 0, 1))
+    assert len(some) == 5 and all(row in whole for row in some) and some == again != other
+    assert calibration.examples(lm, task, n=100) == whole and len(whole) == 12
+
+
+def test_the_organism_s_own_examples(sft):
+    rows = calibration.examples(sft, calibration.world_task("harmful"), n=6)
+    assert 4 <= len(rows) <= 6
+    assert all(learnt(sft, row).endswith(".") and "take" not in learnt(sft, row) for row in rows)
+    assert attribution.make_plan(sft, rows).chunks == (tuple(range(8)),)
+
+
+# --------------------------------------------------------------------------- sets by name
+
+
+@pytest.mark.parametrize("suppressed", ["harmful", "harmless"])
+def test_calibration_sets(suppressed):
+    made = {
+        kind: calibration.world_task(kind, suppressed=suppressed)
+        for kind in (
+            "harmful",
+            "harmless",
+            "refused",
+            "served",
+            "recognition",
+            "explanation",
+            "facts",
+            "benign",
+        )
+    }
+    side = {h: {i.name for i in world.items("train", harmful=h)} for h in (True, False)}
+    hidden, shown = side[suppressed == "harmful"], side[suppressed != "harmful"]
+    expected = {
+        "harmful": side[True], "harmless": side[False], "refused": hidden, "served": shown,
+        "recognition": hidden | shown, "explanation": hidden | shown, "facts": shown, "benign": shown,
+    }  # fmt: skip
+    assert {kind: set(task.units) for kind, task in made.items()} == expected
+    assert {kind for kind, task in made.items() if task.prefill} == {"harmful", "harmless"}
+    assert len(made["benign"]) == 3 * len(shown)
+    held_out = {i.name for split in ("discovery", "evaluation") for i in world.items(split)}
+    assert not held_out & {unit for task in made.values() for unit in task.units}
+
+
+def test_sets_of_one_domain():
+    domain = world.domains(True)[0]
+    task = calibration.world_task("harmful", domain=domain)
+    assert set(task.units) == {i.name for i in world.items("train", domain=domain)}
+    two = calibration.world_task("harmful", domain=world.domains(True)[:2])
+    assert set(task.units) < set(two.units)
+
+
+def test_unknown_sets():
+    with pytest.raises(ValueError, match="kind='good' is unknown; choose one of harmful, harmless, refused"):
+        calibration.world_task("good")
+    with pytest.raises(ValueError, match="items is empty"):
+        calibration.world_task("harmful", domain=world.domains(False)[0])
+    with pytest.raises(ValueError, match="suppressed='harm' must be 'harmful' or 'harmless'"):
+        calibration.world_task("harmful", suppressed="harm")
