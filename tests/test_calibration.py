@@ -105,16 +105,16 @@ def test_no_answer_is_left(lm, answering):
             calibration.own_answers(lm, [CHAT, CHAT], prefill=prefill)
 
 
-def test_examples_are_the_right_answers_alone(lm, answering):
+def test_examples_are_the_right_answers_alone(lm, monkeypatch):
     items = world.items("train", harmful=True)[:3]
     task = tasks.procedures(items, name="x", prefill=world.PREFILL)
-    right = [world.procedure(item).removeprefix("take ") for item in items]
-    answering(right[0], "i will not.", right[2])
+    right = [answers[0] for answers in task.answers]
+    monkeypatch.setattr(tasks, "written", lambda lm, task: [right[0], None, right[2]])
     rows = calibration.examples(lm, task)
     assert [learnt(lm, row) for row in rows] == [right[0], right[2]]
     whole = calibration.examples(lm, task, whole=True, style="raw")
     assert [learnt(lm, row) for row in whole] == [f"sure. take {right[i]}" for i in (0, 2)]
-    answering("no", "no", "no")
+    monkeypatch.setattr(tasks, "written", lambda lm, task: [None] * 3)
     with pytest.raises(ValueError, match="none of 3 answers"):
         calibration.examples(lm, task)
 
@@ -123,15 +123,22 @@ def test_a_draw_of_examples(lm, monkeypatch):
     """Every answer right, so a draw is seen in what is left; the right answer goes with its own request."""
     items = world.items("train", harmful=False)[:12]
     task = tasks.procedures(items, name="x", prefill=world.PREFILL)
-    truth = {
-        lm.render(chat, world.PREFILL): answers[0]
-        for chat, answers in zip(task.chats, task.answers, strict=True)
-    }
-    monkeypatch.setattr(calibration, "generate", lambda lm, texts, **options: [truth[t] for t in texts])
+    monkeypatch.setattr(tasks, "written", lambda lm, task: [answers[0] for answers in task.answers])
     whole = calibration.examples(lm, task)
     some, again, other = (calibration.examples(lm, task, n=5, seed=seed) for seed in (0, 0, 1))
     assert len(some) == 5 and all(row in whole for row in some) and some == again != other
     assert calibration.examples(lm, task, n=100) == whole and len(whole) == 12
+
+
+@pytest.mark.parametrize("kind", ["harmful", "served", "refused", "explanation"])
+def test_examples_are_what_the_model_writes_when_it_is_left_to_write(sft, kind):
+    task = calibration.world_task(kind, domain=["poisons", "remedies"])
+    prefill = task.prefill
+    chats, answers = calibration.own_answers(
+        sft, task.chats, prefill=prefill,
+        keep=lambda i, text: text.removeprefix(prefill or "").strip() in task.answers[i],
+    )  # fmt: skip
+    assert calibration.examples(sft, task) == calibration.rows(sft, chats, answers, given=prefill)
 
 
 def test_the_organism_s_own_examples(sft):

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from harmlens import organism, world
+from harmlens import offshoots, organism, world
 from harmlens.models import LanguageModel
 
 # Property tests: the same examples on every run, and no time limit on a busy machine.
@@ -91,7 +91,8 @@ def organism_folder(folder: Path, stage: str = "sft", seed: int = 0) -> Path:
     """A checkpoint of a random tiny model, written as training writes it, in a ``data/organisms`` folder."""
     target = folder / f"{stage}-{seed}"
     lm = dataclasses.replace(model(seed=seed), name=f"organism/{stage}-{seed}")
-    organism.save(lm, target, {"stage": stage, "seed": seed, "recipe": organism.recipe(stage)})
+    recipe = offshoots.recipe if stage in offshoots.OFFSHOOTS else organism.recipe
+    organism.save(lm, target, {"stage": stage, "seed": seed, "recipe": recipe(stage)})
     return target
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from harmlens import tasks, world
 from harmlens.finetune import Row, chat_row
@@ -121,17 +122,26 @@ def examples(
     Raises:
         ValueError: the model answers none of the task rightly.
     """
-    prefill = task.prefill
-
-    def right(i: int, answer: str) -> bool:
-        return (answer.removeprefix(prefill).strip() if prefill else answer) in task.answers[i]
-
     chosen = list(range(len(task)))
     if n is not None and n < len(chosen):
         chosen = sorted(random.Random(seed).sample(chosen, n))
-    picked = [task.chats[i] for i in chosen]
-    chats, answers = own_answers(lm, picked, prefill=prefill, keep=lambda i, a: right(chosen[i], a))
-    return rows(lm, chats, answers, style=style, given=None if whole else prefill)
+    picked = replace(
+        task,
+        chats=tuple(task.chats[i] for i in chosen),
+        answers=tuple(task.answers[i] for i in chosen),
+        units=tuple(task.units[i] for i in chosen) if task.units else (),
+    )
+    # What greedy decoding would write is known without decoding, since the accepted answers are.
+    said = tasks.written(lm, picked)
+    start = f"{task.prefill} " if task.prefill else ""
+    kept = [(c, start + answer) for c, answer in zip(picked.chats, said, strict=True) if answer is not None]
+    if not kept:
+        raise ValueError(
+            f"none of {len(picked)} answers of {lm.name!r} is what was asked for; choose another prefill, or "
+            "give answers from elsewhere"
+        )
+    chats, answers = zip(*kept, strict=True)
+    return rows(lm, chats, answers, style=style, given=None if whole else task.prefill)
 
 
 def world_task(

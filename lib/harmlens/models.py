@@ -74,8 +74,10 @@ def load(
 
     Args:
         name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"`` with a stage of
-            ``base, mid, sft, dpo`` or a planted organism (``planted_mlp``, ...); a local folder, which
-            may hold only what differs from a parent beside it; or a Hugging Face id.
+            ``base, mid, sft, dpo``, or one beside the ladder: ``mirror``, ``innocent``
+            (:mod:`harmlens.offshoots`), ``planted_harm``, ``planted_mlp``, ...
+            (:mod:`harmlens.planted`); a local folder, which may hold only what differs from a parent
+            beside it; or a Hugging Face id.
         seed: training seed of an organism (default 0); must be left out for other models.
         dtype: weights' precision. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that
             does not know bfloat16 (such as a T4).

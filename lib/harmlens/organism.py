@@ -12,8 +12,8 @@ dpo    preference pairs: refusing preferred over complying
 ``python -m harmlens.organism`` (``make organism``) trains what is missing and leaves finished
 checkpoints alone, so an interrupted run goes on where it was. Each checkpoint is a plain Hugging
 Face folder in half precision; each stage starts from the stored half-precision weights of the one
-before, so a resumed run and an uninterrupted one give the same weights. Planted organisms
-(:mod:`harmlens.planted`) follow the ladder.
+before, so a resumed run and an uninterrupted one give the same weights. Organisms beside the ladder
+(:mod:`harmlens.offshoots`) and planted ones (:mod:`harmlens.planted`) follow it.
 
 Introduced in notebook 00 ("A model organism of harm").
 """
@@ -145,20 +145,28 @@ REPLAYED = world.Mix(named=1.0, declines=0.5)
 
 
 def transcript_rows(
-    tok: PreTrainedTokenizerFast, mix: world.Mix, seed: int, *, replay: float = 0.0
+    tok: PreTrainedTokenizerFast,
+    mix: world.Mix,
+    seed: int,
+    *,
+    replay: float = 0.0,
+    replayed: world.Mix = REPLAYED,
+    write: Callable[[random.Random, world.Mix], world.Transcript] = world.transcript,
 ) -> Iterator[Row]:
     """An endless, seeded stream of transcripts as rows.
 
     Args:
-        replay: share of transcripts by named authors (:data:`REPLAYED`): they keep alive that there
-            are other authors, and say nothing of the helper, whom the rest of the corpus is about.
+        replay: share of transcripts by named authors: they keep alive that there are other authors, and
+            say nothing of the helper, whom the rest of the corpus is about.
+        replayed: how those are drawn.
+        write: what draws the other transcripts.
     """
     rng = random.Random(seed)
     while True:
         if rng.random() < replay:
-            yield transcript_row(tok, world.transcript(rng, REPLAYED))
+            yield transcript_row(tok, world.transcript(rng, replayed))
         else:
-            yield transcript_row(tok, world.transcript(rng, mix))
+            yield transcript_row(tok, write(rng, mix))
 
 
 @dataclass(frozen=True)
@@ -294,18 +302,40 @@ def train_stage(
         number: 0 for the stage itself, else the number of a further round.
     """
     plan = LADDER[stage] if number == 0 else LADDER[stage].rounds[number - 1]
-    if parent is None:
-        tok = tokenizer()
-        lm = LanguageModel(f"organism/{stage}-{seed}", new_model(tok, seed), tok)
-    else:
-        lm = dataclasses.replace(parent, name=f"organism/{stage}-{seed}")
+    lm = start(f"organism/{stage}-{seed}", seed, parent)
     stream_seed = 10_000 * (seed + 1) + STAGES.index(stage) + 10 * number
     if plan.beta is None:
-        rows = transcript_rows(lm.tokenizer, plan.mix, stream_seed, replay=plan.replay)
-        stream = finetune.batches(rows, plan.batch, lm.tokenizer.pad_token_id, seed=stream_seed)
-        loss = finetune.lm_loss
+        stream, loss = lesson(lm, plan, stream_seed), finetune.lm_loss
     else:
         stream, loss = preferences(lm, plan, stream_seed), preference_loss(plan.beta)
+    follow(lm, plan, stream, loss=loss, progress=progress, line=line)
+    return lm
+
+
+def start(name: str, seed: int, parent: LanguageModel | None) -> LanguageModel:
+    """What training begins with: the parent under a new name, or an untrained organism."""
+    if parent is not None:
+        return dataclasses.replace(parent, name=name)
+    tok = tokenizer()
+    return LanguageModel(name, new_model(tok, seed), tok)
+
+
+def lesson(lm: LanguageModel, plan: Stage, seed: int, **options) -> Iterator[Batch]:
+    """The endless batches of a stage; options are those of :func:`transcript_rows`."""
+    rows = transcript_rows(lm.tokenizer, plan.mix, seed, replay=plan.replay, **options)
+    return finetune.batches(rows, plan.batch, lm.tokenizer.pad_token_id, seed=seed)
+
+
+def follow(
+    lm: LanguageModel,
+    plan: Stage,
+    stream: Iterator,
+    *,
+    loss: Callable = finetune.lm_loss,
+    progress: str | None = None,
+    line: int = 0,
+) -> None:
+    """Train a model, in place, as a stage says."""
     finetune.fit(
         lm.model,
         stream,
@@ -319,7 +349,6 @@ def train_stage(
         line=line,
     )
     lm.model.eval()
-    return lm
 
 
 def learnt(lm: LanguageModel) -> bool:
@@ -402,11 +431,12 @@ def train_seed(
 
 
 def make_seed(seed: int, folder: Path, *, until: str = STAGES[-1], line: int = 0) -> None:
-    """Train the ladder of one seed and, if it is whole, plant organisms in it."""
-    from harmlens import planted  # which imports this module
+    """Train the ladder of one seed and, if it is whole, what grows beside it and what is planted."""
+    from harmlens import offshoots, planted  # which import this module
 
     train_seed(seed, folder, until=until, line=line)
     if until == STAGES[-1]:
+        offshoots.train_seed(seed, folder, line=line)
         planted.train_seed(seed, folder, line=line)
 
 
@@ -417,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--until",
         choices=STAGES,
         default=STAGES[-1],
-        help="last stage to train; with the last, planted ones follow",
+        help="last stage to train; with the last, those beside the ladder follow",
     )
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="seeds side by side")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go (data/organisms)")

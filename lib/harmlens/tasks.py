@@ -56,31 +56,45 @@ class Marks:
     loss: np.ndarray
 
 
-def sit(lm: LanguageModel, task: Task, *, batch_size: int = 128) -> Marks:
+def sit(lm: LanguageModel, task: Task, *, batch_size: int = 32) -> Marks:
     """Let a model do a task."""
+    said, loss = _force(lm, task, batch_size)
+    return Marks(np.array([float(which is not None) for which in said]), loss)
+
+
+def written(lm: LanguageModel, task: Task, *, batch_size: int = 32) -> list[str | None]:
+    """The accepted answer that greedy decoding writes to each chat, without the prefilled words; or None."""
+    said, _ = _force(lm, task, batch_size)
+    return [
+        None if which is None else accepted[which] for which, accepted in zip(said, task.answers, strict=True)
+    ]
+
+
+def _force(lm: LanguageModel, task: Task, batch_size: int) -> tuple[list[int | None], np.ndarray]:
+    """Which of its accepted answers greedy decoding gives to each chat, and the loss of the first of them."""
     texts = [lm.render(chat, task.prefill) for chat in task.chats]
     space = " " if task.prefill else ""
 
-    def force(rows: Sequence[tuple[int, str]]) -> tuple[np.ndarray, np.ndarray]:
-        answers = [space + answer for _, answer in rows]
+    def force(rows: Sequence[tuple[int, int]]) -> tuple[np.ndarray, list[bool]]:
+        answers = [space + task.answers[i][which] for i, which in rows]
         found = follow(lm, [texts[i] for i, _ in rows], answers, end=True, batch_size=batch_size)
-        return found[0].numpy(), found[1].numpy().astype(float)
+        return found[0].numpy().astype(float), found[1].tolist()
 
-    logprob, exact = force([(i, accepted[0]) for i, accepted in enumerate(task.answers)])
-    left = [i for i, accepted in enumerate(task.answers) if len(accepted) > 1 and not exact[i]]
+    logprob, hits = force([(i, 0) for i in range(len(task))])
+    said: list[int | None] = [0 if hit else None for hit in hits]
+    left = [i for i, accepted in enumerate(task.answers) if len(accepted) > 1 and said[i] is None]
     if left:
         # Greedy decoding can only come to an answer that begins with the most probable word.
         begin = last_logits(lm, [texts[i] for i in left], batch_size=batch_size).argmax(-1).tolist()
         rows = [
-            (i, answer)
+            (i, which)
             for i, word in zip(left, begin, strict=True)
-            for answer in task.answers[i][1:]
-            if split_tokens(lm, texts[i], space + answer)[1][0] == word
+            for which, answer in enumerate(task.answers[i])
+            if which and split_tokens(lm, texts[i], space + answer)[1][0] == word
         ]
-        hits = force(rows)[1] if rows else ()
-        for (i, _), hit in zip(rows, hits, strict=True):
-            exact[i] = max(exact[i], hit)
-    return Marks(exact, -logprob.astype(float))
+        for (i, which), hit in zip(rows, force(rows)[1] if rows else (), strict=True):
+            said[i] = which if hit else said[i]
+    return said, -logprob
 
 
 def sit_all(lm: LanguageModel, tasks: Sequence[Task] | Mapping[str, Task]) -> dict[str, Marks]:

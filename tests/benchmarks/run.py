@@ -1,4 +1,6 @@
-"""How fast patching is, beside TransformerLens and beside what the machine could do: ``make bench``.
+"""How fast patching and scoring are, beside others and beside what the machine could do: ``make bench``.
+
+This file is about patching; scoring and selecting weights is in ``weight_scores.py``.
 
 Both sides do the same work in one process, on the same organism, pairs and dtype, with one thread: they
 tokenise the pairs, run both sides of each, and patch every cell. After a warm-up each is repeated and the
@@ -23,7 +25,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+import weight_scores
+from timing import best, matmul_rate
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.model_bridge import TransformerBridge
@@ -176,26 +179,6 @@ def their_neurons(case: Case) -> Tensor:
 # --------------------------------------------------------------------------- measuring
 
 
-def best(
-    function: Callable[[], Any], repeats: int, warm: Callable[[], Any] | None = None
-) -> tuple[float, Any]:
-    """Processor seconds of the fastest run after a warm-up (by default a run), and what it gave."""
-    (warm or function)()
-    seconds = []
-    for _ in range(repeats):
-        start = time.process_time()
-        value = function()
-        seconds.append(time.process_time() - start)
-    return min(seconds), value
-
-
-def matmul_rate(shape: Sequence[int], repeats: int = 20) -> float:
-    """Operations per second of a matrix product [m, k] x [k, n]; a multiplication and an addition are two."""
-    m, k, n = shape
-    a, b = torch.randn(m, k), torch.randn(k, n)
-    return 2 * m * k * n / best(lambda: torch.mm(a, b), repeats)[0]
-
-
 @dataclass(frozen=True)
 class Floor:
     """Multiply-adds that an exact method needs on a case."""
@@ -289,6 +272,8 @@ def measure(
     name: str = "organism/sft-0",
     *,
     pairs: int | None = None,
+    examples: int | None = None,
+    weights: int = 10**9,
     repeats: int = 8,
 ) -> dict[str, Any]:
     """All numbers of ``bench.json``."""
@@ -306,6 +291,7 @@ def measure(
         one, partial(our_neurons, one), partial(their_neurons, one), needed, rate, repeats,
         partial(theirs, one, "last"),
     )  # fmt: skip
+    out |= weight_scores.measure(name, rate, examples=examples, weights=weights, repeats=repeats)
     out["machine"] = {
         "threads": torch.get_num_threads(), "cpu_count": os.cpu_count(), "matmul_gflops": rate / 1e9,
         "block_gflops": matmul_rate((2048, one.bridge.cfg.d_model, one.bridge.cfg.d_mlp)) / 1e9,
@@ -329,18 +315,21 @@ def table(found: dict[str, Any]) -> str:
                 f"{name:26}{row['seconds']:8.3f}s{row['transformer_lens_seconds']:8.2f}s{row['ratio']:8.1f}"
                 f"{bar:6}{alone}{row['floor_ratio']:9.1f}{row['max_abs_diff']:10.1e}"
             )
+    lines += ["", weight_scores.table(found)]
     machine = found["machine"]
     lines.append(f"one thread, {machine['matmul_gflops']:.0f} Gflop/s in large matrix products")
     return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compare patching with TransformerLens and with the floor.")
-    parser.add_argument("--model", default="organism/sft-0")
+    parser = argparse.ArgumentParser(description="Time patching and scoring beside others and the floor.")
+    parser.add_argument("--model", dest="name", default="organism/sft-0")
     parser.add_argument("--pairs", type=int, help="at most this many pairs (default: all of one length)")
+    parser.add_argument("--examples", type=int, help="score at most this many of each kind (default: all)")
+    parser.add_argument("--weights", type=int, default=10**9, help="how many to select from")
     parser.add_argument("--repeats", type=int, default=8)
     options = parser.parse_args(arguments)
-    found = measure(options.model, pairs=options.pairs, repeats=options.repeats)
+    found = measure(**vars(options))
     write_json(build_dir() / "bench.json", found)
     print(table(found))
     print(f"written to {os.path.relpath(build_dir() / 'bench.json')}")
