@@ -23,7 +23,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 help:
 	@echo "make book       run the notebooks and render the book (unchanged notebooks are not run again)"
 	@echo "make test       style, unit and notebook tests, and the book from the stored outputs"
-	@echo "make bench      time patching beside TransformerLens and the machine's floor (three minutes)"
+	@echo "make bench      time patching and scoring beside others and the machine's floor (six minutes)"
 	@echo "make notebooks  run the notebooks and store their outputs and results in the repository"
 	@echo "make scorecard  compute build/scorecard.json from the result files"
 	@echo "make organism   train the model organism again (resumes where it stopped)"
