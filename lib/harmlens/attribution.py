@@ -241,15 +241,15 @@ def _collecting(
         _add(left, right, *(values.get((kind, name)) for kind in KINDS), room(x.device))
 
     def run(batch: Batch, scale: float) -> None:
-        shape[:] = [tuple(batch.ids.shape)]
+        # The last token is predicted and never read.
+        ids, wanted = batch.ids[:, :-1].to(lm.device), batch.labels[:, 1:].to(lm.device)
+        shape[:] = [tuple(ids.shape)]
         fired.clear()
-        labels = batch.labels.to(lm.device)
-        begin = int((labels[:, 1:] != IGNORE).any(0).int().argmax())  # no logits for what nobody answers
-        keep = labels.shape[1] - begin
+        begin = int((wanted != IGNORE).any(0).int().argmax())  # no logits for what nobody answers
+        wanted = wanted[:, begin:]
         with torch.enable_grad():
-            ids = batch.ids.to(lm.device)
-            logits = lm.model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, :-1]
-            gradient = logit_gradient(logits.detach(), labels[:, begin + 1 :].to(logits.device))
+            logits = lm.model(input_ids=ids, use_cache=False, logits_to_keep=wanted.shape[1]).logits
+            gradient = logit_gradient(logits.detach(), wanted.to(logits.device))
             torch.autograd.grad(logits, start, (gradient * scale).to(logits.dtype))
         wrong = [name for name in found if fired.get(name, 0) != 1]
         if wrong:
@@ -352,7 +352,7 @@ def _loss_scale(lm: LanguageModel, some: Sequence[Batch]) -> float:
                 hooks.callback(module.register_forward_hook(watch).remove)
             with _collecting(lm, {}, 0, {}, (), 1) as run:
                 for batch in some:
-                    shapes.append(tuple(batch.ids.shape))
+                    shapes.append((len(batch.ids), batch.ids.shape[1] - 1))
                     run(batch, 2.0**power)
         if all(map(math.isfinite, sizes)):
             return 2.0 ** max(0, power - 2)
