@@ -113,6 +113,17 @@ def test_figures_have_captions_and_alternative_text(path):
     assert len(names) == len(set(names)), "two figures of one name"
 
 
+def test_names_of_figures_are_unique_over_the_book():
+    """They are labels that any page can refer to; twice the same name is a warning, and so no book."""
+    names = [
+        cell.metadata["mystnb"]["figure"]["name"]
+        for path in PATHS
+        for cell in code(nbformat.read(path, as_version=4))
+        if "figure" in cell.metadata.get("mystnb", {})
+    ]
+    assert names and len(set(names)) == len(names), sorted({n for n in names if names.count(n) > 1})
+
+
 @each_notebook
 def test_is_in_the_book(path):
     assert path.relative_to(ROOT).with_suffix("").as_posix() in layout.toc_pages()
