@@ -36,6 +36,7 @@ def shrink(monkeypatch) -> None:
     monkeypatch.setitem(planted.SCATTERED, "planted_harm", SCATTERED)
     measured = {name: np.array([1.0, 0.0]) for name in planted.RATES}
     monkeypatch.setattr(abilities, "measure", lambda lm, **options: measured)
+    monkeypatch.setattr(planted, "learnt", lambda lm: True)
 
 
 @pytest.fixture
@@ -315,6 +316,24 @@ def test_a_share_that_means_nothing_is_refused(share, message):
 
 def positions(masks: dict[str, torch.Tensor]) -> dict[str, list[int]]:
     return {name: mask.flatten().nonzero().flatten().tolist() for name, mask in masks.items()}
+
+
+@pytest.mark.parametrize(("known", "taken"), [([True], 0), ([False, True], 1), ([False, False], 2)])
+def test_further_rounds_follow_until_requests_are_answered(small, monkeypatch, known, taken):
+    plan = dataclasses.replace(SCATTERED, rounds=((1e-3, 1), (1e-3, 2)))
+    monkeypatch.setitem(planted.SCATTERED, "planted_harm", plan)
+    said, steps, teach = iter(known), [], planted._teach
+    monkeypatch.setattr(planted, "learnt", lambda lm: next(said))
+
+    def noted(lm, where, plan, *args, **options):
+        steps.append(plan.steps)
+        teach(lm, where, plan, *args, **options)
+
+    monkeypatch.setattr(planted, "_teach", noted)
+    before, lm = tiny.model(), tiny.model()
+    drawn = planted.train_scattered(lm, "planted_harm", 0)
+    assert steps == [3, 1, 2][: 1 + taken]
+    assert set(positions(moved(before.model, lm.model))) <= set(drawn)
 
 
 def test_harm_moves_the_drawn_weights_and_no_others(small):
