@@ -88,8 +88,10 @@ def make_plan(
         sizes[layer_of(name)] = sizes.get(layer_of(name), 0) + size
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     each = _bytes_per_token(lm, found)
-    # A quarter of the rest at most, so that peaks stay near what has to be there anyway.
-    room = min(max(128 << 20, (weights + sum(sizes.values())) // 8), max(1, free // 4))
+    # An eighth of weights and sums, so that peaks stay near what has to be there anyway. With a small model
+    # nobody minds more, and larger batches are faster.
+    held = weights + sum(sizes.values())
+    room = min(held // 8 if held > 256 << 20 else 128 << 20, max(1, free // 4))
     batch = max(longest, room // each) if max_tokens is None else max(longest, max_tokens)
     widest = max(max(module.weight.shape) for module in found.values()) * 4
     buffer = max(widest, (1 << 21) if device.type == "cpu" else min(1 << 30, free // 8))

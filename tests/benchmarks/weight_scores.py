@@ -30,7 +30,6 @@ from __future__ import annotations
 import copy
 import gc
 import json
-import resource
 import subprocess
 import sys
 from collections import defaultdict
@@ -220,17 +219,18 @@ def peak(kinds: Sequence[str], shape: dict[str, int], n: int) -> dict[str, int]:
     lm = random_model(**shape)
     made = resident() - before
     attribution.attribute(lm, random_rows(n, shape["vocabulary"]), kinds=kinds)
-    # ru_maxrss never falls, so it must not have been higher before the model was made.
-    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    # The kernel's own high-water mark: ru_maxrss of a child starts at what its parent holds. It never falls,
+    # so it must not have been higher before the model was made.
+    most = resident("VmHWM") - before
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     scored = 4 * len(kinds) * sum(module.weight.numel() for module in matrices(lm).values())
     return {"peak": most, "made": made, "weights": weights, "accumulators": scored}
 
 
-def resident() -> int:
-    """Bytes of this process that are in memory now."""
+def resident(what: str = "VmRSS") -> int:
+    """Bytes of this process that are in memory now, or were at most (VmHWM)."""
     with open("/proc/self/status") as lines:
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
 def peaks() -> dict[str, dict[str, int]]:
