@@ -9,7 +9,6 @@ Introduced in notebook 09 ("Weights that carry harm"); overlap in notebook 10.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +16,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Int
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from harmlens import memory
@@ -93,8 +90,7 @@ class Mask:
     def save(self, file: Path | str) -> None:
         """Write as safetensors."""
         about = {"model": self.model, "revision": self.revision, "name": self.name, "shapes": self.shapes}
-        indices = {name: index.cpu().contiguous() for name, index in self.indices.items()}
-        memory.write_whole(Path(file), lambda part: save_file(indices, part, {"mask": json.dumps(about)}))
+        memory.write_tensors(Path(file), self.indices, "mask", about)
 
 
 def load(file: Path | str) -> Mask:
@@ -104,10 +100,9 @@ def load(file: Path | str) -> Mask:
         ValueError: the file is missing, damaged, or holds something else.
     """
     try:
-        with safe_open(file, "pt") as stored:
-            about = json.loads(stored.metadata()["mask"])
-            shapes = {name: tuple(shape) for name, shape in about.pop("shapes").items()}
-            indices = {name: stored.get_tensor(name) for name in shapes}
+        about, found = memory.read_tensors(file, "mask")
+        shapes = {name: tuple(shape) for name, shape in about.pop("shapes").items()}
+        indices = {name: found[name] for name in shapes}
     except Exception as error:  # a spoilt file raises whatever its parser raises
         raise ValueError(
             f"file={str(file)!r} holds no mask; save one with Mask.save ({type(error).__name__})"

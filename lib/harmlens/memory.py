@@ -1,12 +1,17 @@
-"""How much memory there is, and files that are written whole or not at all."""
+"""How much memory there is, and files of tensors that are written whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 def free(device: torch.device | str) -> int:
@@ -48,3 +53,20 @@ def write_whole(file: Path, write: Callable[[Path], None]) -> None:
     write(part)
     part.chmod(0o644)
     os.replace(part, file)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], key: str, about: Mapping[str, Any]) -> None:
+    """Write tensors as safetensors, with what is known of them as JSON under one entry of the metadata."""
+    # One entry: several would be written in an order that changes from run to run.
+    kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(file, lambda part: save_file(kept, part, {key: json.dumps(about)}))
+
+
+def read_tensors(file: Path | str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`write_tensors` wrote: what is known of the tensors, and the tensors.
+
+    A file that is missing, damaged or of another kind raises whatever its parser raises.
+    """
+    with safe_open(file, "pt") as stored:
+        about = json.loads(stored.metadata()[key])
+        return about, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118

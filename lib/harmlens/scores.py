@@ -9,15 +9,12 @@ Introduced in notebook 09 ("Weights that carry harm").
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,9 +55,7 @@ class Scores:
         """Write as safetensors, with what was scored in the metadata."""
         about = {name: getattr(self, name) for name in ("kind", "model", "revision", "n", "fingerprint")}
         about |= {"order": list(self.values)}  # a file has its tensors in the order of the alphabet
-        # One entry: several would be written in an order that changes from run to run.
-        values = {name: value.cpu().contiguous() for name, value in self.values.items()}
-        memory.write_whole(Path(file), lambda part: save_file(values, part, {"scores": json.dumps(about)}))
+        memory.write_tensors(Path(file), self.values, "scores", about)
 
 
 def load(file: Path | str) -> Scores:
@@ -70,9 +65,8 @@ def load(file: Path | str) -> Scores:
         ValueError: the file is missing, damaged, or holds something else.
     """
     try:
-        with safe_open(file, "pt") as stored:
-            about = json.loads(stored.metadata()["scores"])
-            values = {name: stored.get_tensor(name) for name in about.pop("order")}
+        about, found = memory.read_tensors(file, "scores")
+        values = {name: found[name] for name in about.pop("order")}
     except Exception as error:  # a spoilt file raises whatever its parser raises
         raise ValueError(
             f"file={str(file)!r} holds no scores; save them with Scores.save ({type(error).__name__})"

@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from harmlens import memory, scores
@@ -210,9 +208,8 @@ class Store:
         if file is None or not file.is_file():
             return {}, State()
         try:
-            with safe_open(file, "pt") as stored:
-                about = json.loads(stored.metadata()["scores"])
-                values = {tuple(key.split("/", 1)): stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+            about, found = memory.read_tensors(file, "scores")
+            values = {tuple(key.split("/", 1)): value for key, value in found.items()}
             mark, kinds = about.pop("fingerprint"), about.pop("kinds")
             state = State(**{**about, "chunks": tuple(tuple(chunk) for chunk in about["chunks"])})
         except Exception as error:  # a spoilt file raises whatever its parser raises
@@ -236,11 +233,8 @@ class Store:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         about = {"fingerprint": self.fingerprint, "kinds": self.kinds, **asdict(state)}
-        tensors = {f"{kind}/{name}": value.cpu().contiguous() for (kind, name), value in values.items()}
-        memory.write_whole(
-            self.folder / "unfinished.safetensors",
-            lambda part: save_file(tensors, part, {"scores": json.dumps(about)}),
-        )
+        tensors = {f"{kind}/{name}": value for (kind, name), value in values.items()}
+        memory.write_tensors(self.folder / "unfinished.safetensors", tensors, "scores", about)
 
     def finish(self, done: Mapping[str, Scores]) -> None:
         if self.folder is None:
