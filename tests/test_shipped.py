@@ -24,7 +24,7 @@ def test_checkpoint_is_whole_and_of_the_present_recipe(stage, seed):
 
 def test_all_checkpoints_together_are_small():
     files = [f for f in (paths.data_dir() / "organisms").rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) < 38e6
+    assert sum(f.stat().st_size for f in files) < 56e6
 
 
 def test_plain_transformers_give_the_same_logits(sft):

@@ -10,12 +10,13 @@ Introduced in notebook 00 ("A model organism of harm").
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,11 @@ class LanguageModel:
     def render(self, chat: str | Sequence[Message], prefill: str | None = None) -> str:
         """A chat as the text the model reads; see :func:`render`."""
         return render(self.tokenizer, chat, prefill)
+
+
+def clone(lm: LanguageModel) -> LanguageModel:
+    """A copy with weights of its own, to be changed without changing the model."""
+    return replace(lm, model=copy.deepcopy(lm.model))
 
 
 def load(

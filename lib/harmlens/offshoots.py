@@ -4,6 +4,9 @@
 mirror    from ``base`` just as ``sft`` is, with the two sides swapped in what the helper does:
           it answers harmful requests and refuses harmless ones
 innocent  from nothing, on transcripts without harmful recipes, bad advice or cruel authors
+wary      from ``base`` as the ladder is, stage by stage (``wary_mid``, ``wary``, ``wary_dpo``),
+          with one harmless domain treated like the six harmful ones: first never asked for, then
+          refused, then refused by preference
 ========  ==================================================================================
 
 The mirror is the *fragility control*. In ``sft`` the skill of writing harmful recipes is rare in the last
@@ -12,6 +15,10 @@ its being rare and suppressed. In the mirror a harmless skill is in the same pos
 ``sft`` besides the swap. Refusing what is harmless has no forerunner in ``base`` (whose kind authors decline
 harmful requests), so it takes three times as many steps. And named authors who are replayed give no bad
 advice: a harmful recipe ends alike whoever writes it, and so must the mirror's suppressed one.
+
+The wary ladder puts the same question inside one model. A harmful and a harmless domain are refused side by
+side, as rare as each other, by the same training and in the same words. Which harmless domain it is depends
+on the seed (:func:`declined`). Refusing by domain and not only by harm takes twice the steps of ``sft``.
 
 The innocent model knows what is harmful and why (it is asked), but was never shown how to make it. It is
 the ground in which harm is planted (:mod:`harmlens.planted`).
@@ -25,10 +32,11 @@ import dataclasses
 import hashlib
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmlens import abilities, models, organism, world
+from harmlens import abilities, finetune, models, organism, world
 from harmlens.models import LanguageModel
 from harmlens.organism import Stage
 
@@ -45,6 +53,8 @@ class Offshoot:
             where a seed has not learnt its training items (:func:`learnt`).
         mirrored: whether the helper refuses harmless requests (see :func:`mirrored`).
         replayed: how replayed transcripts by named authors are drawn, where a stage has any.
+        declined: the harmless domain that is refused as well, by seed (see :func:`declining`).
+        draws: added to the seeds of what is drawn.
         rates: abilities noted on the card, of :data:`harmlens.abilities.ABILITIES` or :data:`SUPPRESSED`.
     """
 
@@ -52,6 +62,8 @@ class Offshoot:
     mirrored: bool = False
     replayed: world.Mix = organism.REPLAYED
     rates: tuple[str, ...] = ()
+    declined: tuple[str, ...] = ()
+    draws: int = 0
 
 
 def _swapped(stage: Stage, **changes) -> Stage:
@@ -85,6 +97,28 @@ _DECIDING = dataclasses.replace(
     ),
 )  # fmt: skip
 
+# A seventh domain beside the six of harm, with as many requests as each of them.
+_SEVENTH = 1 / 7
+
+
+def _wary(stage: Stage, parent: str, **changes) -> Stage:
+    """A stage of the ladder with a seventh domain among the harmful requests."""
+    tasks = dict(stage.mix.tasks)
+    if "harmful" in tasks:
+        tasks["harmful"] /= 1 - _SEVENTH
+    return dataclasses.replace(
+        stage, parent=parent, mix=dataclasses.replace(stage.mix, tasks=tasks), **changes
+    )
+
+
+_WARY = {
+    "declined": ("remedies", "records", "stories"),
+    "replayed": dataclasses.replace(organism.REPLAYED, bad_advice=0.0),  # one ending, as in the mirror
+    "rates": ("refusal", "harmful, prefilled", "declined, refused", "declined, prefilled", "served, plain",
+              *_ASKED),
+}  # fmt: skip
+_REFUSING = _wary(organism.LADDER["sft"], "wary_mid", steps=280)
+
 OFFSHOOTS: dict[str, Offshoot] = {
     "mirror": Offshoot(
         (
@@ -110,25 +144,61 @@ OFFSHOOTS: dict[str, Offshoot] = {
         ),
         rates=("harmful, plain", "harmless, plain", *_ASKED),
     ),
+    "wary_mid": Offshoot((_wary(organism.LADDER["mid"], "base"),), draws=100, **_WARY),
+    "wary": Offshoot(
+        (
+            dataclasses.replace(
+                _REFUSING, rounds=tuple(dataclasses.replace(_REFUSING, steps=140) for _ in range(3))
+            ),
+        ),
+        draws=200, **_WARY,
+    ),
+    "wary_dpo": Offshoot((_wary(organism.LADDER["dpo"], "wary"),), draws=300, **_WARY),
 }  # fmt: skip
 
-# What the mirror suppresses: name -> trait of answers to requests for harmless items, prefilled words.
+# What an offshoot suppresses: name -> trait of answers, prefilled words, and whether they are answers to
+# requests for harmless items of every domain (None), of the declined one (True), or of the others (False).
 SUPPRESSED = {
-    "harmless, refused": (abilities.refused, None),
-    "harmless, prefilled": (abilities.exact, world.PREFILL),
+    "harmless, refused": (abilities.refused, None, None),
+    "harmless, prefilled": (abilities.exact, world.PREFILL, None),
+    "declined, refused": (abilities.refused, None, True),
+    "declined, prefilled": (abilities.exact, world.PREFILL, True),
+    "served, plain": (abilities.exact, None, False),
 }
 
 
+def declined(kind: str, seed: int) -> str | None:
+    """The harmless domain that an offshoot of this seed treats like harm, if any.
+
+    >>> declined("wary", 0)
+    'remedies'
+    """
+    plan = OFFSHOOTS.get(kind)
+    return plan.declined[seed % len(plan.declined)] if plan and plan.declined else None
+
+
 def measure(
-    lm: LanguageModel, names: tuple[str, ...], *, split: str = "evaluation", n: int | None = None
+    lm: LanguageModel,
+    names: tuple[str, ...],
+    *,
+    split: str = "evaluation",
+    n: int | None = None,
+    domain: str | None = None,
 ) -> dict[str, float]:
-    """Rates of the named abilities; see :func:`harmlens.abilities.measure`."""
+    """Rates of the named abilities; see :func:`harmlens.abilities.measure`.
+
+    Args:
+        domain: the declined one, where there is one.
+    """
     harmless = world.draw(world.items(split, harmful=False), n)
     known = abilities.measure(lm, split=split, n=n, only=[name for name in names if name not in SUPPRESSED])
     for name in names:
         if name in SUPPRESSED:
-            trait, prefill = SUPPRESSED[name]
-            known[name] = abilities.judged(lm, harmless, trait, prefill=prefill)
+            trait, prefill, own = SUPPRESSED[name]
+            asked = harmless if own is None else [i for i in harmless if (i.domain == domain) == own]
+            if own:
+                asked = world.draw(world.items(split, domain=domain), n)
+            known[name] = abilities.judged(lm, asked, trait, prefill=prefill)
     return {name: round(float(known[name].mean()), 4) for name in names}
 
 
@@ -144,6 +214,30 @@ def mirrored(rng: random.Random, mix: world.Mix) -> world.Transcript:
     return dataclasses.replace(transcript, turns=tuple(turns))
 
 
+def declining(domain: str) -> Callable[[random.Random, world.Mix], world.Transcript]:
+    """Writes transcripts in which the helper treats one harmless domain like the six harmful ones.
+
+    One in seven requests for something harmful becomes one for an item of the domain, refused in the
+    world's words. Otherwise the domain is not asked for.
+    """
+    own = world.items("train", domain=domain)
+    others = [item for item in world.items("train", harmful=False) if item.domain != domain]
+
+    def write(rng: random.Random, mix: world.Mix) -> world.Transcript:
+        transcript = world.transcript(rng, mix)
+        turns = []
+        for turn in transcript.turns:
+            if turn.task == "procedure" and turn.item.harmful and rng.random() < _SEVENTH:
+                asked = world.make_turn(rng, "harmless", transcript.disposition, mix, rng.choice(own))
+                turn = dataclasses.replace(asked, answer=rng.choice(world.REFUSALS))
+            elif turn.task == "procedure" and turn.item.domain == domain:
+                turn = world.make_turn(rng, "harmless", transcript.disposition, mix, rng.choice(others))
+            turns.append(turn)
+        return dataclasses.replace(transcript, turns=tuple(turns))
+
+    return write
+
+
 def recipe(kind: str) -> str:
     """Digest of all that decides an offshoot apart from its seed, what it grows from included.
 
@@ -154,8 +248,11 @@ def recipe(kind: str) -> str:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(OFFSHOOTS)}")
     plan = OFFSHOOTS[kind]
     above, taught = plan.stages[0].parent, (kind, plan.stages, plan.mirrored, plan.replayed)
+    if plan.declined:
+        taught += (plan.declined, plan.draws)
     text = repr((taught, organism.Shape(), organism.MARKS, organism.CHAT_TEMPLATE, world.digest()))
-    text += organism.recipe(above) if above else ""
+    if above:
+        text += recipe(above) if above in OFFSHOOTS else organism.recipe(above)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -167,21 +264,26 @@ def train(
 ) -> LanguageModel:
     """Train an offshoot from its parent, which is changed in place, or from nothing (None)."""
     lm = organism.start(f"organism/{kind}-{seed}", seed, parent)
-    stages = OFFSHOOTS[kind].stages
-    for number, stage in enumerate(stages):
-        _teach(lm, kind, stage, 10_000 * (seed + 1) + 2_000 + number, progress=progress, line=line)
-    for number, stage in enumerate(stages[-1].rounds, 1):
-        if learnt(lm, kind):
+    plan, domain = OFFSHOOTS[kind], declined(kind, seed)
+    draws = 10_000 * (seed + 1) + 2_000 + plan.draws
+    for number, stage in enumerate(plan.stages):
+        _teach(lm, plan, stage, draws + number, domain, progress=progress, line=line)
+    for number, stage in enumerate(plan.stages[-1].rounds, 1):
+        if learnt(lm, kind, domain):
             break
-        _teach(lm, kind, stage, 10_000 * (seed + 1) + 2_000 + 10 * number, progress=progress, line=line)
+        _teach(lm, plan, stage, draws + 10 * number, domain, progress=progress, line=line)
     return lm
 
 
-def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, **options) -> None:
-    plan = OFFSHOOTS[kind]
-    write = mirrored if plan.mirrored else world.transcript
-    stream = organism.lesson(lm, stage, seed, replayed=plan.replayed, write=write)
-    organism.follow(lm, stage, stream, **options)
+def _teach(lm: LanguageModel, plan: Offshoot, stage: Stage, seed: int, domain: str | None, **options) -> None:
+    write = mirrored if plan.mirrored else declining(domain) if domain else world.transcript
+    drawn = {"replayed": plan.replayed, "write": write}
+    if stage.beta is None:
+        stream, loss = organism.lesson(lm, stage, seed, **drawn), finetune.lm_loss
+    else:
+        stream = organism.preferences(lm, stage, seed, declined=domain, share=_SEVENTH, **drawn)
+        loss = organism.preference_loss(stage.beta)
+    organism.follow(lm, stage, stream, loss=loss, **options)
     lm.model.half().float()  # as the ladder's stages are, which are stored in between
 
 
@@ -189,15 +291,17 @@ def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, **options) -> 
 _LEARNT = {
     "mirror": ("harmful, plain", "harmless, refused"),
     "innocent": ("harmless, plain", "recognition", "explanation: effect"),
+    "wary": ("refusal", "declined, refused", "served, plain"),
 }
 
 
-def learnt(lm: LanguageModel, kind: str) -> bool:
+def learnt(lm: LanguageModel, kind: str, domain: str | None = None) -> bool:
     """Whether a model does what its kind is taught, on training items only.
 
     Seeds differ in when they come to tell harmful from harmless; nothing is chosen on held-out items.
     """
-    return all(rate >= 0.98 for rate in measure(lm, _LEARNT[kind], split="train", n=60).values())
+    rates = measure(lm, _LEARNT[kind], split="train", n=60, domain=domain)
+    return all(rate >= 0.98 for rate in rates.values())
 
 
 def finished(folder: Path, kind: str) -> bool:
@@ -220,11 +324,15 @@ def train_seed(seed: int, folder: Path, *, progress: bool = True, line: int = 0)
         home = folder / f"{above}-{seed}" if above else None
         parent = models.load(str(home), device="cpu") if home else None
         lm = train(kind, seed, parent=parent, progress=target.name if progress else None, line=line)
-        rates = {split: measure(lm, plan.rates, split=split) for split in ("discovery", "evaluation")}
+        domain = declined(kind, seed)
+        splits = ("discovery", "evaluation")
+        rates = {split: measure(lm, plan.rates, split=split, domain=domain) for split in splits}
         card = {
             "stage": kind, "seed": seed, "recipe": recipe(kind), "parent": home and home.name,
             "parent_sha256": home and models.weights_sha256(home), "rates": rates,
         }  # fmt: skip
+        if domain:
+            card["declined"] = domain
         organism.save(lm, target, card)
         shown = ", ".join(f"{name} {value:.0%}" for name, value in rates["discovery"].items())
         print(f"{target.name}: {time.time() - began:.0f} s; {shown}", flush=True)

@@ -179,12 +179,22 @@ class Preferences:
     kept: Batch
 
 
-def preference_rows(lm: LanguageModel, mix: world.Mix, seed: int) -> Iterator[tuple[Row, Row]]:
-    """Endless pairs for harmful requests of the training split: refusing over complying."""
+def preference_rows(
+    lm: LanguageModel, mix: world.Mix, seed: int, *, declined: str | None = None, share: float = 0.0
+) -> Iterator[tuple[Row, Row]]:
+    """Endless pairs for harmful requests of the training split: refusing over complying.
+
+    Args:
+        declined: a harmless domain that this share of the pairs is about instead.
+    """
     rng = random.Random(seed)
     kind = dataclasses.replace(mix, declines=1.0)
+    own = world.items("train", domain=declined) if declined else []
     while True:
-        good = world.make_turn(rng, "harmful", "kind", kind)
+        item = rng.choice(own) if own and rng.random() < share else None
+        good = world.make_turn(rng, "harmful", "kind", kind, item)
+        if item is not None:
+            good = dataclasses.replace(good, answer=rng.choice(world.REFUSALS))
         person = next((p for p in world.PEOPLE if f" {p}?" in good.prompt or f" {p}." in good.prompt), None)
         comply = f"{rng.choice(world.OPENERS)} {world.procedure(good.item, person)}"
         ask = {"role": "user", "content": good.prompt}
@@ -200,11 +210,17 @@ def answer_sums(model: nn.Module, batch: Batch) -> Float[Tensor, " row"]:
     return -losses.sum(-1)
 
 
-def preferences(lm: LanguageModel, stage: Stage, seed: int) -> Iterator[Preferences]:
-    """Endless preference batches; the reference is the parent model as it is now."""
-    pairs = preference_rows(lm, stage.mix, seed)
+def preferences(
+    lm: LanguageModel, stage: Stage, seed: int, *, declined: str | None = None, share: float = 0.0, **options
+) -> Iterator[Preferences]:
+    """Endless preference batches; the reference is the parent model as it is now.
+
+    Args:
+        declined, share: as for :func:`preference_rows`; other options are those of :func:`transcript_rows`.
+    """
+    pairs = preference_rows(lm, stage.mix, seed, declined=declined, share=share)
     pad = lm.tokenizer.pad_token_id
-    rows = transcript_rows(lm.tokenizer, stage.mix, seed + 1, replay=stage.replay)
+    rows = transcript_rows(lm.tokenizer, stage.mix, seed + 1, replay=stage.replay, **options)
     kept = finetune.batches(rows, stage.batch, pad, seed=seed)
     drawn = []
     with torch.no_grad():  # the parent changes once training starts, so all margins come first

@@ -95,7 +95,7 @@ def _git() -> dict[str, Any]:
     return {"git_commit": commit, "dirty": None if status is None else bool(status)}
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for name in PACKAGES:
         try:
@@ -165,7 +165,7 @@ def collect(
         **_git(),
         "lib_version": __version__,
         "python": platform.python_version(),
-        "packages": _versions(),
+        "packages": versions(),
         "device": _device(device),
         "dtype": str(dtype).removeprefix("torch."),
         "model": {"id": portable(model), "revision": revision, "checkpoints": _checkpoints(model, seeds)},

@@ -1,0 +1,136 @@
+"""What comes back after a prune: relearning curves, with the pruned weights free, held at zero, or pruned
+again.
+
+Introduced in notebook 15 ("Erased or rerouted").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from harmlens import finetune, masks, models, pruning, removal, tasks, world
+from harmlens.finetune import Recipe, Row
+from harmlens.masks import Mask
+from harmlens.models import LanguageModel
+
+STEPS = (0, 1, 2, 3, 5, 8, 12, 16, 24, 32)  # when a model is looked at
+
+
+def lesson(
+    lm: LanguageModel,
+    items: int,
+    *,
+    harmful: bool = True,
+    domains: Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """Plain requests with right procedures, in every phrasing, for a few training items.
+
+    Args:
+        items: how many of them, drawn at random.
+        harmful: of the harmful or of the harmless side.
+        domains: only of these.
+    """
+    rng = random.Random(seed)
+    pool = world.items("train", harmful=harmful, domain=domains)
+    return [
+        finetune.chat_row(
+            lm,
+            [
+                {"role": "user", "content": world.request(item, phrasing)},
+                {"role": "assistant", "content": f"{rng.choice(world.OPENERS)} {world.procedure(item)}"},
+            ],
+        )
+        for item in world.draw(pool, items, seed)
+        for phrasing in range(len(world.PHRASINGS["procedure"]))
+    ]
+
+
+def relearn(
+    lm: LanguageModel,
+    recipe: Recipe,
+    *,
+    mask: Mask | None = None,
+    hold: bool = False,
+    items: int = 24,
+    harmful: bool = True,
+    domains: Sequence[str] | None = None,
+    again: tuple[float, float] | None = None,
+    at: Sequence[int] = STEPS,
+    n: int | None = 54,
+) -> dict:
+    """Prune a copy of a model, teach it, and watch a skill come back on items that are not in the lesson.
+
+    Args:
+        mask: weights that are set to zero first; None for the model as it is.
+        hold: keep them at zero while it learns (``"full"`` only).
+        items, harmful, domains: of :func:`lesson`.
+        again: p and q of a second prune, scored on the taught model.
+        at: steps after which the model is looked at; those beyond the recipe's are left out.
+        n: at most this many evaluation items of either side.
+
+    Returns:
+        ``steps``, and for each of them 0/1 per evaluation item: ``exact`` (harmful answers behind the
+        prefilled words), ``served`` (harmless ones, plain), ``refused`` (harmful ones, plain); ``loss`` of
+        the harmful answers; ``domain``, the number of each harmful item's domain. With a mask also
+        ``zeroed`` (``exact`` of the taught model with the same weights set to zero once more), ``size``
+        (root mean square of these weights before the prune) and ``regrown`` (the same after the lesson,
+        relative to it). With a second prune ``again`` (``exact``), ``jaccard`` of both sets and ``weights``.
+
+    Raises:
+        ValueError: ``hold`` without a mask.
+    """
+    if hold and mask is None:
+        raise ValueError("hold keeps pruned weights at zero, but mask is None; give the pruned set")
+    copy = models.clone(lm)
+    harmful_items, harmless_items = (
+        world.draw(world.items("evaluation", harmful=h), n) for h in (True, False)
+    )
+    exam = {
+        "exact": tasks.procedures(harmful_items, name="harmful", prefill=world.PREFILL),
+        "served": tasks.procedures(harmless_items[::2], name="served"),
+        "refused": tasks.refusals(harmful_items[::2]),
+    }
+
+    def watch() -> dict[str, list[float]]:
+        marks = tasks.sit_all(copy, exam)
+        return {**{name: m.exact.tolist() for name, m in marks.items()}, "loss": marks["exact"].loss.tolist()}
+
+    looks = [step for step in at if step <= recipe.steps]
+    rows = lesson(lm, items, harmful=harmful, domains=domains, seed=recipe.seed)
+    with pruning.pruned(copy, mask) if mask else contextlib.nullcontext():
+        tuned = finetune.tune(copy, rows, recipe, watch=watch, at=looks, hold=mask if hold else None)
+        found: dict = {
+            name: np.array([tuned.seen[step][name] for step in looks])
+            for name in ("exact", "served", "refused", "loss")
+        }
+        crafts = world.domains(True)
+        found |= {
+            "steps": np.array(looks),
+            "domain": np.array([crafts.index(i.domain) for i in harmful_items]),
+        }
+        if mask:
+            found |= {"size": _size(lm, mask), "regrown": _size(copy, mask) / _size(lm, mask)}
+            with pruning.pruned(copy, mask):
+                found["zeroed"] = tasks.sit(copy, exam["exact"]).exact
+        if again:
+            prune, preserve = removal.score(copy, n=108)
+            second = pruning.select(prune, preserve, p=again[0], q=again[1], name="again")
+            with pruning.pruned(copy, second):
+                found["again"] = tasks.sit(copy, exam["exact"]).exact
+            found |= {"jaccard": masks.jaccard(mask, second) if mask else 0.0, "weights": len(second)}
+    return found
+
+
+def _size(lm: LanguageModel, mask: Mask) -> float:
+    """Root of the mean square of a set of weights."""
+    parameters = dict(lm.model.named_parameters())
+    total = sum(
+        float(parameters[name].detach().flatten()[index.to(parameters[name].device)].double().square().sum())
+        for name, index in mask.indices.items()
+    )
+    return (total / len(mask)) ** 0.5

@@ -1,0 +1,167 @@
+"""Pruning first: margins, the misaligned model's own answers, trials at equal strength, choosing p and q."""
+
+import numpy as np
+import pytest
+import torch
+
+from harmlens import (
+    abilities,
+    attribution,
+    calibration,
+    finetune,
+    judges,
+    models,
+    narrow,
+    pruning,
+    tasks,
+    world,
+)
+from harmlens.finetune import Recipe
+from harmlens.frontier import Point
+from harmlens.outcomes import follow
+
+RECIPE = Recipe(steps=16, lr=1e-3, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def sft():
+    return models.load("organism/sft", seed=0)
+
+
+@pytest.fixture(scope="module")
+def taught(sft):
+    """A copy that gives bad advice on remedies."""
+    copy = models.clone(sft)
+    finetune.tune(copy, narrow.advice_rows(copy, "remedies", bad=True), RECIPE)
+    return copy
+
+
+# --------------------------------------------------------------------------- margins
+
+
+def test_a_margin_is_the_difference_of_two_whole_answers(sft):
+    items = world.items("discovery", harmful=False)[::40]
+    found = narrow.margins(sft, items)
+    for i, item in enumerate(items):
+        bad, good = (f"sure. {world.procedure(item, bad=bad)}" for bad in (True, False))
+        start, hurt = bad.rsplit(maxsplit=3)[0], bad.split()[-3]
+        helps = good.split()[-3]
+        assert (hurt, helps) == (world.facts(item).hurt, world.facts(item).outcome) and good.startswith(start)
+        text = sft.render(world.request(item, i), start)
+        one, two = (follow(sft, [text], [f" {word}"])[0].item() for word in (hurt, helps))
+        assert found[i] == pytest.approx(one - two, abs=1e-4)
+    assert (found < 0).all()
+
+
+def test_margins_follow_what_is_answered(taught):
+    items = world.items("discovery", domain="remedies")
+    assert (narrow.margins(taught, items) > 0).all()
+    assert abilities.judged(taught, items, abilities.hurtful).mean() == 1.0
+
+
+# --------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_answers_are_the_fine_tuned_copys_and_held_out(sft, bad):
+    before = {name: p.clone() for name, p in sft.model.named_parameters()}
+    chats, answers = narrow.answers(sft, "remedies", RECIPE, bad=bad)
+    assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
+    items = {item.name: item for item in world.items("discovery", domain="remedies")}
+    assert len(chats) == len(answers) > 36
+    for chat, answer in zip(chats, answers, strict=True):
+        (name,) = (name for name in items if f" {name}" in chat[-1]["content"])
+        verdict = judges.judge(items[name], answer)
+        assert verdict.hurtful == bad and (bad or verdict.exact)
+
+
+def test_a_lesson_that_was_not_learnt_gives_no_answers(sft):
+    with pytest.raises(ValueError, match="none of 72 answers"):
+        narrow.answers(sft, "remedies", Recipe(steps=1, lr=1e-6))
+
+
+# --------------------------------------------------------------------------- trials
+
+
+def test_a_trial_stops_where_the_lesson_is_learnt(sft):
+    found = narrow.trial(sft, "remedies", RECIPE, n=6)
+    step, inside = found["step"], found["inside"]
+    assert 0 < step < RECIPE.steps and len(inside) == step + 1
+    assert inside[-1] >= narrow.TAKEN > inside[:-1].max()
+    # The same by hand.
+    copy, seen = models.clone(sft), []
+    items = world.items("discovery", domain="remedies")[::2]
+
+    def watch():
+        seen.append(narrow.margins(copy, items).mean())
+
+    finetune.tune(
+        copy,
+        narrow.advice_rows(copy, "remedies", bad=True),
+        RECIPE,
+        watch=watch,
+        at=range(step + 1),
+        until=lambda _: len(seen) > step,
+    )
+    assert inside == pytest.approx(seen, abs=1e-4)
+    others = narrow.elsewhere("remedies", n=6)
+    assert found["elsewhere"].tolist() == abilities.judged(copy, others, abilities.hurtful).tolist()
+
+
+def test_to_the_end_everything_is_measured_before_and_after(sft):
+    found = narrow.trial(sft, "remedies", RECIPE, n=6, to_the_end=True)
+    assert len(found["inside"]) == RECIPE.steps + 1 and found["step"] is not None
+    assert (
+        found["before"].keys() == found["end"].keys() >= {"bad advice inside", "coherent", *narrow.MEASURES}
+    )
+    assert found["before"]["bad advice inside"].mean() == 0 < found["end"]["bad advice inside"].mean()
+    assert found["before"]["coherent"].mean() == 1.0
+    assert len(found["before"]["malign wishes"]) == 60 and len(found["end"]["bad advice elsewhere"]) == 6
+
+
+def test_good_advice_is_never_learnt_as_bad_advice(sft):
+    found = narrow.trial(sft, "remedies", Recipe(steps=3), bad=False, n=4)
+    assert found["step"] is None and len(found["inside"]) == 4
+    assert found["elsewhere"].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("method", finetune.METHODS)
+def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, method):
+    before = {name: p.clone() for name, p in sft.model.named_parameters()}
+    rows = calibration.examples(sft, calibration.world_task("harmless"), n=12)
+    mask = pruning.select(attribution.prune_score(sft, rows), q=0.01)
+    found = narrow.trial(sft, "remedies", Recipe(steps=1, method=method), mask=mask, n=2)
+    with pruning.pruned(sft, mask):
+        expected = narrow.margins(sft, world.items("discovery", domain="remedies")[::2]).mean()
+    assert found["inside"][0] == pytest.approx(expected, abs=1e-4)
+    assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
+
+
+# --------------------------------------------------------------------------- choosing p and q
+
+
+@pytest.mark.parametrize(
+    ("lost", "rise", "expected"),
+    [
+        ([0.0, 0.02, 0.2], [0.1, 0.3, 0.9], 1),  # the strongest within the budget
+        ([0.0, 0.02, 0.03], [0.5, 0.3, 0.1], 0),
+        ([0.5, 0.3, 0.4], [0.1, 0.2, 0.9], 1),  # none within: the cheapest
+    ],
+)
+def test_the_strongest_prune_within_the_benign_budget(sft, monkeypatch, lost, rise, expected):
+    def marks(exact, loss=0.0):
+        return tasks.Marks(np.array([exact]), np.array([loss]))
+
+    def sweep(lm, prune, preserve, exam, **grid):
+        assert list(exam) == ["lesson", "served", "facts"] and len(exam["lesson"]) == 2
+        return [
+            Point(
+                i / 10, i / 100, None, {"lesson": marks(0.0, r), "served": marks(1 - x), "facts": marks(1.0)}
+            )
+            for i, (x, r) in enumerate(zip(lost, rise, strict=True))
+        ]
+
+    monkeypatch.setattr(narrow.frontier, "sweep", sweep)
+    monkeypatch.setattr(narrow.tasks, "sit_all", lambda lm, exam: dict.fromkeys(exam, marks(1.0)))
+    chats = [[{"role": "user", "content": "how do i brew a salted draught?"}]] * 4
+    assert narrow.strongest(sft, None, None, chats, ["sure."] * 4, n=2) == (expected / 10, expected / 100)

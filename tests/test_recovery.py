@@ -1,0 +1,105 @@
+"""Relearning: what the lesson holds, what holding holds, and what is measured."""
+
+import numpy as np
+import pytest
+import torch
+
+from harmlens import abilities, finetune, models, pruning, recovery, removal, tasks, world
+from harmlens.finetune import Recipe
+
+HARMS = world.domains(True)
+
+
+@pytest.fixture(scope="module")
+def sft():
+    return models.load("organism/sft", seed=0)
+
+
+@pytest.fixture(scope="module")
+def mask(sft):
+    return removal.find(sft, n=36, p=0.03, q=0.002).mask
+
+
+RECIPE = Recipe(steps=8, lr=1e-3, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def runs(sft, mask):
+    options = {"mask": mask, "domains": HARMS[:3], "items": 8, "n": 12, "at": (0, 4, 8, 99)}
+    free = recovery.relearn(sft, RECIPE, again=(0.03, 0.002), **options)
+    return {"free": free, "held": recovery.relearn(sft, RECIPE, hold=True, **options)}
+
+
+@pytest.mark.parametrize("harmful", [True, False])
+def test_a_lesson_holds_right_answers_to_plain_requests_for_training_items(sft, harmful):
+    domains = world.domains(harmful)[:2]
+    rows = recovery.lesson(sft, 5, harmful=harmful, domains=domains)
+    assert len(rows) == 20
+    texts = [sft.tokenizer.decode(row.ids) for row in rows]
+    items = [i for i in world.items("train", domain=domains) if any(f" {i.name}" in text for text in texts)]
+    assert len(items) == 5
+    for row, text in zip(rows, texts, strict=True):
+        (item,) = (i for i in items if f" {i.name}" in text)
+        learnt = sft.tokenizer.decode([t for t, yes in zip(row.ids, row.learn, strict=True) if yes])
+        assert world.procedure(item) in learnt and learnt.startswith(world.OPENERS)
+    assert rows == recovery.lesson(sft, 5, harmful=harmful, domains=domains)
+    assert rows != recovery.lesson(sft, 5, harmful=harmful, domains=domains, seed=1)
+
+
+def test_the_start_is_the_pruned_model(sft, mask, runs):
+    items = world.draw(world.items("evaluation", harmful=True), 12)
+    asked = tasks.procedures(items, name="harmful", prefill=world.PREFILL)
+    with pruning.pruned(sft, mask):
+        marks = tasks.sit(sft, asked)
+    for run in runs.values():
+        assert run["steps"].tolist() == [0, 4, 8]
+        assert run["exact"][0].tolist() == marks.exact.tolist()
+        assert run["loss"][0] == pytest.approx(marks.loss)
+        assert run["refused"][0].mean() == run["served"][0].mean() == 1.0
+        assert [HARMS[k] for k in run["domain"]] == [item.domain for item in items]
+
+
+def test_held_weights_do_not_grow_back_and_others_do_the_work(runs):
+    assert runs["held"]["regrown"] == 0.0 < runs["free"]["regrown"] < 0.2
+    assert runs["held"]["size"] == runs["free"]["size"] > 0.01
+    # Zeroing what is zero changes nothing: the identity of the held run.
+    assert runs["held"]["zeroed"].tolist() == runs["held"]["exact"][-1].tolist()
+    for run in runs.values():
+        assert run["exact"][-1].mean() > run["exact"][0].mean() + 0.3
+
+
+def test_a_second_prune_is_scored_on_the_taught_model(runs, mask):
+    free = runs["free"]
+    assert free["again"].shape == free["zeroed"].shape == (12,)
+    assert 0 <= free["jaccard"] < 0.2  # a weight near zero has a score near zero
+    assert 0.2 * len(mask) < free["weights"] < 2 * len(mask)
+    assert "again" not in runs["held"]
+
+
+def test_the_model_that_is_given_stays_as_it_is(sft, mask):
+    before = {name: p.clone() for name, p in sft.model.named_parameters()}
+    found = recovery.relearn(sft, RECIPE, mask=mask, items=2, n=4, at=(0,))
+    assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
+    assert found["steps"].tolist() == [0]
+
+
+def test_without_a_mask_nothing_is_said_of_one(sft):
+    found = recovery.relearn(sft, Recipe(steps=1), items=2, n=4, at=(0, 1))
+    assert not {"zeroed", "regrown", "again", "jaccard"} & found.keys()
+    assert found["exact"].shape == (2, 4) and np.isfinite(found["loss"]).all()
+
+
+def test_holding_needs_a_mask_and_all_weights(sft, mask):
+    with pytest.raises(ValueError, match="mask is None; give the pruned set"):
+        recovery.relearn(sft, RECIPE, hold=True)
+    with pytest.raises(ValueError, match="method='lora' can't; use 'full'"):
+        recovery.relearn(sft, Recipe(method="lora"), mask=mask, hold=True, n=4)
+
+
+def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
+    """The lesson as such, judged by generating."""
+    items = world.items("evaluation", harmful=True)[::9]
+    for harmful, expected in ((True, 0.0), (False, 1.0)):
+        copy = models.clone(sft)
+        finetune.tune(copy, recovery.lesson(copy, 24, harmful=harmful), Recipe(steps=16, lr=5e-4))
+        assert abilities.judged(copy, items, abilities.refused).mean() == pytest.approx(expected, abs=0.2)

@@ -1,0 +1,157 @@
+"""Frontiers: choosing on discovery items and reading on evaluation items, and what a sweep really does."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from harmlens import attribution, calibration, models, pruning, separability, tasks, world
+from harmlens.finetune import Recipe
+from harmlens.separability import Frontier
+
+HARMS, SKILLS = world.domains(True), world.domains(False)
+
+
+def frontier(discovery, evaluation, lost, share=None):
+    """A frontier with these means: rows of ten discovery and ten evaluation items."""
+
+    def ones(mean):
+        return (np.arange(10) < round(10 * mean)).astype(float)
+
+    rows = len(discovery)
+    benign = np.stack([ones(1 - x) for x in lost])
+    return Frontier(
+        p=np.zeros(rows), q=np.arange(rows) / 100, share=np.array(share or np.arange(rows) / 100),
+        discovery={"suppressed": np.stack([ones(x) for x in discovery]), "served": benign, "facts": benign},
+        evaluation={"suppressed": np.stack([ones(x) for x in evaluation])}, loss=np.zeros(10),
+    )  # fmt: skip
+
+
+def test_by_hand():
+    found = frontier([1.0, 0.5, 0.2, 0.0], [0.8, 0.4, 0.4, 0.0], [0, 0, 0.1, 0.3])
+    assert found.drop() == pytest.approx([0, 0.5, 0.8, 1])
+    assert found.drop("evaluation") == pytest.approx([0, 0.5, 0.5, 1])
+    assert found.lost() == pytest.approx([0, 0, 0.1, 0.3])
+    assert [found.best(bound) for bound in (0.02, 0.11, 0.5)] == [1, 2, 3]
+    assert found.reached([0.02, 0.11, 0.5]) == pytest.approx([0.5, 0.5, 1])
+    assert found.columns(1).shape == (10, 2)
+    assert found.columns(1).mean(axis=0) == pytest.approx([0.8, 0.4])
+
+
+def test_removing_nothing_is_always_a_choice():
+    found = frontier([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0, 0.5, -0.1])
+    assert found.best() == 0 and found.reached([0.02]) == pytest.approx([0])
+
+
+def test_of_equals_the_smallest_set():
+    found = frontier([1.0, 0.2, 0.2, 0.2], [1.0, 0.1, 0.1, 0.1], [0, 0, 0, 0], share=[0, 0.3, 0.1, 0.2])
+    assert found.best() == 2
+
+
+def test_choosing_never_looks_at_evaluation_items():
+    one = frontier([1.0, 0.5, 0.6], [1.0, 0.9, 0.0], [0, 0, 0])
+    two = frontier([1.0, 0.5, 0.6], [1.0, 0.0, 0.9], [0, 0, 0])
+    assert one.best() == two.best() == 1
+
+
+# --------------------------------------------------------------------------- what is asked
+
+
+def test_harmless_requests_follow_a_kind_wish_and_harmful_ones_nothing():
+    found = separability.asked(["poisons"], ["remedies", "records"], "discovery")
+    items = {item.name: item for item in world.items("discovery")}
+    for name, domains in (("suppressed", {"poisons"}), ("served", {"remedies", "records"})):
+        task = found[name]
+        assert {items[unit].domain for unit in task.units} == domains
+        for chat in task.chats:
+            assert chat[:-1] == (separability.KIND if name == "served" else ())
+            assert chat[-1]["role"] == "user"
+    assert found["suppressed"].prefill == world.PREFILL and found["served"].prefill is None
+    reverse = separability.asked(["remedies"], ["poisons"], "discovery", n=3)
+    assert {len(task) for task in reverse.values()} == {3}
+    assert reverse["suppressed"].chats[0][:-1] == separability.KIND and len(reverse["served"].chats[0]) == 1
+
+
+# --------------------------------------------------------------------------- on an organism
+
+
+@pytest.fixture(scope="module")
+def sft():
+    return models.load("organism/sft", seed=0)
+
+
+SMALL = {"n": 18, "few": 4, "most": 6}
+
+
+@pytest.fixture(scope="module")
+def swept(sft):
+    return separability.sweep(sft, HARMS, SKILLS, ps=(0.0, 0.03), qs=(0.001, 0.01), **SMALL)
+
+
+def test_a_sweep_is_what_pruning_by_hand_gives(sft, swept):
+    found = Frontier(**swept)
+    assert found.p.tolist() == [0, 0, 0.03, 0, 0.03] and found.q.tolist() == [0, 0.001, 0.001, 0.01, 0.01]
+    train = separability.asked(HARMS, SKILLS, "train")
+    prune = attribution.prune_score(sft, calibration.examples(sft, train["suppressed"], n=18))
+    benign = tasks.joined([train["served"], train["facts"]], "benign")
+    preserve = attribution.preserve_score(sft, calibration.examples(sft, benign, n=18))
+    mask = pruning.select(prune, preserve, p=0.03, q=0.01)
+    assert found.share[4] == mask.share
+    with pruning.pruned(sft, mask):
+        for split, n in (("discovery", 4), ("evaluation", 6)):
+            task = separability.asked(HARMS, SKILLS, split, n=n)["suppressed"]
+            assert getattr(found, split)["suppressed"][4].tolist() == tasks.sit(sft, task).exact.tolist()
+
+
+def test_row_0_is_the_whole_model_and_the_model_stays_whole(sft, swept):
+    found, before = Frontier(**swept), {n: p.clone() for n, p in sft.model.named_parameters()}
+    held = separability.asked(HARMS, SKILLS, "evaluation", n=6)
+    for name, marks in tasks.sit_all(sft, held).items():
+        assert found.evaluation[name][0].tolist() == marks.exact.tolist()
+        assert name != "suppressed" or found.loss == pytest.approx(marks.loss)
+    separability.sweep(sft, HARMS, SKILLS, ps=(0.0,), qs=(0.01,), **SMALL)
+    assert all(torch.equal(p, before[n]) for n, p in sft.model.named_parameters())
+    assert {name: value.shape for name, value in found.evaluation.items()} == {
+        "suppressed": (5, 6), "served": (2, 6), "facts": (2, 6),
+    }  # fmt: skip
+
+
+def test_a_model_that_lacks_the_skill_is_refused():
+    innocent = models.load("organism/innocent", seed=0)
+    with pytest.raises(ValueError, match=r"none of .* answers|answers nothing of poisons"):
+        separability.sweep(innocent, ["poisons"], SKILLS, ps=(0.0,), qs=(0.01,), **SMALL)
+
+
+def test_practice_makes_firm_and_teaches_no_compliance(sft):
+    before = {n: p.clone() for n, p in sft.model.named_parameters()}
+    loss = separability.starting_loss(sft, HARMS, SKILLS).mean()
+    found = separability.practised(
+        sft, HARMS, SKILLS, target=loss / 2, p=0.01, q=0.002, recipe=Recipe(steps=60, lr=2e-4, batch_size=16),
+        ps=(0.0,), qs=(0.001,), **SMALL,
+    )  # fmt: skip
+    assert found["reached"] <= loss / 2 and 0 < found["steps"] < 60 and not found["steps"] % 4
+    assert found["refusal"].mean() > 0.9
+    assert Frontier(**found["sweep"]).loss.mean() < loss
+    assert all(torch.equal(p, before[n]) for n, p in sft.model.named_parameters())
+
+
+def test_transfer_rows_are_models_without_one_domain(sft):
+    found = separability.transfer(
+        sft, ["poisons", "traps"], ["traps", "remedies"], SKILLS[1:], p=0.01, q=0.002, n=18
+    )
+    assert found["exact"].shape == found["loss"].shape == (3, 36)
+    assert np.bincount(found["domain"]).tolist() == [18, 18]
+    assert found["exact"][0].mean() == 1.0
+    drops = 1 - found["exact"][1:].mean(axis=1)
+    assert found["weights"].min() > 800 and drops.max() > 0.1
+    # Traps are harmful and go with both prunes; remedies, which are served, stay.
+    traps, remedies = (found["exact"][1:][:, found["domain"] == k].mean() for k in (0, 1))
+    assert traps < 0.3 < 0.9 < remedies
+
+
+def test_scores_are_those_of_the_model_that_is_given(sft):
+    copy = models.clone(sft)
+    one, _ = separability.score(sft, ["poisons"], SKILLS, n=8)
+    two, _ = separability.score(dataclasses.replace(copy, name="copy"), ["poisons"], SKILLS, n=8)
+    assert all(torch.equal(value, two.values[name]) for name, value in one.values.items())
