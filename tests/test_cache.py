@@ -131,7 +131,11 @@ def test_a_run_says_where_it_comes_from(kept, tmp_path):
     content = json.loads(next(tmp_path.rglob("*.json")).read_text())
     about = content["provenance"]
     assert content["function"] == "measure" and about["model"]["revision"] == "abc"
-    assert about["params"] == {"n": "2"} and about["packages"]["torch"] and about["wall_s"] is not None
+    assert (
+        about["params"] == {"lm": "tiny/llama", "n": "2"}
+        and about["packages"]["torch"]
+        and about["wall_s"] is not None
+    )
     assert str(tmp_path) not in json.dumps(content)
 
 

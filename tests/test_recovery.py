@@ -70,7 +70,10 @@ def test_held_weights_do_not_grow_back_and_others_do_the_work(runs):
 
 def test_a_second_prune_is_scored_on_the_taught_model(runs, mask):
     free = runs["free"]
-    assert free["again"].shape == free["zeroed"].shape == (12,)
+    assert free["again"].shape == free["exact"].shape == (3, 12)
+    assert free["zeroed"].shape == (12,)
+    assert free["again"][0].mean() <= free["exact"][-1].mean()
+    assert free["again"][-1].mean() >= free["again"][0].mean()  # it is taught once more
     assert 0 <= free["jaccard"] < 0.2  # a weight near zero has a score near zero
     assert 0.2 * len(mask) < free["weights"] < 2 * len(mask)
     assert "again" not in runs["held"]

@@ -9,6 +9,7 @@ Introduced in notebook 13 ("Emergent misalignment").
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -53,14 +54,16 @@ def kept(function: Callable[..., Any], *args: Any, folder: Path | str | None = N
     about = provenance.collect(
         models[0].name if models else "", revision=models[0].revision if models else None,
         device=str(models[0].device) if models else "cpu", wall_s=round(time.time() - began, 2),
-        params={name: repr(value) for name, value in options.items() if _plain(value)},
+        params=_params(function, args, options),
     )  # fmt: skip
     write_json(file, {"key": key, "function": function.__qualname__, "result": result, "provenance": about})
     return _read(result)
 
 
-def _plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str | tuple | list)
+def _params(function: Callable, args: tuple, options: dict[str, Any]) -> dict[str, str]:
+    """What a function was given, by the names of its arguments, as short text."""
+    given = inspect.signature(function).bind(*args, **options).arguments
+    return {name: getattr(value, "name", None) or repr(value)[:200] for name, value in given.items()}
 
 
 def _write(value: Any) -> Any:

@@ -201,7 +201,7 @@ def fit(
     bar = tqdm(
         range(len(history), steps), desc=progress, disable=hidden, mininterval=2.0, position=line, leave=False
     )
-    for _ in range(min(len(history), steps - 1)):  # what a resumed run has learnt already
+    for _ in history if len(history) < steps else ():  # what a resumed run has learnt already
         next(stream, _END)
     model.train()
     try:

@@ -80,7 +80,7 @@ def load(
 
     Args:
         name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"`` with a stage of
-            ``base, mid, sft, dpo``, or one beside the ladder: ``mirror``, ``innocent``
+            ``base, mid, sft, dpo``, or one beside the ladder: ``mirror``, ``innocent``, ``wary``
             (:mod:`harmlens.offshoots`), ``planted_harm``, ``planted_mlp``, ...
             (:mod:`harmlens.planted`); a local folder, which may hold only what differs from a parent
             beside it; or a Hugging Face id.

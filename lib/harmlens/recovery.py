@@ -69,7 +69,7 @@ def relearn(
         mask: weights that are set to zero first; None for the model as it is.
         hold: keep them at zero while it learns (``"full"`` only).
         items, harmful, domains: of :func:`lesson`.
-        again: p and q of a second prune, scored on the taught model.
+        again: p and q of a second prune, scored on the taught model, after which it is taught once more.
         at: steps after which the model is looked at; those beyond the recipe's are left out.
         n: at most this many evaluation items of either side.
 
@@ -79,7 +79,8 @@ def relearn(
         the harmful answers; ``domain``, the number of each harmful item's domain. With a mask also
         ``zeroed`` (``exact`` of the taught model with the same weights set to zero once more), ``size``
         (root mean square of these weights before the prune) and ``regrown`` (the same after the lesson,
-        relative to it). With a second prune ``again`` (``exact``), ``jaccard`` of both sets and ``weights``.
+        relative to it). With a second prune ``again``, the ``exact`` of the second round, from the pruned
+        model on; ``jaccard`` of both sets and ``weights``.
 
     Raises:
         ValueError: ``hold`` without a mask.
@@ -100,14 +101,14 @@ def relearn(
         marks = tasks.sit_all(copy, exam)
         return {**{name: m.exact.tolist() for name, m in marks.items()}, "loss": marks["exact"].loss.tolist()}
 
+    def teach(**options) -> dict[str, np.ndarray]:
+        seen = finetune.tune(copy, rows, recipe, watch=watch, at=looks, **options).seen
+        return {name: np.array([seen[step][name] for step in looks]) for name in seen[0]}
+
     looks = [step for step in at if step <= recipe.steps]
     rows = lesson(lm, items, harmful=harmful, domains=domains, seed=recipe.seed)
     with pruning.pruned(copy, mask) if mask else contextlib.nullcontext():
-        tuned = finetune.tune(copy, rows, recipe, watch=watch, at=looks, hold=mask if hold else None)
-        found: dict = {
-            name: np.array([tuned.seen[step][name] for step in looks])
-            for name in ("exact", "served", "refused", "loss")
-        }
+        found: dict = teach(hold=mask if hold else None)
         crafts = world.domains(True)
         found |= {
             "steps": np.array(looks),
@@ -121,7 +122,7 @@ def relearn(
             prune, preserve = removal.score(copy, n=108)
             second = pruning.select(prune, preserve, p=again[0], q=again[1], name="again")
             with pruning.pruned(copy, second):
-                found["again"] = tasks.sit(copy, exam["exact"]).exact
+                found["again"] = teach()["exact"]
             found |= {"jaccard": masks.jaccard(mask, second) if mask else 0.0, "weights": len(second)}
     return found
 
