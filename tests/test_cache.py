@@ -199,3 +199,12 @@ def test_bfloat16_weights_have_a_digest():
     lm = tiny.model()
     half = dataclasses.replace(lm, model=tiny.model().model.to(torch.bfloat16))
     assert digests.digest(half) != digests.digest(lm)
+
+
+def test_the_same_weights_under_another_configuration_are_another_model():
+    lm, other = tiny.model(), tiny.model()
+    other.model.config.rms_norm_eps = 1.0
+    assert digests.digest(other) != digests.digest(lm)
+    moved = tiny.model()
+    moved.model.config._name_or_path = "elsewhere"
+    assert digests.digest(moved) == digests.digest(lm)

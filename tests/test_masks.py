@@ -237,3 +237,20 @@ def test_damaged_files(kind, tmp_path):
         scores.Scores("signed", {"w": torch.ones(1)}, "m", "r").save(file)
     with pytest.raises(ValueError, match=r"file='.*mask.safetensors' holds no mask; save one with Mask.save"):
         masks.load(file)
+
+
+def test_values_are_read_and_put_back_exactly():
+    lm = tiny.model()
+    before = {name: p.detach().clone() for name, p in lm.model.named_parameters()}
+    mask = pruning.top(scores.magnitude(lm), 0.05)
+    old = masks.values(lm, mask)
+    masks.put(lm, mask, {name: torch.zeros(()) for name in old})
+    now = dict(lm.model.named_parameters())
+    for name, index in mask.indices.items():
+        flat, was = now[name].detach().flatten(), before[name].flatten()
+        assert (flat[index] == 0).all() and old[name].tolist() == was[index].tolist()
+        rest = torch.ones(len(flat), dtype=torch.bool)
+        rest[index] = False
+        assert torch.equal(flat[rest], was[rest])
+    masks.put(lm, mask, old)
+    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())

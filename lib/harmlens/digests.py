@@ -20,6 +20,8 @@ import torch
 from harmlens.models import LanguageModel
 from harmlens.provenance import versions
 
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version")  # in a configuration: where it came from
+
 
 def digest(*things: Any) -> str:
     """sha256 over the library's code, the packages' versions and everything that is given.
@@ -54,6 +56,8 @@ def _add(out: Any, thing: Any) -> None:
         for name, parameter in sorted(thing.model.state_dict().items()):
             out.update(name.encode())
             _add(out, parameter)
+        config = thing.model.config.to_diff_dict()
+        _add(out, {key: repr(value) for key, value in sorted(config.items()) if key not in _NOT_THE_MODEL})
         _add(out, thing.tokenizer.chat_template)
     elif isinstance(thing, torch.Tensor):
         out.update(f"{thing.dtype}{tuple(thing.shape)}".encode())

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from harmlens import checkpoints, digests, lora
+from harmlens import checkpoints, digests, lora, masks
 from harmlens.checkpoints import Checkpoint
-from harmlens.masks import Mask, check
+from harmlens.masks import Mask
 from harmlens.models import LanguageModel, Message, render
 from harmlens.outcomes import split_tokens
 
@@ -380,7 +380,7 @@ def tune(
     if hold is not None and recipe.method != "full":
         raise ValueError(f"hold keeps weights as they are, which method={recipe.method!r} can't; use 'full'")
     if hold is not None:
-        check(hold, lm)
+        masks.check(hold, lm)
     for step in at:
         if not 0 <= step <= recipe.steps:
             raise ValueError(f"at={list(at)}: {step} is not within 0 to steps={recipe.steps}")
@@ -389,7 +389,7 @@ def tune(
         key = digests.digest(lm, list(rows), recipe, hold, watch, list(at), until)
         checkpoint = Checkpoint(Path(folder).expanduser() / f"{key[:16]}.safetensors", key, every)
     seen: dict[str, Any] = {}
-    kept = {} if hold is None else _weights_at(lm, hold)
+    kept = {} if hold is None else masks.values(lm, hold)
 
     def look(step: int) -> bool:
         if watch is None or step not in at:
@@ -401,7 +401,7 @@ def tune(
 
     def after(step: int) -> bool:
         if kept:
-            _put_back(lm, hold, kept)
+            masks.put(lm, hold, kept)
         return look(step)
 
     adapted = contextlib.nullcontext()
@@ -418,20 +418,3 @@ def tune(
             checkpoint=checkpoint, notes=seen, progress=progress,
         )  # fmt: skip
     return Tuned(losses, {int(step): value for step, value in seen.items()})
-
-
-def _weights_at(lm: LanguageModel, mask: Mask) -> dict[str, Tensor]:
-    """Values of the weights of a set, for each matrix."""
-    parameters = dict(lm.model.named_parameters())
-    return {
-        name: parameters[name].detach().view(-1)[index.to(parameters[name].device)].clone()
-        for name, index in mask.indices.items()
-    }
-
-
-@torch.no_grad()
-def _put_back(lm: LanguageModel, mask: Mask, values: Mapping[str, Tensor]) -> None:
-    parameters = dict(lm.model.named_parameters())
-    for name, value in values.items():
-        flat = parameters[name].detach().view(-1)
-        flat[mask.indices[name].to(flat.device)] = value

@@ -10,12 +10,12 @@ Introduced in notebook 09 ("Weights that carry harm"); overlap in notebook 10.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from harmlens import memory
@@ -143,6 +143,28 @@ def check(mask: Mask, lm: LanguageModel) -> None:
         index = mask.indices[name]
         if len(index) and not (int(index.min()) >= 0 and int(index.max()) < math.prod(shape)):
             raise ValueError(f"the mask {mask.name!r} names weights that {name} does not have; it is damaged")
+
+
+def values(lm: LanguageModel, mask: Mask) -> dict[str, Float[Tensor, " chosen"]]:
+    """The chosen weights as they are now, a copy: parameter -> values, where the parameter lies."""
+    parameters = dict(lm.model.named_parameters())
+    return {
+        name: parameters[name].detach().view(-1)[index.to(parameters[name].device)].clone()
+        for name, index in mask.indices.items()
+    }
+
+
+@torch.no_grad()
+def put(lm: LanguageModel, mask: Mask, new: Mapping[str, Tensor]) -> None:
+    """Set the chosen weights, in place.
+
+    Args:
+        new: parameter -> one value for each chosen weight, or one for all of them.
+    """
+    parameters = dict(lm.model.named_parameters())
+    for name, value in new.items():
+        flat = parameters[name].detach().view(-1)
+        flat[mask.indices[name].to(flat.device)] = value
 
 
 # --------------------------------------------------------------------------- controls

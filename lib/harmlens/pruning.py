@@ -30,6 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from harmlens import masks
 from harmlens.masks import Mask, check, check_same, shapes_of
 from harmlens.models import LanguageModel
 from harmlens.scores import Scores, finite, matrices
@@ -268,21 +269,17 @@ def pruned(
         )
     if strength != "mean" and (isinstance(strength, str) or not math.isfinite(strength)):
         raise ValueError(f"strength={strength!r} must be a finite number, or 'mean'")
-    parameters, before = dict(lm.model.named_parameters()), {}
+    before = masks.values(lm, mask)
+    if strength == "mean":
+        parameters = dict(lm.model.named_parameters())
+        after = {name: parameters[name].detach().float().mean().to(old.dtype) for name, old in before.items()}
+    else:
+        after = {name: old * strength for name, old in before.items()}
     try:
-        with torch.no_grad():
-            for name, index in mask.indices.items():
-                weight = parameters[name]
-                flat, at = weight.detach().view(-1), index.to(weight.device)
-                before[name] = flat[at].clone()
-                mean = weight.detach().float().mean().to(weight.dtype) if strength == "mean" else None
-                flat[at] = before[name] * strength if mean is None else mean
+        masks.put(lm, mask, after)
         yield lm
     finally:
-        with torch.no_grad():
-            for name, values in before.items():
-                flat = parameters[name].detach().view(-1)
-                flat[mask.indices[name].to(flat.device)] = values
+        masks.put(lm, mask, before)
 
 
 def zeros(lm: LanguageModel, layers: Sequence[int] | None = None) -> float:

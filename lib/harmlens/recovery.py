@@ -129,9 +129,5 @@ def relearn(
 
 def _size(lm: LanguageModel, mask: Mask) -> float:
     """Root of the mean square of a set of weights."""
-    parameters = dict(lm.model.named_parameters())
-    total = sum(
-        float(parameters[name].detach().flatten()[index.to(parameters[name].device)].double().square().sum())
-        for name, index in mask.indices.items()
-    )
+    total = sum(float(value.double().square().sum()) for value in masks.values(lm, mask).values())
     return (total / len(mask)) ** 0.5
