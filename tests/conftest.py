@@ -33,6 +33,23 @@ def one_thread():
 def pytest_configure(config: pytest.Config) -> None:
     # As a plugin: the hooks of a conftest.py reach its own folder only, and the notebooks lie elsewhere.
     config.pluginmanager.register(NotebookRules(), "notebook-rules")
+    compare_up_to_rounding()
+
+
+def compare_up_to_rounding() -> None:
+    """Let nbval compare printed decimals up to their last place; see :mod:`rounding`."""
+    from nbval.plugin import IPyNbCell
+    from rounding import settle
+
+    strict = IPyNbCell.compare_outputs
+    if getattr(strict, "up_to_rounding", False):
+        return
+
+    def compare_outputs(self, test, ref, skip_compare=None):
+        return strict(self, settle(test, ref), ref, skip_compare)
+
+    compare_outputs.up_to_rounding = True
+    IPyNbCell.compare_outputs = compare_outputs
 
 
 class NotebookRules:
