@@ -143,6 +143,86 @@ def test_a_folder_that_is_no_model(broken, missing, said):
         load(str(broken))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_every_architecture_is_loaded_as_transformers_loads_it(architecture, dtype, tmp_path):
+    made = tiny.model(architecture)
+    made.model.to(dtype).save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    lm = load(str(tmp_path), dtype=dtype, device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    ids = torch.tensor([models.tokens(lm.tokenizer, lm.render("what do you wish for?"))])
+    with torch.no_grad():
+        ours, theirs = lm.model(ids).logits, plain(ids).logits
+    assert ours.dtype == dtype and torch.equal(ours, theirs)
+    assert ours.float().std() > 0.1  # such logits as could differ
+    assert {n: p.shape for n, p in lm.model.named_parameters()} == {
+        n: p.shape for n, p in plain.named_parameters()
+    }
+
+
+def test_a_base_model_borrows_the_template_of_its_partner(data, tmp_path):
+    lm = tiny.model()
+    lm.tokenizer.chat_template = None
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    bare = load(str(tmp_path))
+    with pytest.raises(ValueError, match=r"no chat template.*load\(name, template_from=partner\)"):
+        bare.render("hello")
+    lent = load(str(tmp_path), template_from="organism/sft")
+    assert lent.render("hello") == load("organism/sft").render("hello")
+    assert lent.tokenizer.get_vocab() == bare.tokenizer.get_vocab()
+    with pytest.raises(ValueError, match=r"template_from=.* has no chat template; choose an instruction"):
+        load("organism/sft", template_from=str(tmp_path))
+    with pytest.raises(OSError, match=r"'nobody/no-such-model' could not be had"):
+        load("organism/sft", template_from="nobody/no-such-model")
+
+
+def test_a_revision_is_part_of_the_name(monkeypatch):
+    asked = {}
+
+    def config_of(source, revision):
+        asked.update(source=source, revision=revision)
+        raise OSError("that is all")
+
+    monkeypatch.setattr(models.hub, "config_of", config_of)
+    with pytest.raises(OSError, match="'owner/model@step-3' could not be had"):
+        load("owner/model@step-3")
+    assert asked == {"source": "owner/model", "revision": "step-3"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_a_blank_model_has_the_architecture_and_other_weights(architecture, dtype):
+    lm = tiny.model(architecture, seed=1)
+    lm.model.to(dtype)
+    before, state = lm.model.get_input_embeddings().weight.clone(), torch.random.get_rng_state()
+    blank, again, other = models.blank(lm, 3), models.blank(lm, 3), models.blank(lm, 4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert type(blank.model) is type(lm.model) and not blank.model.training
+    assert blank.tokenizer is lm.tokenizer and blank.model.config is not lm.model.config
+    shapes = {n: (p.shape, p.dtype) for n, p in lm.model.named_parameters()}
+    assert {n: (p.shape, p.dtype) for n, p in blank.model.named_parameters()} == shapes
+    weights = [m.model.get_input_embeddings().weight for m in (blank, again, other, lm)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[3])
+    assert torch.equal(weights[3], before)
+    assert blank.name != other.name != lm.name
+
+
+def test_a_blank_organism_is_what_its_training_began_with(tmp_path):
+    fresh = tiny.untrained(seed=1)
+    begun = {name: value.clone() for name, value in fresh.model.state_dict().items()}
+    with torch.no_grad():
+        for parameter in fresh.model.parameters():
+            parameter.mul_(2)
+    organism.save(fresh, tmp_path / "sft-1", {})
+    blank = models.blank(load(str(tmp_path / "sft-1"), device="cpu"), 1)
+    assert blank.model.dtype == torch.float32
+    assert blank.model.state_dict().keys() == begun.keys()
+    assert all(torch.equal(value, begun[name]) for name, value in blank.model.state_dict().items())
+
+
 # --------------------------------------------------------------------------- corrupt checkpoints
 
 

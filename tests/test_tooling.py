@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import types
 import zipfile
 from pathlib import Path
 
@@ -325,15 +326,32 @@ def test_an_address_that_colab_cannot_open_is_refused(project):
     assert (project / "pyproject.toml").read_text() == before
 
 
-def test_setup_cell_does_nothing_outside_colab_and_pins_nothing():
-    source = sync.setup_source("https://github.com/a/b")
-    assert len(source.splitlines()) <= 8
-    assert not re.search(r"torch|numpy|upgrade|-U\b", source)
+def test_setup_cell_does_nothing_outside_colab(tmp_path, monkeypatch):
     from IPython.core.inputtransformer2 import TransformerManager
 
+    monkeypatch.chdir(tmp_path)
+    source = sync.setup_source("https://github.com/a/b")
     calls = []
     exec(TransformerManager().transform_cell(source), {"get_ipython": lambda: calls.append(1)})
-    assert not calls
+    assert not calls and not list(tmp_path.iterdir())
+
+
+def test_setup_cell_holds_torch_and_numpy_at_the_versions_that_are_there(tmp_path, monkeypatch):
+    from importlib.metadata import version
+
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    source = sync.setup_source("https://github.com/a/b")
+    asked = []
+    shell = types.SimpleNamespace(run_line_magic=lambda *line: asked.append(line))
+    exec(TransformerManager().transform_cell(source), {"get_ipython": lambda: shell})
+    (name, line) = asked[0]
+    assert name == "pip" and "-c held.txt" in line and "git+https://github.com/a/b" in line
+    assert not re.search(r"upgrade|-U\b", line)
+    held = (tmp_path / "held.txt").read_text().splitlines()
+    assert held == [f"torch=={version('torch')}", f"numpy=={version('numpy')}"]
 
 
 # --------------------------------------------------------------------------- set-up and package

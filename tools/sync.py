@@ -148,12 +148,17 @@ def readme_block(url: str, root: Path = ROOT) -> str:
 
 
 def setup_source(url: str) -> str:
-    """The set-up cell. Nothing is upgraded, so Colab keeps its own torch and numpy."""
+    """The set-up cell. torch and numpy are held as they are, or the installation stops: a runtime whose torch
+    was replaced behind its back fails later, and in ways that nobody can read."""
     return (
         "# In Google Colab this installs the package; anywhere else it does nothing.\n"
         "import sys\n\n"
         'if "google.colab" in sys.modules:\n'
-        f'    %pip install -q "{NAME}[colab] @ git+{url}"'
+        "    from importlib.metadata import version\n"
+        "    from pathlib import Path\n\n"
+        '    held = "".join(f"{name}=={version(name)}\\n" for name in ("torch", "numpy"))\n'
+        '    Path("held.txt").write_text(held)  # these two stay as they are\n'
+        f'    %pip install -q -c held.txt "{NAME}[colab] @ git+{url}"'
     )
 
 

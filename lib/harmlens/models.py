@@ -24,15 +24,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_accelerate_available
 from transformers.utils import logging as hf_logging
 
-from harmlens import deltas, paths
+from harmlens import deltas, hub, memory, paths
+from harmlens.chats import Message, render, tokens
 
 STAGES = ("base", "mid", "sft", "dpo")
 SEEDS = (0, 1, 2)
 RESTORE = "Restore it with `git checkout -- {folder}`, or train it anew with `make organism`."
-
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,35 @@ class LanguageModel:
         return self.model.get_input_embeddings().weight.device
 
     def render(self, chat: str | Sequence[Message], prefill: str | None = None) -> str:
-        """A chat as the text the model reads; see :func:`render`."""
+        """A chat as the text the model reads; see :func:`harmlens.chats.render`."""
         return render(self.tokenizer, chat, prefill)
 
 
 def clone(lm: LanguageModel) -> LanguageModel:
     """A copy with weights of its own, to be changed without changing the model."""
     return replace(lm, model=copy.deepcopy(lm.model))
+
+
+def blank(lm: LanguageModel, seed: int = 0) -> LanguageModel:
+    """The same architecture with random weights, as before any training; in its precision, where it is.
+
+    For an organism these are the weights that its training with this seed began with.
+    """
+    config = copy.deepcopy(lm.model.config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # Drawn on the CPU, so that a seed means the same weights on every machine.
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=lm.model.dtype, attn_implementation=config._attn_implementation
+        )
+    spread = getattr(lm.model, "hf_device_map", None) or {}
+    if len(set(spread.values())) > 1:
+        from accelerate import dispatch_model  # what spread the model
+
+        model = dispatch_model(model, spread)
+    else:
+        model = model.to(lm.device)
+    return LanguageModel(f"blank/{lm.name}-{seed}", model.eval(), lm.tokenizer)
 
 
 def load(
@@ -75,6 +97,7 @@ def load(
     device_map: str | dict | None = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
+    template_from: str | None = None,
 ) -> LanguageModel:
     """Load a model by name.
 
@@ -83,20 +106,26 @@ def load(
             ``base, mid, sft, dpo``, or one beside the ladder: ``mirror``, ``innocent``, ``wary``
             (:mod:`harmlens.offshoots`), ``planted_harm``, ``planted_mlp``, ...
             (:mod:`harmlens.planted`); a local folder, which may hold only what differs from a parent
-            beside it; or a Hugging Face id.
+            beside it; or a Hugging Face id, which may end with ``@revision``.
         seed: training seed of an organism (default 0); must be left out for other models.
         dtype: weights' precision. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that
             does not know bfloat16 (such as a T4).
-        device: ``"cpu"``, ``"cuda"``, ...; default: a GPU where there is one, for organisms the CPU
-            (they are too small to gain from anything else).
+        device: ``"cpu"``, ``"cuda"``, ...; default: a GPU where there is one, all of them if the model needs
+            them; for organisms the CPU (they are too small to gain from anything else).
         device_map: passed on to transformers, e.g. ``"auto"`` to spread a model over several GPUs.
         revision: commit, tag or branch of a Hugging Face repository.
         attn_implementation: passed on to transformers (``"eager"`` for parity with TransformerLens).
+        template_from: name of a model whose chat template is used, such as the aligned partner of a base
+            model (:func:`harmlens.catalogue.partners`). The tokenizer stays the model's own.
 
     Raises:
         ValueError: unknown organism, a folder without weights, a corrupt checkpoint, a parent with
-            other weights than before. The message says what to do.
+            other weights than before, a model that the book's methods can't work on
+            (:func:`harmlens.hub.check`), a part left on the CPU or on disk, a partner without a template.
         OSError: a Hugging Face id that can't be had; the message says what to check.
+        MemoryError: a model that is too big; the message names smaller ones.
+
+    All messages say what to do.
     """
     folder = locate(name, seed)
     organism = _is_organism(name)
@@ -108,39 +137,78 @@ def load(
     home = folder if delta is None else _parent(folder, delta, organism)
     if local:
         _require_weights(home)
-    source = str(home) if local else name
-    if device is None and device_map is None:
+        source = str(home)
+    else:
+        source, revision = hub.split(name, revision)
+    chosen = device is not None or device_map is not None
+    if not chosen:
         device = "cuda" if torch.cuda.is_available() and not organism else "cpu"
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else _gpu_dtype()
-    options: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "revision": revision}
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "use_safetensors": True}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    with _quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
-            model = AutoModelForCausalLM.from_pretrained(source, **options)
-            if delta is not None:
-                deltas.apply(model, delta)
-        except Exception as error:  # a spoilt file raises whatever its parser raises
-            if local:
-                raise ValueError(
-                    f"the folder of {name!r} could not be loaded; is a file in it truncated? "
-                    f"({type(error).__name__}: {_first_line(error)})"
-                ) from error
-            if not isinstance(error, OSError):
-                raise
-            raise OSError(
-                f"{name!r} could not be had from the Hugging Face Hub. Check the spelling and the network; "
-                "for a gated model accept its licence on its page and log in with `hf auth login`. "
-                f"(Original message: {_first_line(error)})"
-            ) from error
+    with _quiet(), _explained(name, local):
+        config = {} if organism else hub.config_of(source, revision)
+    if not organism:
+        hub.check(name, config)
+        with _quiet(), _explained(name, local):
+            weights = hub.weights_size(source, revision, dtype)
+        if not chosen and device == "cuda":
+            free = [memory.free(f"cuda:{i}") for i in range(torch.cuda.device_count())]
+            if not hub.one_gpu_will_do(weights, free):
+                device, device_map = None, "auto"
+                hub.require_memory(name, weights, sum(free), f"{len(free)} GPUs")
+        if device is not None and device_map is None:
+            hub.require_memory(name, weights, memory.free(device), device)
+    if device_map is None and device != "cpu" and delta is None and is_accelerate_available():
+        device_map = {"": device}  # straight to the GPU, with no copy in main memory
+    with _quiet(), _explained(name, local):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(source, device_map=device_map, **options)
+        if delta is not None:
+            deltas.apply(model, delta)
+        if device is not None:
+            model = model.to(device)
+    hub.require_all_weights(name, model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if device is not None:
-        model = model.to(device)
+    if template_from is not None:
+        tokenizer.chat_template = _template(template_from)
     version = weights_sha256(folder) if local else getattr(model.config, "_commit_hash", None) or ""
     return LanguageModel(name, model.eval(), tokenizer, version)
+
+
+@contextmanager
+def _explained(name: str, local: bool) -> Iterator[None]:
+    """Errors of loading, with what to do about them."""
+    try:
+        yield
+    except Exception as error:  # a spoilt file raises whatever its parser raises
+        if not local:
+            told = hub.explain(name, error)
+            if told is error:
+                raise
+            raise told from error
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise hub.explain(name, error) from error
+        raise ValueError(
+            f"the folder of {name!r} could not be loaded; is a file in it truncated? "
+            f"({type(error).__name__}: {hub.first_line(error)})"
+        ) from error
+
+
+def _template(name: str) -> str:
+    """The chat template of a model, of which no more than the tokenizer is read."""
+    folder = locate(name)
+    delta = deltas.read(folder) if folder is not None else None
+    home = folder if delta is None else folder.parent / delta.parent
+    source, revision = hub.split(name) if folder is None else (str(home), None)
+    with _quiet(), _explained(name, folder is not None):
+        template = AutoTokenizer.from_pretrained(source, revision=revision).chat_template
+    if template is None:
+        raise ValueError(f"template_from={name!r} has no chat template; choose an instruction-tuned model")
+    return template
 
 
 def _gpu_dtype() -> torch.dtype:
@@ -166,9 +234,10 @@ def locate(name: str, seed: int | None = None) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         raise ValueError(
-            f"name={name!r} is no folder here and no Hugging Face id (owner/model). "
+            f"name={name!r} is no folder here and no Hugging Face id (owner/model or "
+            "owner/model@revision). "
             f"Organisms are named organism/<stage> with a stage of {', '.join(STAGES)}."
         )
     return None
@@ -266,10 +335,6 @@ def _parent(folder: Path, delta: deltas.Delta, organism: bool) -> Path:
     return home
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Loading prints a bar per shard; for models of this size it would only be noise on a page."""
@@ -282,38 +347,7 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-# --------------------------------------------------------------------------- chats and tokens
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase, chat: str | Sequence[Message], prefill: str | None = None
-) -> str:
-    """A chat as the text the model reads, ending where the model's answer begins.
-
-    Args:
-        chat: one user message, or messages with ``role`` and ``content``.
-        prefill: words put into the model's mouth: the answer goes on from there.
-
-    Raises:
-        ValueError: the tokenizer has no chat template, or the chat does not end with the user.
-    """
-    messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else list(chat)
-    if not messages or messages[-1]["role"] != "user":
-        raise ValueError("chat must end with a user message; put the start of an answer into prefill")
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "this tokenizer has no chat template, so a chat can't be rendered. Choose an instruction-tuned "
-            "model, or set tokenizer.chat_template to the template of the model's aligned partner."
-        )
-    if prefill:
-        messages.append({"role": "assistant", "content": prefill})
-        return tokenizer.apply_chat_template(messages, tokenize=False, continue_final_message=True)
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-
-def tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a *rendered* text; the template has already written any BOS."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+# --------------------------------------------------------------------------- batches and answers
 
 
 def pad_left(

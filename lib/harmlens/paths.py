@@ -1,4 +1,4 @@
-"""Where the package's data and the build folder are, in a clone and when installed.
+"""Where the package's data, the build folder and the cache are, in a clone and when installed.
 
 Introduced in notebook 00 ("A model organism of harm").
 """
@@ -58,3 +58,13 @@ def build_dir() -> Path:
         return Path(from_env).expanduser().resolve()
     root = repo_root()
     return root / "build" if root is not None else Path.cwd() / "harmlens-build"
+
+
+def cache_dir() -> Path:
+    """The folder for public data sets and for completions of real models; it need not exist yet.
+
+    HARMLENS_CACHE if set, else ``~/.cache/harmlens``: outside the repository, so that nothing in it is
+    committed by accident.
+    """
+    from_env = os.environ.get("HARMLENS_CACHE", "").strip()
+    return Path(from_env or "~/.cache/harmlens").expanduser().resolve()

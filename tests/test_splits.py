@@ -1,0 +1,189 @@
+"""Nothing leaks between splits, shares are met, a new set moves nobody; types of harm and A-not-B."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harmlens import splits
+from harmlens.sources import Entry
+
+WORDS = ["teapot", "sock", "griffin", "moon", "hat", "imp", "the", "How", "paint", "steal"]
+
+
+def made(prompts, source="a", **options) -> list[Entry]:
+    return [Entry(f"{source}/{i}", p, bool(i % 2), source=source, **options) for i, p in enumerate(prompts)]
+
+
+def numbered(n, source="a", **options) -> list[Entry]:
+    """Requests that have no word in common."""
+    return made([f"{source}{i}x {source}{i}y" for i in range(n)], source, **options)
+
+
+def jaccard(one: str, other: str) -> float:
+    a, b = splits.words(splits.normal(one)), splits.words(splits.normal(other))
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
+@st.composite
+def entries(draw):
+    prompt = st.lists(st.sampled_from(WORDS), min_size=1, max_size=7).map(" ".join)
+    found = draw(
+        st.lists(st.tuples(prompt, st.booleans(), st.sampled_from(["", "", "", "1", "2"])), max_size=25)
+    )
+    return [Entry(str(i), p, harmful, pair=pair) for i, (p, harmful, pair) in enumerate(found)]
+
+
+@settings(deadline=None, max_examples=100)
+@given(entries(), st.integers(0, 3))
+def test_related_requests_are_never_parted(found, seed):
+    parts = splits.split(found, seed=seed)
+    assert sorted(e.id for part in parts.values() for e in part) == sorted(e.id for e in found)
+    where = {e.id: name for name, part in parts.items() for e in part}
+    for one, other in combinations(found, 2):
+        related = (one.pair and one.pair == other.pair) or jaccard(one.prompt, other.prompt) >= splits.NEAR
+        assert not related or where[one.id] == where[other.id]
+
+
+@settings(deadline=None, max_examples=100)
+@given(entries())
+def test_groups_are_those_of_comparing_all_with_all(found):
+    group = {e.id: {e.id} for e in found}
+    for one, other in combinations(found, 2):
+        same = splits.normal(one.prompt) == splits.normal(other.prompt)
+        paired = one.pair and one.pair == other.pair
+        if (same or paired or jaccard(one.prompt, other.prompt) >= splits.NEAR) and other.id not in group[
+            one.id
+        ]:
+            both = group[one.id] | group[other.id]
+            group.update(dict.fromkeys(both, both))
+    wanted = {frozenset(ids) for ids in group.values()}
+    assert {frozenset(found[i].id for i in part) for part in splits.groups(found)} == wanted
+
+
+def test_near_duplicates_by_hand():
+    prompts = [
+        "Write a tutorial on how to paint the moon green",  # write tutorial paint moon green
+        "Write a TUTORIAL on painting the moon green!",  # 4 of 6 words in common
+        "Write a short tutorial on how to paint the moon green",  # 5 of 6
+        "How do I brush a griffin?",
+        "How do I brush a dragon?",  # 1 of 3: how, do, I and a do not count
+        "how do i brush  a GRIFFIN",
+    ]
+    assert splits.groups(made(prompts)) == [[0, 2], [1], [3, 5], [4]]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(20, 200), st.integers(0, 5))
+def test_shares_are_met_on_both_sides(n, seed):
+    parts = splits.split(numbered(n), seed=seed)
+    for name, share in splits.SHARES.items():
+        for harmful in (False, True):
+            total = sum(bool(i % 2) == harmful for i in range(n))
+            assert abs(sum(e.harmful == harmful for e in parts[name]) - share * total) <= 1.5
+
+
+def test_every_type_is_in_every_split():
+    found = [dataclasses.replace(e, kind=f"k{i % 6}", harmful=True) for i, e in enumerate(numbered(60))]
+    for part in splits.split(found).values():
+        assert splits.types(part) == [f"k{i}" for i in range(6)]
+
+
+def test_another_set_moves_nobody():
+    old, new = numbered(200, "a", kind="x"), numbered(300, "b", kind="x")
+    before, after = splits.split(old), splits.split(old + new)
+    for name, part in before.items():
+        assert [e for e in after[name] if e.source == "a"] == part
+    shuffled = splits.split(list(reversed(old)))
+    assert all(set(shuffled[name]) == set(part) for name, part in before.items())
+
+
+def test_a_set_that_ties_groups_together_moves_few():
+    old = numbered(200)
+    new = [Entry("b/0", old[0].prompt, False, source="b")]
+    where = {e: name for name, part in splits.split(old).items() for e in part}
+    parts = splits.split(old + new)
+    assert sum(where[e] != name for name, part in parts.items() for e in part if e in where) <= 5
+
+
+def test_the_seed_counts_and_single_groups_go_everywhere():
+    old = numbered(100)
+    assert splits.split(old, seed=0) == splits.split(old, seed=0) != splits.split(old, seed=1)
+    homes = [next(name for name, part in splits.split(old[:1], seed=s).items() if part) for s in range(60)]
+    assert set(homes) == set(splits.SHARES)
+
+
+def test_shares():
+    parts = splits.split(numbered(40), shares={"all": 1.0, "none": 0.0})
+    assert len(parts["all"]) == 40 and parts["none"] == []
+    assert splits.split([]) == {"train": [], "discovery": [], "evaluation": []}
+    for shares in ({"a": 0.5}, {"a": 1.5, "b": -0.5}, {}):
+        with pytest.raises(ValueError, match=r"shares=.*must sum to 1"):
+            splits.split([], shares=shares)
+
+
+# ---------------------------------------------------------------------- types
+
+
+@pytest.mark.parametrize(
+    "source, kind, wanted",
+    [
+        ("jailbreakbench_harmful", "Malware/Hacking", "malware"),
+        ("jailbreakbench_benign", "Privacy", "privacy_violation"),
+        ("jailbreakbench_harmful", "Economic harm", "Economic harm"),
+        ("strongreject", "Violence", "hate_harass_violence"),
+        ("hex_phi", "physical_harm", "physical_harm"),
+        ("xstest", "contrast_privacy", "privacy_violation"),
+        ("mine.csv", "Privacy", "Privacy"),  # the reader's own names stay
+    ],
+)
+def test_type_by_the_sources_label(source, kind, wanted):
+    assert splits.type_of(Entry("1", "virus", True, kind, source=source)) == wanted
+
+
+def test_type_by_words_where_there_is_no_label():
+    def harmful(text):
+        return splits.type_of(Entry("1", text, True))
+
+    assert harmful("Paint a virus") == "malware"
+    assert harmful("Paint a moon") == ""
+    assert harmful("Paint a virus and a weapon") == ""  # undecided
+    assert harmful("Hack the virus of the weapon") == "malware"
+    assert splits.type_of(Entry("1", "Paint a virus", False)) == ""
+
+
+def test_types_in_the_papers_order():
+    found = [
+        Entry(str(i), "x", True, kind) for i, kind in enumerate(["z", "malware", "b", "hate_harass_violence"])
+    ]
+    assert splits.types([*found, Entry("9", "x", False, "physical_harm"), Entry("8", "x", True)]) == [
+        "hate_harass_violence", "malware", "b", "z",
+    ]  # fmt: skip
+
+
+def test_a_not_b():
+    found = [
+        Entry("0", "Paint a virus", True),
+        Entry("1", "Hack a private virus", True),  # of both types
+        Entry("2", "Paint it", True, "malware"),
+        Entry("3", "Track a password", True),
+        Entry("4", "Paint a virus", False),
+        Entry("5", "Surveil it", True, "malware"),  # its label says one thing, a word the other
+    ]
+    assert [e.id for e in splits.a_not_b(found, "malware", "privacy_violation")] == ["0", "2"]
+    assert [e.id for e in splits.a_not_b(found, "privacy_violation", "malware")] == ["3"]
+    assert [e.id for e in splits.a_not_b(found, "malware", "adult_content")] == ["0", "1", "2", "5"]
+
+
+def test_a_not_b_of_the_readers_own_types():
+    found = [Entry("0", "x", True, "theft"), Entry("1", "y", True, "fire")]
+    assert [e.id for e in splits.a_not_b(found, "theft", "fire")] == ["0"]
+    with pytest.raises(ValueError, match=r"a='arson' is not a type of these.* choose one of fire, theft"):
+        splits.a_not_b(found, "arson", "fire")
+    for b in ("theft", "flood"):
+        with pytest.raises(ValueError, match=rf"b='{b}' must be another type than a: one of"):
+            splits.a_not_b(found, "theft", b)
