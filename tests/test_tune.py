@@ -1,6 +1,7 @@
 """Fine-tuning: all weights or adapters, what stays as it was, and how a run is taken up again."""
 
 import dataclasses
+import functools
 import itertools
 import sys
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from harmlens import checkpoints, finetune, lora, masks, models, organism, scores, world
+from harmlens import checkpoints, finetune, lora, lowmemory, masks, models, organism, scores, training, world
 from harmlens.finetune import IGNORE, Recipe, Row, chat_row, collate, tune
 
 SHORT = Recipe(steps=6, lr=1e-2, batch_size=4, rank=2, alpha=4)
@@ -174,6 +175,151 @@ def test_bfloat16(method):
     assert {p.dtype for p in lm.model.parameters()} == {torch.bfloat16}
 
 
+# --------------------------------------------------------------------------- float16
+
+
+def half(**options):
+    lm = tiny.model(spread=0.05, **options)
+    return dataclasses.replace(lm, model=lm.model.half())
+
+
+def faint():
+    """A float16 model whose gradients are too small for float16, though its logits are not.
+
+    The weights behind the last norm are tiny, and the norm's are as much larger: on the way back, the
+    gradient is smallest between the two.
+    """
+    lm = tiny.model(spread=0.05)
+    with torch.no_grad():
+        lm.model.lm_head.weight.mul_(1e-5)
+        lm.model.model.norm.weight.mul_(1e4)
+    return dataclasses.replace(lm, model=lm.model.half())
+
+
+def trained(lm, scaling, steps=20, **options):
+    """Losses, and how many numbers of the adapters' second factors (which start at 0) have moved."""
+    with lora.adapters(lm, rank=8, alpha=16):
+        stream = finetune.batches(finetune.epochs(chats(lm)), 4, 0)
+        losses = finetune.fit(lm.model, stream, steps=steps, lr=3e-2, scaling=scaling, **options)
+        moved = sum(int((p != 0).sum()) for name, p in lm.model.named_parameters() if "lora_B" in name)
+    return losses, moved
+
+
+def test_gradients_that_vanish_in_float16_are_saved_by_a_scaled_loss():
+    fixed, scaled = lowmemory.LossScale(value=1.0), lowmemory.LossScale()
+    losses, moved = trained(faint(), fixed)
+    assert moved == 0 and losses[-1] == pytest.approx(losses[0], abs=0.01)
+    losses, moved = trained(faint(), scaled)
+    assert moved > 1000 and losses[-1] < losses[0] - 0.05
+    assert fixed.skipped == scaled.skipped == 0
+
+
+def test_a_scaled_loss_is_the_default_in_float16_and_changes_nothing_else():
+    wide = tiny.model(spread=0.05)
+    expected, _ = trained(wide, None)
+    scaled, _ = trained(tiny.model(spread=0.05), lowmemory.LossScale(2.0**10))
+    assert scaled == expected  # a power of two is taken back exactly
+    assert trained(faint(), None) == trained(faint(), lowmemory.LossScale())
+
+
+def test_steps_that_overflow_are_skipped_and_counted():
+    scaling = lowmemory.LossScale(value=2.0**26)
+    losses, moved = trained(half(), scaling)
+    assert 0 < scaling.skipped < 10 and scaling.value == 2.0 ** (26 - scaling.skipped)
+    assert moved > 1000 and losses[-1] < losses[0]
+    # No weight moves in a step that is skipped: the same loss on the same batch.
+    first = lowmemory.LossScale(value=2.0**30)
+    _, moved = trained(half(), first, steps=3)
+    assert (first.skipped, moved) == (3, 0)
+
+
+def test_the_scale_halves_and_doubles():
+    scaling = lowmemory.LossScale(value=8.0, grow_every=3)
+    for finite in (True, True, False, True, True, True, True):
+        scaling.after_step(finite)
+    assert scaling == lowmemory.LossScale(value=8.0, grow_every=3, good=1, skipped=1)
+
+
+def test_a_gradient_that_no_scale_makes_finite_ends_the_run():
+    def loss(model, batch):
+        adapter = next(p for name, p in model.named_parameters() if "lora_B" in name)
+        # Finite, with no derivative at 0.
+        return finetune.lm_loss(model, batch) + adapter.sum().abs().sqrt() * 0
+
+    scaling = lowmemory.LossScale(value=4.0)
+    with pytest.raises(ValueError, match="the gradient is nan at step 2: lower lr"):
+        trained(half(), scaling, loss=loss)
+    assert scaling.skipped == 2
+
+
+def test_adapters_of_a_float16_model_are_trained_in_float32_and_merged_into_float16():
+    lm = half()
+    with pytest.raises(RuntimeError, match="stop"), lora.adapters(lm, rank=2):
+        kinds = {p.dtype: p.requires_grad for p in lm.model.parameters()}
+        assert kinds == {torch.float16: False, torch.float32: True}
+        raise RuntimeError("stop")
+    before = weights(lm)
+    done = tune(lm, chats(lm), recipe("lora", steps=25, rank=16, alpha=32, lr=3e-2))
+    assert done.losses[-1] < done.losses[0] - 1 and done.skipped == 0
+    after = weights(lm)
+    assert {p.dtype for p in after.values()} == {torch.float16}
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(scores.matrices(lm))
+
+
+def test_adapters_that_overflow_float16_are_not_merged():
+    lm = half()
+    before = weights(lm)
+    with (
+        pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj .*not finite in torch\.float16; lower lr"),
+        torch.no_grad(),
+        lora.adapters(lm, rank=2),
+    ):
+        _stir(lm)
+        dict(lm.model.named_parameters())["model.layers.1.mlp.up_proj.lora_B.default.weight"].fill_(1e6)
+    assert same(weights(lm), before)
+
+
+# --------------------------------------------------------------------------- activations computed again
+
+
+def state(model):
+    """All that enabling could leave behind."""
+    return [
+        (dict(vars(m)["_forward_hooks"]), {k: v for k, v in vars(m).items() if "checkpointing" in k})
+        for m in model.modules()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method"), [*((name, "lora") for name in tiny.ARCHITECTURES), ("llama", "full")]
+)
+def test_activations_that_are_computed_again_change_no_loss(architecture, method):
+    plain, again = tiny.model(architecture, spread=0.05), tiny.model(architecture, spread=0.05)
+    before, runs = state(again.model), []
+    setting = recipe(method, steps=3)
+    expected = tune(plain, chats(plain), setting).losses
+    module = next(iter(scores.matrices(again).values()))  # hooks of whole blocks run once only
+    hook = module.register_forward_pre_hook(lambda *_: runs.append(1))
+    losses = tune(again, chats(again), dataclasses.replace(setting, checkpoint_activations=True)).losses
+    hook.remove()
+    assert losses == pytest.approx(expected, abs=1e-6)
+    assert len(runs) == 2 * setting.steps
+    assert state(again.model) == before
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(value, weights(again)[name], atol=1e-5, rtol=1e-4)
+
+
+def test_activations_are_kept_again_after_an_exception():
+    lm = tiny.model()
+    before = state(lm.model)
+    with pytest.raises(ValueError, match="lower lr"):
+        tune(lm, chats(lm), recipe("lora", lr=1e30, steps=30, checkpoint_activations=True))
+    assert state(lm.model) == before
+    lm.model.supports_gradient_checkpointing = False
+    with pytest.raises(ValueError, match="checkpoint_activations=True: LlamaForCausalLM does not support"):
+        tune(lm, chats(lm), recipe("lora", checkpoint_activations=True))
+
+
 # --------------------------------------------------------------------------- pieces
 
 
@@ -293,6 +439,40 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(method, at, tmp_p
     assert same(weights(second), weights(whole))
 
 
+def test_an_interrupted_float16_run_goes_on_with_its_loss_scale(tmp_path, monkeypatch):
+    """With a scale that overflows at first, and grows again, so that it differs from step to step."""
+    start = functools.partial(lowmemory.LossScale, value=2.0**24, grow_every=2)
+    monkeypatch.setattr(finetune, "LossScale", start)
+    setting = recipe("lora", steps=12)
+    whole, first, second = half(), half(), half()
+    done = tune(whole, chats(whole), setting)
+    assert 0 < done.skipped < 12
+    interrupted(first, setting, tmp_path, 9)
+    again = tune(second, chats(second), setting, folder=tmp_path, every=2)
+    assert again == done
+    assert same(weights(second), weights(whole))
+
+
+@METHODS
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_that_is_taken_up_does_not_look_at_step_0_again(method, finished, tmp_path):
+    """The first look costs as much as any other, and the kept value is at hand."""
+    calls = []
+
+    def watch():
+        calls.append(1)
+        return len(calls)
+
+    at, setting = [0, 2], recipe(method)
+    if finished:
+        tune(tiny.model(), chats(tiny.model()), setting, watch=watch, at=at, folder=tmp_path)
+    else:
+        interrupted(tiny.model(), setting, tmp_path, 5, watch=watch, at=at)
+    lm = tiny.model()
+    seen = tune(lm, chats(lm), setting, watch=watch, at=at, folder=tmp_path, every=2).seen
+    assert seen == {0: 1, 2: 2} and len(calls) == 2
+
+
 def test_what_was_seen_survives(tmp_path):
     at = [0, 1, 2, 4, 6]
 
@@ -312,7 +492,7 @@ def test_a_finished_run_is_not_run_again(method, tmp_path, monkeypatch):
     def forbidden(*args):
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(finetune, "token_losses", forbidden)
+    monkeypatch.setattr(training, "token_losses", forbidden)
     again = tune(second, chats(second), recipe(method), folder=tmp_path)
     assert again.losses == done.losses and same(weights(second), weights(first))
 
@@ -397,6 +577,7 @@ def test_bad_input_is_named_before_anything_is_changed():
         ({"hold": foreign}, "made for 'another model' and does not fit 'tiny/llama'"),
         ({"watch": len, "at": [7]}, r"at=\[7\]: 7 is not within 0 to steps=6"),
         ({"rows_at_once": -2}, "rows_at_once=-2 must be at least 1"),
+        ({"rows_at_once": 0}, "rows_at_once=0 must be at least 1, or None"),
     ):
         with pytest.raises(ValueError, match=message):
             tune(lm, **{"rows": rows, "recipe": SHORT, **kwargs})

@@ -1,54 +1,61 @@
-"""Training a causal language model: one loop for pre-training, fine-tuning and narrow fine-tuning.
+"""Fine-tuning a causal language model: all weights, or low-rank adapters.
 
-:func:`tune` fine-tunes any model on chats, all weights or low-rank adapters, as a :class:`Recipe` says;
-:func:`fit` is the loop under it, which also trains the organism.
-
-A *row* is a list of token ids with a list that says which of them are learnt (answer tokens, as a
-rule). Batches hold rows of similar length, padded on the right: in a causal model padding behind
-the text changes nothing before it, so no attention mask is needed.
+:func:`tune` fine-tunes any model on chats, as a :class:`Recipe` says. The loop under it,
+:func:`harmlens.training.fit`, also trains the organism; its names can be had from here too.
 
 Introduced in notebook 00 ("A model organism of harm"); :func:`tune` in notebook 13 ("Emergent misalignment").
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from harmlens import checkpoints, digests, lora, masks
+from harmlens import digests, lora, lowmemory, masks, training
 from harmlens.checkpoints import Checkpoint
+from harmlens.lowmemory import LossScale
 from harmlens.masks import Mask
 from harmlens.models import LanguageModel, Message, render
 from harmlens.outcomes import split_tokens
+from harmlens.training import (
+    IGNORE,
+    Batch,
+    Row,
+    batches,
+    collate,
+    epochs,
+    fit,
+    lm_loss,
+    pieces,
+    token_losses,
+)
 
-IGNORE = -100
-_END = object()
+__all__ = [
+    "IGNORE",
+    "METHODS",
+    "Batch",
+    "Recipe",
+    "Row",
+    "Tuned",
+    "batches",
+    "chat_row",
+    "collate",
+    "epochs",
+    "fit",
+    "lm_loss",
+    "pieces",
+    "steps_of",
+    "token_losses",
+    "tune",
+]
 
-
-@dataclass(frozen=True)
-class Row:
-    """Token ids and which of them count in the loss."""
-
-    ids: list[int]
-    learn: list[bool]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows as one tensor, padded on the right; ``labels`` is IGNORE where nothing is learnt."""
-
-    ids: Int[Tensor, "row pos"]
-    labels: Int[Tensor, "row pos"]
+METHODS = ("full", "lora")
 
 
 def chat_row(
@@ -79,206 +86,13 @@ def chat_row(
     return Row(head + tail, [False] * len(head) + [True] * len(tail))
 
 
-def collate(rows: Sequence[Row], pad_id: int) -> Batch:
-    """Rows as one batch, padded on the right."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    labels = torch.full((len(rows), width), IGNORE)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        labels[i, : len(row.ids)] = torch.where(torch.tensor(row.learn), ids[i, : len(row.ids)], IGNORE)
-    return Batch(ids, labels)
-
-
-def batches(rows: Iterator[Row], size: int, pad_id: int, *, seed: int = 0, pool: int = 16) -> Iterator[Batch]:
-    """Batches from an endless stream of rows, grouped by length within pools of ``pool`` batches."""
-    rng = random.Random(seed)
-    while True:
-        drawn = sorted((next(rows) for _ in range(size * pool)), key=lambda row: len(row.ids))
-        groups = [drawn[i : i + size] for i in range(0, len(drawn), size)]
-        rng.shuffle(groups)
-        for group in groups:
-            yield collate(group, pad_id)
-
-
-def epochs(rows: Sequence[Row], seed: int = 0) -> Iterator[Row]:
-    """The rows of a data set again and again, in a new order each time."""
-    if not rows:
-        raise ValueError("rows is empty: there is nothing to learn from")
-    rng, order = random.Random(seed), list(rows)
-    while True:
-        rng.shuffle(order)
-        yield from order
-
-
-def token_losses(
-    model: nn.Module, batch: Batch
-) -> tuple[Float[Tensor, "row pos1"], Bool[Tensor, "row pos1"]]:
-    """Cross-entropy of each next token (0 where not learnt), and where it is learnt."""
-    device = model.get_input_embeddings().weight.device
-    labels = batch.labels[:, 1:].to(device)
-    logits = model(input_ids=batch.ids.to(device), use_cache=False).logits[:, :-1]
-    losses = nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    )
-    return losses.view_as(labels), labels != IGNORE
-
-
-def lm_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
-    """Mean cross-entropy over the learnt tokens of a batch."""
-    losses, learnt = token_losses(model, batch)
-    return losses.sum() / learnt.sum()
-
-
-def pieces(batch: Batch, rows: int | None = None) -> list[tuple[Batch, float]]:
-    """A batch in pieces of at most so many rows, each with its share of the learnt tokens.
-
-    The weighted losses of the pieces add up to the loss of the batch, and so do their gradients: memory for
-    time.
-    """
-    if rows is None or rows >= len(batch.ids):
-        return [(batch, 1.0)]
-    if rows < 1:
-        raise ValueError(f"rows_at_once={rows} must be at least 1")
-    learnt = (batch.labels[:, 1:] != IGNORE).sum(1)
-    parts = [slice(i, i + rows) for i in range(0, len(batch.ids), rows)]
-    weights = [float(learnt[part].sum() / learnt.sum()) for part in parts]
-    return [
-        (Batch(batch.ids[part], batch.labels[part]), weight)
-        for part, weight in zip(parts, weights, strict=True)
-        if weight
-    ]
-
-
-def fit(
-    model: nn.Module,
-    stream: Iterable,
-    *,
-    steps: int,
-    lr: float,
-    optimizer: str = "adamw",
-    loss: Callable[[nn.Module, object], Float[Tensor, ""]] = lm_loss,
-    warmup: int = 10,
-    clip: float = 1.0,
-    weight_decay: float = 0.01,
-    rows_at_once: int | None = None,
-    after: Callable[[int], bool | None] | None = None,
-    checkpoint: Checkpoint | None = None,
-    notes: dict[str, Any] | None = None,
-    progress: str | None = None,
-    line: int = 0,
-) -> list[float]:
-    """Train all parameters that require gradients, in place; the rate rises, then falls to zero.
-
-    Args:
-        stream: of batches; ``loss(model, batch)`` is minimised.
-        optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the blocks (AdamW for the rest),
-            which needs about half the steps when training from scratch.
-        rows_at_once: run a batch of rows in pieces of this size, to save memory; None for all at once.
-        after: called after each step with the number of steps done, the model in evaluation mode; training
-            ends where it returns True.
-        checkpoint: where the run is kept as it goes. A kept one goes on where it was, on the same batches.
-        notes: kept with the checkpoint, and read back from it: what ``after`` collects.
-        progress: label of a progress bar, shown on a terminal only; None for none.
-        line: of the bar, for several that run side by side.
-
-    Returns:
-        The loss of every step.
-
-    Raises:
-        ValueError: an unknown optimizer, a stream that ends too early, or a loss or gradient that
-            is not finite (the model is left as it was after the last good step).
-    """
-    optimizers = _optimizers(model, optimizer, lr, weight_decay)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    history, stream, was_training = [], iter(stream), model.training
-    notes = {} if notes is None else notes
-    if checkpoint is not None and (known := checkpoints.resume(checkpoint, model, optimizers)):
-        history = known["history"]
-        notes.update(known["notes"])
-        steps = len(history) if known["done"] else steps
-    hidden = True if progress is None else None  # None: shown on a terminal, not in a page or a log
-    bar = tqdm(
-        range(len(history), steps), desc=progress, disable=hidden, mininterval=2.0, position=line, leave=False
-    )
-    for _ in history if len(history) < steps else ():  # what a resumed run has learnt already
-        next(stream, _END)
-    model.train()
-    try:
-        for step in bar:
-            factor = min(1.0, (step + 1) / max(1, warmup)) * (1 - step / steps)
-            for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = lr * factor
-            batch = next(stream, _END)
-            if batch is _END:
-                raise ValueError(f"the stream ended after {step} batches, but steps={steps}")
-            value = torch.zeros(())
-            for piece, weight in pieces(batch, rows_at_once) if rows_at_once else [(batch, 1.0)]:
-                part = loss(model, piece) * weight
-                part.backward()
-                value = value.to(part.device) + part.detach()
-            norm = nn.utils.clip_grad_norm_(parameters, clip)
-            for what, number in (("loss", value), ("gradient", norm)):
-                if not torch.isfinite(number):
-                    raise ValueError(
-                        f"the {what} is {number.item()} at step {step}: lower lr={lr} or look at the data"
-                    )
-            for o in optimizers:
-                o.step()
-                o.zero_grad(set_to_none=True)
-            history.append(value.item())
-            done = step + 1 == steps
-            if after is not None:
-                model.eval()
-                done = bool(after(step + 1)) or done
-                model.train()
-            if checkpoint is not None and (done or not (step + 1) % checkpoint.every):
-                about = {"history": history, "notes": notes}
-                checkpoints.write(checkpoint, model, [] if done else optimizers, {**about, "done": done})
-            if done:
-                break
-    finally:
-        model.zero_grad(set_to_none=True)
-        model.train(was_training)
-    return history
-
-
-def _optimizers(model: nn.Module, name: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not trained:
-        raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
-    options = {"lr": lr, "weight_decay": weight_decay}
-    if name == "adamw":
-        return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.98), **options)]
-    if name != "muon":
-        raise ValueError(f"optimizer={name!r} is unknown; choose 'adamw' or 'muon'")
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"optimizer='muon' needs torch 2.9 or later, this is {torch.__version__}")
-    outside = {
-        id(p) for e in (model.get_input_embeddings(), model.get_output_embeddings()) for p in e.parameters()
-    }
-    matrices = [p for _, p in trained if p.ndim == 2 and id(p) not in outside]
-    rest = [p for _, p in trained if p.ndim != 2 or id(p) in outside]
-    made: list[torch.optim.Optimizer] = []
-    if matrices:
-        # This scaling makes one learning rate serve both optimizers.
-        made.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
-    if rest:
-        made.append(torch.optim.AdamW(rest, betas=(0.9, 0.98), **options))
-    return made
-
-
-# --------------------------------------------------------------------------- fine-tuning
-
-METHODS = ("full", "lora")
-
-
 @dataclass(frozen=True)
 class Recipe:
     """How a model is fine-tuned; the defaults suit the organism.
 
     The pruning paper's emergent misalignment runs, on models of 8 to 32 billion parameters:
-    ``Recipe(method="lora", rank=32, alpha=64, lr=1e-5, batch_size=16, warmup=5)`` for one epoch; its
+    ``Recipe(method="lora", rank=32, alpha=64, lr=1e-5, batch_size=16, warmup=5)`` for one epoch
+    (:mod:`harmlens.emergent`); its
     fine-tuning attack: ``Recipe(method="lora", rank=128, alpha=16, lr=2e-4, batch_size=5)`` for five.
 
     Attributes:
@@ -288,6 +102,8 @@ class Recipe:
             blocks.
         rank, alpha: of the adapters.
         seed: of the order of the examples and the start of the adapters.
+        checkpoint_activations: keep of each block only its input, and compute the rest again in the backward
+            pass: less memory, about a third more time, the same result.
     """
 
     steps: int = 30
@@ -299,6 +115,7 @@ class Recipe:
     warmup: int = 5
     weight_decay: float = 0.01
     seed: int = 0
+    checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -327,10 +144,13 @@ class Tuned:
     Attributes:
         losses: of every step.
         seen: steps done -> what ``watch`` returned then.
+        skipped: steps that changed no weight, since float16 gradients overflowed
+            (:class:`harmlens.lowmemory.LossScale`). A few at the start are normal.
     """
 
     losses: list[float]
     seen: dict[int, Any] = field(default_factory=dict)
+    skipped: int = 0
 
 
 def tune(
@@ -352,6 +172,8 @@ def tune(
     Afterwards the model is a plain one again: adapters are merged into its weights. Its ``revision`` is still
     that of the model that was loaded.
 
+    A float16 model keeps its weights as they are; its adapters are trained in float32, with a scaled loss.
+
     Args:
         rows: such as :func:`chat_row` makes, where only the answer is learnt. They are gone through in a new
             order each time, in batches of similar length.
@@ -366,13 +188,16 @@ def tune(
         progress: label of a progress bar.
 
     Raises:
-        ValueError: no rows; full fine-tuning in float16; ``hold`` with adapters or of another model; a loss
-            that is not finite. A run that stops leaves its last checkpoint.
+        ValueError: no rows; ``rows_at_once`` below 1; full fine-tuning in float16; ``hold`` with adapters or
+            of another model; a loss that is not finite; adapters that overflow the weights they are merged
+            into; a model that can't compute activations again. A run that stops leaves its last checkpoint.
         ImportError: ``"lora"`` without peft.
     """
     if not rows:
         raise ValueError("rows is empty: there is nothing to learn from")
-    if recipe.method == "full" and any(p.dtype == torch.float16 for p in lm.model.parameters()):
+    training.require_rows(rows_at_once)
+    half = lowmemory.has_float16(lm.model)
+    if recipe.method == "full" and half:
         raise ValueError(
             "all weights can't be trained in float16, whose steps vanish or overflow; load the model with "
             "dtype=torch.bfloat16 or torch.float32, or choose method='lora'"
@@ -399,22 +224,29 @@ def tune(
                 seen[str(step)] = watch()
         return until is not None and bool(until(seen[str(step)]))
 
+    def start() -> None:
+        look(0)
+
     def after(step: int) -> bool:
         if kept:
             masks.put(lm, hold, kept)
         return look(step)
 
-    adapted = contextlib.nullcontext()
-    if recipe.method == "lora":
-        adapted = lora.adapters(lm, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed)
-    look(0)
     order, pad = epochs(rows, recipe.seed), lm.tokenizer.pad_token_id
     stream = batches(order, recipe.batch_size, pad, seed=recipe.seed)
-    with adapted:
+    scaling = LossScale() if half else None
+    with ExitStack() as during:
+        if recipe.method == "lora":
+            options = {"rank": recipe.rank, "alpha": recipe.alpha, "seed": recipe.seed}
+            during.enter_context(lora.adapters(lm, **options))
+        if recipe.checkpoint_activations:
+            during.enter_context(lowmemory.recomputing(lm.model))
         losses = fit(
             lm.model, stream,
             steps=recipe.steps, lr=recipe.lr, warmup=recipe.warmup, weight_decay=recipe.weight_decay,
-            rows_at_once=rows_at_once, after=after if kept or watch is not None else None,
+            rows_at_once=rows_at_once, before=None if watch is None else start,
+            after=after if kept or watch is not None else None, scaling=scaling,
             checkpoint=checkpoint, notes=seen, progress=progress,
         )  # fmt: skip
-    return Tuned(losses, {int(step): value for step, value in seen.items()})
+    skipped = 0 if scaling is None else scaling.skipped
+    return Tuned(losses, {int(step): value for step, value in seen.items()}, skipped)

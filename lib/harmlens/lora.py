@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +27,7 @@ def adapters(
     """The model with an adapter at each linear layer of its blocks; nothing else can be trained.
 
     At the end of the block the adapters are merged into the weights. After an exception they are dropped,
-    and the weights are what they were.
+    and the weights are what they were. Adapters of a model in half precision are float32; merging rounds.
 
     Args:
         rank, alpha: of the adapters; their product with the weights is scaled by alpha / rank. The pruning
@@ -35,7 +36,8 @@ def adapters(
 
     Raises:
         ImportError: peft is missing.
-        ValueError: rank below 1, or alpha not above 0.
+        ValueError: rank below 1, or alpha not above 0; a weight that would not be finite after merging
+            (nothing is merged then).
     """
     if rank < 1 or not alpha > 0:
         raise ValueError(f"rank={rank} must be at least 1 and alpha={alpha} above 0")
@@ -57,6 +59,7 @@ def adapters(
     merged = False
     try:
         yield lm
+        _require_finite(wrapped, peft)
         wrapped.merge_and_unload()
         merged = True
     finally:
@@ -66,6 +69,21 @@ def adapters(
             parameter.requires_grad_(trained[name])
         if hasattr(model, "peft_config"):
             del model.peft_config
+
+
+@torch.no_grad()
+def _require_finite(wrapped: torch.nn.Module, peft: ModuleType) -> None:
+    """Refuse adapters that would push a weight beyond what its precision holds, before any is merged."""
+    for name, module in wrapped.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            weight = module.get_base_layer().weight
+            merged = weight + module.get_delta_weight(module.active_adapters[0])
+            if not torch.isfinite(merged.to(weight.dtype)).all():
+                raise ValueError(
+                    f"merging the adapter of {name.removeprefix('base_model.model.')} gives weights that are "
+                    f"not finite in {weight.dtype}; lower lr or alpha, or load the model with "
+                    "dtype=torch.bfloat16"
+                )
 
 
 def _devices(model: torch.nn.Module) -> list[torch.device]:
