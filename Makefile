@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test bench notebooks scorecard organism sync clean clean-all
+.PHONY: help setup book test bench notebooks scorecard organism sweep sync clean clean-all
 
 help:
 	@echo "make book       run the notebooks and render the book (unchanged notebooks are not run again)"
@@ -27,11 +27,13 @@ help:
 	@echo "make notebooks  run the notebooks and store their outputs and results in the repository"
 	@echo "make scorecard  compute build/scorecard.json from the result files"
 	@echo "make organism   train the model organism again (resumes where it stopped)"
+	@echo "make sweep      run notebooks over models, stages and seeds, on one machine or a cluster"
 	@echo "make sync       rewrite badges, links and set-up cells from the address in pyproject.toml"
 	@echo "make setup      only make the environment in .venv"
 	@echo "make clean      remove build/; make clean-all removes .venv too"
 	@echo
 	@echo 'Options go in ARGS: make book ARGS="--quick --model organism/dpo", make test ARGS="-k stats"'
+	@echo 'A sweep of your own: make sweep SWEEP=my.yaml ARGS="--profile slurm"'
 	@echo "Another Python: PYTHON=python3.12"
 
 setup: $(STAMP)
@@ -79,6 +81,20 @@ scorecard: $(STAMP)
 organism: $(STAMP)
 	@$(PY) -m harmlens.organism $(ARGS)
 
+# The engine has an environment of its own: it wants other versions of packages that the book pins.
+SWEEP ?= sweep/sweep.yaml
+ENGINE := .venv-sweep
+ENGINE_STAMP := $(ENGINE)/.installed
+
+$(ENGINE_STAMP): sweep/requirements.txt | $(STAMP)
+	@rm -f $(ENGINE_STAMP)
+	$(PYTHON) -m venv $(ENGINE)
+	$(ENGINE)/bin/python -m pip install -r sweep/requirements.txt
+	@touch $(ENGINE_STAMP)
+
+sweep: $(STAMP) $(ENGINE_STAMP)
+	@$(PY) -m harmlens.sweep run $(SWEEP) $(ARGS)
+
 sync: $(STAMP)
 	@$(PY) tools/sync.py $(ARGS)
 
@@ -86,4 +102,4 @@ clean:
 	rm -rf build .pytest_cache .ruff_cache lib/*.egg-info
 
 clean-all: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ENGINE)
