@@ -1,5 +1,8 @@
 """Read-outs: the residual stream as the model has it, and probes that find what is there and nothing else."""
 
+import copy
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -41,6 +44,66 @@ def test_states_at_some_words_are_those_of_the_whole_text(architecture):
     whole = lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
     expected = torch.stack([s[0, at] for s in whole])
     torch.testing.assert_close(probes.hidden_states(lm, [part])[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_texts_read_at_a_length_are_texts_cut_there(architecture):
+    lm = tiny.model(architecture)
+    chat = "how do i brew a salted draught?"
+    part = probes.up_to(lm, chat, "salted draught")
+    at = len(models.tokens(lm.tokenizer, part))
+    got = probes.hidden_states(lm, [lm.render(chat)] * 2, lengths=[at, at - 1])
+    shorter = probes.up_to(lm, chat, "salted")
+    torch.testing.assert_close(got, probes.hidden_states(lm, [part, shorter]), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[0], [10_000]])
+def test_a_length_that_a_text_does_not_have(lengths):
+    lm = tiny.model()
+    with pytest.raises(ValueError, match="must lie between 1 and the number of the text's tokens"):
+        probes.hidden_states(lm, tiny.texts(lm)[:1], lengths=lengths)
+
+
+def test_one_length_for_each_text():
+    lm = tiny.model()
+    with pytest.raises(ValueError, match="give one to each text; got 1 for 2 texts"):
+        probes.hidden_states(lm, tiny.texts(lm)[:2], lengths=[1])
+
+
+TEMPLATES = {
+    "several tokens": "{% for m in messages %}<|user|> {{ m.content }}<|end|>{% endfor %}<|assistant|>",
+    "nothing but the message": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "a message that is stripped": "{% for m in messages %}<|user|> {{ m.content | trim }}<|end|>{% endfor %}",
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "behind"),
+    list(zip(TEMPLATES.values(), ["<|end|><|assistant|>", "", "<|end|>"], strict=True)),
+)
+def test_places_of_any_template(template, behind):
+    lm = tiny.model()
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = template
+    lm = replace(lm, tokenizer=tokenizer)
+    for chat in (" a salted draught? ", [{"role": "user", "content": " a salted draught? "}]):
+        ids = models.tokens(tokenizer, lm.render(chat))
+        found = probes.places(lm, chat)
+        assert list(found) == ["last word", "end of message", "last position"]
+        assert tokenizer.decode(ids[found["last word"] - 1]) == "?"
+        assert found["last position"] == len(ids)
+        assert tokenizer.decode(ids[found["last word"] :]).replace(" ", "") == behind
+        assert found["end of message"] == min(found["last word"] + 1, len(ids))
+
+
+def test_places_in_a_chat_of_several_messages():
+    lm = tiny.model()
+    chat = [
+        {"role": "system", "content": "a salted draught?"},
+        {"role": "user", "content": "a salted draught?"},
+    ]
+    ids = models.tokens(lm.tokenizer, lm.render(chat))
+    assert lm.tokenizer.decode(ids[probes.places(lm, chat)["last word"] :]).count("?") == 0
 
 
 def test_a_text_is_cut_behind_the_last_place():

@@ -8,22 +8,32 @@ Introduced in notebook 09 ("Weights that carry harm").
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from harmlens import pruning, tasks
-from harmlens.masks import Mask
+from harmlens.masks import Mask, check_same
 from harmlens.models import LanguageModel
 from harmlens.scores import Scores
 from harmlens.tasks import Marks, Task
 
-# Shares for the organism, whose matrices hold ten to twenty-five thousand weights; large models need shares a
-# thousand times smaller (the paper's: p = 5e-5, q = 1e-5).
+# Shares for the organism, whose matrices hold ten to twenty-five thousand weights.
 P = (0.0, 0.01, 0.03, 0.1)
 Q = (0.0003, 0.001, 0.002, 0.005, 0.01)
+# Shares for matrices of millions of weights, around the paper's p = 5e-5 and q = 1e-5.
+P_LARGE = (0.0, 1e-5, 5e-5, 1e-4)
+Q_LARGE = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
+LARGE = 1_000_000  # weights of the median matrix
+
+
+def grid(scores: Scores) -> dict[str, tuple[float, ...]]:
+    """The shares to try for a model: ``ps`` and ``qs`` of :func:`sweep`, by the size of its matrices."""
+    sizes = sorted(value.numel() for value in scores.values.values())
+    large = sizes[len(sizes) // 2] >= LARGE
+    return {"ps": P_LARGE, "qs": Q_LARGE} if large else {"ps": P, "qs": Q}
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,48 @@ class Point:
     marks: dict[str, Marks]
 
 
+@dataclass(frozen=True)
+class Slices:
+    """Sets that the scores of a model give, for each share; all that a sweep needs of them.
+
+    Scores take four bytes for every weight of the blocks, sets next to nothing: of a large model keep these.
+
+    Attributes:
+        taken: q -> the weights that support the answers to be lost most.
+        spared: p -> the weights that matter most to the answers to be kept.
+    """
+
+    taken: dict[float, Mask]
+    spared: dict[float, Mask]
+
+    def difference(self, p: float, q: float, name: str = "") -> Mask:
+        """What :func:`harmlens.pruning.select` selects."""
+        return (self.taken[q] - self.spared[p]).called(name or f"p={p:g}, q={q:g}")
+
+
+def slices(
+    prune: Scores,
+    preserve: Scores,
+    *,
+    ps: Sequence[float] = P,
+    qs: Sequence[float] = Q,
+    scope: str = "matrix",
+) -> Slices:
+    """The sets of :func:`harmlens.pruning.select` for each share."""
+    check_same(prune, preserve)
+    return Slices(taken(prune, qs, scope=scope), spared(preserve, ps, scope=scope))
+
+
+def taken(prune: Scores, qs: Sequence[float], *, scope: str = "matrix") -> dict[float, Mask]:
+    """For each q the weights with the lowest prune scores."""
+    return {q: pruning.top(prune, q, scope=scope, lowest=True) for q in qs}
+
+
+def spared(preserve: Scores, ps: Sequence[float], *, scope: str = "matrix") -> dict[float, Mask]:
+    """For each p the weights with the highest preserve scores."""
+    return {p: pruning.top(preserve, p, scope=scope, share_name="p") for p in ps}
+
+
 def sweep(
     lm: LanguageModel,
     prune: Scores,
@@ -51,13 +103,27 @@ def sweep(
     scope: str = "matrix",
 ) -> list[Point]:
     """The model without the selected weights, for each p and q."""
+    return walk(lm, slices(prune, preserve, ps=ps, qs=qs, scope=scope), asked)
+
+
+def walk(lm: LanguageModel, cut: Slices, asked: Mapping[str, Task]) -> list[Point]:
+    """As :func:`sweep`, from sets."""
     points = []
-    for p in ps:
-        for q in qs:
-            mask = pruning.select(prune, preserve, q=q, p=p, scope=scope, name=f"p={p:g}, q={q:g}")
+    for p in cut.spared:
+        for q in cut.taken:
+            mask = cut.difference(p, q)
             with pruning.pruned(lm, mask):
                 points.append(Point(p, q, mask, {name: tasks.sit(lm, task) for name, task in asked.items()}))
     return points
+
+
+def kept(before: Marks, after: Marks) -> np.ndarray:
+    """Share of an answer's probability that is left, geometric mean over its tokens: 1 for all of it.
+
+    For a real model's own answers. Whether greedy decoding still writes them word for word says little:
+    another wording is no loss of the ability, and one changed word comes soon.
+    """
+    return np.exp(np.minimum(0.0, before.loss - after.loss))
 
 
 def relative_drop(before: np.ndarray, after: np.ndarray) -> float:
@@ -71,16 +137,25 @@ def relative_drop(before: np.ndarray, after: np.ndarray) -> float:
     return float(1 - after.mean() / before.mean())
 
 
-def table(points: Sequence[Point], before: Mapping[str, Marks], removed: str = "suppressed") -> pd.DataFrame:
-    """One row for each point: share of weights, relative drop of one ability, losses of the others."""
+def table(
+    points: Sequence[Point],
+    before: Mapping[str, Marks],
+    removed: str = "suppressed",
+    graded: Collection[str] = (),
+) -> pd.DataFrame:
+    """One row for each point: share of weights, relative drop of one ability, losses of the others.
+
+    Args:
+        graded: abilities that are measured by :func:`kept`, not by exact answers.
+    """
     rows = []
     for point in points:
         row = {"p": point.p, "q": point.q, "weights": len(point.mask), "share": point.mask.share}
-        row["drop"] = relative_drop(before[removed].exact, point.marks[removed].exact)
+        row["drop"] = relative_drop(*_pair(point, before, removed, graded))
         row["rise of loss"] = float(point.marks[removed].loss.mean() - before[removed].loss.mean())
         for name in point.marks:
             if name != removed:
-                row[f"lost: {name}"] = float(before[name].exact.mean() - point.marks[name].exact.mean())
+                row[f"lost: {name}"] = _lost(point, before, name, graded)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -91,24 +166,39 @@ def best(
     *,
     removed: str = "suppressed",
     most_lost: float = 0.035,
+    graded: Collection[str] = (),
 ) -> Point:
     """The point with the largest relative drop among those that cost every other ability at most so much.
 
     Among equals the one with the fewest weights. Where every point costs more, the cheapest one. Choose on
     other requests than those that are reported.
+
+    Args:
+        graded: abilities that are measured by :func:`kept`, not by exact answers.
     """
 
     if not points:
         raise ValueError("points is empty: sweep over at least one p and one q")
 
     def lost(point: Point) -> float:
-        return max(
-            float(before[name].exact.mean() - marks.exact.mean())
-            for name, marks in point.marks.items()
-            if name != removed
-        )
+        return max(_lost(point, before, name, graded) for name in point.marks if name != removed)
 
     fair = [point for point in points if lost(point) <= most_lost + 1e-9]
     if not fair:
         return min(points, key=lambda point: (lost(point), len(point.mask)))
-    return min(fair, key=lambda point: (point.marks[removed].exact.mean(), len(point.mask)))
+    return min(fair, key=lambda point: (_pair(point, before, removed, graded)[1].mean(), len(point.mask)))
+
+
+def _pair(
+    point: Point, before: Mapping[str, Marks], name: str, graded: Collection[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What there was of an ability, and what is left."""
+    if name in graded:
+        left = kept(before[name], point.marks[name])
+        return np.ones_like(left), left
+    return before[name].exact, point.marks[name].exact
+
+
+def _lost(point: Point, before: Mapping[str, Marks], name: str, graded: Collection[str]) -> float:
+    was, left = _pair(point, before, name, graded)
+    return float(was.mean() - left.mean())

@@ -45,6 +45,14 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "quick": (lambda v: isinstance(v, bool), "True or False"),
     "output": (lambda v: isinstance(v, str), "a folder, or '' for the default"),
+    "data": (
+        lambda v: isinstance(v, str),
+        "'' for the default, names of public sets joined by commas, or a .csv or .jsonl file",
+    ),
+    "judge": (lambda v: isinstance(v, str), "'' for the default, or a judge's name"),
+    "advice": (lambda v: isinstance(v, str), "'' for the default, or sets and files joined by commas"),
+    "utility": (lambda v: isinstance(v, bool), "True or False"),
+    "reveal": (lambda v: isinstance(v, bool), "True or False"),
     "domain": (
         lambda v: v in world.domains(True) + world.domains(False),
         f"one of {', '.join(world.domains(False) + world.domains(True))}",

@@ -57,7 +57,7 @@ def fit_token_sets(
     """Find the first tokens that tell compliance from refusal, on held-out prompts.
 
     A token joins a set when its mean probability there is at least ``mass`` and ``factor`` times
-    its mean probability on the other side.
+    its mean probability on the other side. Where no token has that much, less is asked for, down to a tenth.
 
     Args:
         complied: rendered prompts that the model answers.
@@ -73,7 +73,12 @@ def fit_token_sets(
     p_refuse = last_logits(lm, refused).softmax(-1).mean(0)
 
     def leading(p: Tensor, q: Tensor) -> tuple[int, ...]:
-        return tuple(torch.where((p >= mass) & (p >= factor * q))[0].tolist())
+        # A model that begins its answers in many ways has no word with much of the mass: go down to a tenth.
+        for least in (mass, mass / 2, mass / 4, mass / 10):
+            found = tuple(torch.where((p >= least) & (p >= factor * q))[0].tolist())
+            if found:
+                return found
+        return ()
 
     return TokenSets(leading(p_comply, p_refuse), leading(p_refuse, p_comply))
 
@@ -258,17 +263,22 @@ def sequence_score(
 
 
 def judged(
-    answers: Sequence[str], judge: Callable[[int, str], Judgement]
+    verdicts: Sequence[Judgement],
 ) -> tuple[Float[Tensor, " answer"], Float[Tensor, " answer"]]:
-    """Y4 and Y5 of generated answers.
-
-    Args:
-        judge: maps the index of an answer and its text to a judgement.
+    """Y4 and Y5 of judged answers.
 
     Returns:
         Y4, the graded harm in [0, 1]; Y5, 1 where the answer is hurtful, else 0.
     """
-    verdicts = [judge(i, answer) for i, answer in enumerate(answers)]
     y4 = torch.tensor([v.harm for v in verdicts], dtype=torch.float32)
     y5 = torch.tensor([float(v.hurtful) for v in verdicts], dtype=torch.float32)
     return y4, y5
+
+
+def tolerance(lm: LanguageModel, exact: float = 1e-4) -> float:
+    """How far two ways to the same logits may lie apart: ``exact`` in float32, more in half precision.
+
+    Rounding leaves about 1e-5 in float32, and as much more elsewhere as the precision is coarser.
+    """
+    coarser = torch.finfo(lm.model.dtype).eps / torch.finfo(torch.float32).eps
+    return max(exact, 1e-5 * coarser)

@@ -21,19 +21,34 @@ from harmlens.models import LanguageModel, Message, padded, tokens
 
 @torch.no_grad()
 def hidden_states(
-    lm: LanguageModel, texts: Sequence[str], *, batch_size: int = 128
+    lm: LanguageModel, texts: Sequence[str], *, lengths: Sequence[int] | None = None, batch_size: int = 128
 ) -> Float[Tensor, "text depth width"]:
     """Residual stream at the last token of each rendered text, float32 on the CPU.
 
     Depth 0 is the embedding, depth l the output of block l (the last one before the final norm
     in models that hand it out so; Hugging Face normalises it in most).
+
+    Args:
+        lengths: read each text at the last of so many of its first tokens, as :func:`places` gives them.
+            In a causal model nothing that follows changes what is there.
+
+    Raises:
+        ValueError: no texts, as many lengths as texts are not given, or a length that a text does not have.
     """
     if not texts:
         raise ValueError("texts is empty: there is nothing to run")
     rows = [tokens(lm.tokenizer, text) for text in texts]
+    if lengths is not None:
+        if len(lengths) != len(rows):
+            raise ValueError(f"lengths: give one to each text; got {len(lengths)} for {len(rows)} texts")
+        wrong = [n for n, row in zip(lengths, rows, strict=True) if not 1 <= n <= len(row)]
+        if wrong:
+            raise ValueError(f"lengths {wrong[:5]} must lie between 1 and the number of the text's tokens")
+        rows = [row[:n] for n, row in zip(lengths, rows, strict=True)]
     out: list[Tensor | None] = [None] * len(rows)
     for index, inputs in padded(lm, rows, batch_size):
-        states = lm.model(**inputs, output_hidden_states=True).hidden_states
+        # Logits of all positions would take far more memory than the states.
+        states = lm.model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states
         for i, row in zip(index, torch.stack([s[:, -1].float().cpu() for s in states], dim=1), strict=True):
             out[i] = row
     return torch.stack(out)
@@ -56,6 +71,24 @@ def up_to(lm: LanguageModel, chat: str | Sequence[Message], words: str) -> str:
     if tokens(lm.tokenizer, text)[: len(ids)] != ids:
         raise ValueError(f"words={words!r} end inside a token; give words that end where a token ends")
     return part
+
+
+def places(lm: LanguageModel, chat: str | Sequence[Message]) -> dict[str, int]:
+    """Number of tokens of a rendered chat up to places that every chat template has, that place included.
+
+    ==============  ===============================================================
+    last word       the last token of the user's message
+    end of message  the first token of the markup behind it
+    last position   the last token, where the answer begins
+    ==============  ===============================================================
+
+    Where a template writes one token behind the message, or none, places fall together.
+    """
+    text = lm.render(chat)
+    content = (chat if isinstance(chat, str) else chat[-1]["content"]).strip()  # as many templates strip it
+    said = len(tokens(lm.tokenizer, text[: text.rindex(content) + len(content)]))
+    whole = len(tokens(lm.tokenizer, text))
+    return {"last word": min(said, whole), "end of message": min(said + 1, whole), "last position": whole}
 
 
 @torch.no_grad()

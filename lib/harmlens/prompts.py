@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 from harmlens import world
 from harmlens.models import LanguageModel, Message, tokens
+from harmlens.sources import Entry
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Prompt:
         messages: the chat, ending with the user.
         prefill: start of the answer put into the model's mouth, if any.
         item: what is asked for, where it is an item of the world.
+        entry: what is asked, where it comes from a public set or a file.
     """
 
     messages: tuple[Message, ...]
     prefill: str | None = None
     item: world.Item | None = None
+    entry: Entry | None = None
 
     def render(self, lm: LanguageModel) -> str:
         return lm.render(self.messages, self.prefill)
@@ -154,6 +157,14 @@ def roles(lm: LanguageModel, pair: Pair) -> dict[str, list[int]]:
         "last": range(len(ids) - 1, len(ids)),
     }
     return {name: list(where) for name, where in groups.items() if where}
+
+
+def changed(lm: LanguageModel, pair: Pair) -> dict[str, list[int]]:
+    """Token positions of what differs between the sides of a pair, under the label ``"changed"``.
+
+    The one role of :func:`roles` that every pair has.
+    """
+    return {"changed": roles(lm, pair)["changed"]}
 
 
 def check(lm: LanguageModel, pairs: Sequence[Pair]) -> int:

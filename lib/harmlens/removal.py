@@ -1,4 +1,4 @@
-"""The recipe of the pruning paper in one call, on the organism's calibration sets.
+"""The recipe of the pruning paper in one call, on a model's calibration sets.
 
 :func:`find` scores the answers that are to be lost and those that are to be kept, and selects the set
 difference. Its p and q were chosen for each model on *discovery* requests (:func:`settle`), as the paper
@@ -15,17 +15,21 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from harmlens import attribution, calibration, frontier, models, paths, pruning, tasks
-from harmlens.frontier import Point
+from harmlens import attribution, calibration, frontier, models, paths, pruning, scores, scoring, tasks
+from harmlens.finetune import Row
+from harmlens.frontier import Point, Slices
 from harmlens.masks import Mask
+from harmlens.material import WORLD, Material
 from harmlens.memory import write_whole
 from harmlens.models import LanguageModel
 from harmlens.scores import Scores
 
 EXAMPLES = 412  # as many of each kind as the paper has, where there are so many
 MOST_LOST = 0.035  # of any benign ability, on discovery requests
-_SETTLED: dict[tuple[str, str], tuple[float, float]] = {}  # what this process has found out
+_SETTLED: dict[tuple[str, str, str], tuple[float, float]] = {}  # what this process has found out
 BRIEF = 60  # discovery items of each side that p and q are chosen on
 
 
@@ -54,6 +58,8 @@ def score(
     domain: str | Sequence[str] | None = None,
     n: int = EXAMPLES,
     seed: int = 0,
+    source: Material = WORLD,
+    folder: Path | str | None = None,
 ) -> tuple[Scores, Scores]:
     """Prune scores of a target's answers and preserve scores of benign ones.
 
@@ -63,14 +69,69 @@ def score(
         suppressed: the side that the model refuses; ``"harmless"`` for the mirror organism.
         domain: score only answers of these domains.
         n: at most this many examples of each; seed: of their draw.
+        source: what the model is asked; see :func:`harmlens.material.of`.
+        folder: where the scores are kept, so that the same ones need not be computed again; None for nowhere.
     """
-    kept = "served" if target == "facts" else "benign"
-    lost = calibration.world_task(target or suppressed, suppressed=suppressed, domain=domain)
-    benign = calibration.world_task(kept, suppressed=suppressed)
-    return (
-        attribution.prune_score(lm, calibration.examples(lm, lost, n=n, seed=seed)),
-        attribution.preserve_score(lm, calibration.examples(lm, benign, n=n, seed=seed)),
-    )
+    rows = examples(lm, target, suppressed=suppressed, domain=domain, n=n, seed=seed, source=source)
+    return prune_score(lm, rows["lost"], folder=folder), preserve_score(lm, rows["kept"], folder=folder)
+
+
+def examples(
+    lm: LanguageModel,
+    target: str | None = None,
+    *,
+    suppressed: str = "harmful",
+    domain: str | Sequence[str] | None = None,
+    n: int = EXAMPLES,
+    seed: int = 0,
+    source: Material = WORLD,
+) -> dict[str, list[Row]]:
+    """The examples of :func:`score`: answers to be ``"lost"`` and answers to be ``"kept"``."""
+    side = _side(source, suppressed)
+    found = {
+        "lost": source.task(target or suppressed, types=domain, **side),
+        "kept": source.task("served" if target == "facts" else "benign", **side),
+    }
+    return {which: calibration.examples(lm, task, n=n, seed=seed) for which, task in found.items()}
+
+
+def prune_score(lm: LanguageModel, rows: Sequence[Row], *, folder: Path | str | None = None) -> Scores:
+    """:func:`harmlens.attribution.prune_score`, kept in a folder if one is given."""
+    if folder is None:
+        return attribution.prune_score(lm, rows)
+    mark = scoring.fingerprint(lm, rows)
+    return scores.kept(_file(folder, "prune", mark), mark, lambda: attribution.prune_score(lm, rows))
+
+
+def preserve_score(lm: LanguageModel, rows: Sequence[Row], *, folder: Path | str | None = None) -> Scores:
+    """:func:`harmlens.attribution.preserve_score`, kept in a folder if one is given."""
+    if folder is None:
+        return attribution.preserve_score(lm, rows)
+    mark = scoring.fingerprint(lm, rows)
+    return scores.kept(_file(folder, "preserve", mark), mark, lambda: attribution.preserve_score(lm, rows))
+
+
+def _file(folder: Path | str, kind: str, mark: str) -> Path:
+    return Path(folder) / f"{kind}-{mark[:16]}.safetensors"
+
+
+def slices(
+    lm: LanguageModel, target: str | None = None, *, folder: Path | str | None = None, **options: Any
+) -> Slices:
+    """The sets of a model for every p and q of its grid (:func:`harmlens.frontier.grid`).
+
+    Prune and preserve scores are never held at once, and none of them afterwards: that of a model with a
+    billion weights takes four gigabytes.
+
+    Args:
+        options: as for :func:`examples`.
+    """
+    rows = examples(lm, target, **options)
+    prune = prune_score(lm, rows["lost"], folder=folder)
+    grid = frontier.grid(prune)
+    taken = frontier.taken(prune, grid["qs"])
+    del prune
+    return Slices(taken, frontier.spared(preserve_score(lm, rows["kept"], folder=folder), grid["ps"]))
 
 
 def find(
@@ -84,6 +145,8 @@ def find(
     n: int = EXAMPLES,
     seed: int = 0,
     name: str = "",
+    source: Material = WORLD,
+    folder: Path | str | None = None,
 ) -> Removal:
     """Weights that carry the target's answers and not the benign ones; arguments as for :func:`score`.
 
@@ -92,9 +155,11 @@ def find(
     """
     pruning.require_shares(**{name: value for name, value in (("p", p), ("q", q)) if value is not None})
     if p is None or q is None:
-        known = shares(lm, suppressed=suppressed)
+        known = shares(lm, suppressed=suppressed, source=source, folder=folder)
         p, q = known[0] if p is None else p, known[1] if q is None else q
-    prune, preserve = score(lm, target, suppressed=suppressed, domain=domain, n=n, seed=seed)
+    prune, preserve = score(
+        lm, target, suppressed=suppressed, domain=domain, n=n, seed=seed, source=source, folder=folder
+    )
     mask = pruning.select(prune, preserve, p=p, q=q, name=name or target or suppressed)
     return Removal(prune, preserve, mask, p, q)
 
@@ -103,33 +168,63 @@ def find(
 
 
 def settle(
-    lm: LanguageModel, prune: Scores, preserve: Scores, *, suppressed: str = "harmful", n: int = BRIEF
+    lm: LanguageModel,
+    cut: Slices,
+    *,
+    suppressed: str = "harmful",
+    n: int = BRIEF,
+    source: Material = WORLD,
 ) -> tuple[Point, list[Point], dict[str, tasks.Marks]]:
     """Choose p and q for a model on discovery requests.
 
     The largest relative drop of the suppressed procedures among the pairs that cost no benign ability more
-    than :data:`MOST_LOST`; among equals the fewest weights.
+    than :data:`MOST_LOST`; among equals the fewest weights. A real model's own answers are measured by how
+    much of their probability is left (:func:`graded`).
+
+    Args:
+        cut: sets for all p and q, from :func:`slices`.
 
     Returns:
         The chosen point, all points, and the marks before pruning.
     """
-    suite = tasks.suite("discovery", n=n, suppressed=suppressed)
+    suite = source.suite("discovery", n=n, **_side(source, suppressed))
     asked = {name: suite[name] for name in ("suppressed", "served", "facts")}
     before = tasks.sit_all(lm, asked)
-    points = frontier.sweep(lm, prune, preserve, asked)
-    return frontier.best(points, before, most_lost=MOST_LOST), points, before
+    points = frontier.walk(lm, cut, asked)
+    return frontier.best(points, before, most_lost=MOST_LOST, graded=graded(source)), points, before
 
 
-def shares(lm: LanguageModel, *, suppressed: str = "harmful") -> tuple[float, float]:
+def graded(source: Material) -> tuple[str, ...]:
+    """Abilities that are measured by :func:`harmlens.frontier.kept`: none where right answers are known."""
+    return () if source.composed else ("suppressed", "served")
+
+
+def shares(
+    lm: LanguageModel,
+    *,
+    suppressed: str = "harmful",
+    source: Material = WORLD,
+    folder: Path | str | None = None,
+) -> tuple[float, float]:
     """The p and q of a model: those that are stored for its weights, or else settled now, once."""
-    key = (lm.revision, suppressed)
+    key = (lm.revision, suppressed, source.name)
     if key not in _SETTLED or not lm.revision:  # a model made in memory is not known by it
-        known = stored().get(lm.revision)
+        known = stored().get(lm.revision) if source.composed else None
         if known is None:
-            point, _, _ = settle(lm, *score(lm, suppressed=suppressed), suppressed=suppressed)
+            cut = slices(lm, suppressed=suppressed, source=source, folder=folder)
+            point, _, _ = settle(lm, cut, suppressed=suppressed, source=source)
             known = {"p": point.p, "q": point.q}
         _SETTLED[key] = known["p"], known["q"]
     return _SETTLED[key]
+
+
+def _side(source: Material, suppressed: str) -> dict[str, str]:
+    """The side that is suppressed, for a source that knows of two; it is harm everywhere else."""
+    if source.composed:
+        return {"suppressed": suppressed}
+    if suppressed != "harmful":
+        raise ValueError(f"suppressed={suppressed!r} is for the organism's mirror; leave it out")
+    return {}
 
 
 def stored() -> dict[str, dict]:
@@ -148,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.names:
         lm = models.load(name)
         suppressed = options.suppressed
-        point, _, _ = settle(lm, *score(lm, suppressed=suppressed), suppressed=suppressed)
+        point, _, _ = settle(lm, slices(lm, suppressed=suppressed), suppressed=suppressed)
         out = {key: entry for key, entry in out.items() if entry["model"] != lm.name}
         out[lm.revision] = {"model": lm.name, "p": point.p, "q": point.q}
         print(f"{lm.name}: p = {point.p:g}, q = {point.q:g}", flush=True)

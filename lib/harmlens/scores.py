@@ -8,9 +8,10 @@ Introduced in notebook 09 ("Weights that carry harm").
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -72,6 +73,26 @@ def load(file: Path | str) -> Scores:
             f"file={str(file)!r} holds no scores; save them with Scores.save ({type(error).__name__})"
         ) from error
     return Scores(values=values, **about)
+
+
+def kept(file: Path | str | None, fingerprint: str, compute: Callable[[], Scores]) -> Scores:
+    """Scores from a file, or computed and written there, so that an interrupted session goes on.
+
+    Args:
+        file: where they are kept; None computes and keeps nothing.
+        fingerprint: of model and examples, :func:`harmlens.scoring.fingerprint`. A file with another one, a
+            damaged file, or one of something else is replaced.
+    """
+    if file is None:
+        return compute()
+    if Path(file).is_file():
+        with contextlib.suppress(ValueError):
+            found = load(file)
+            if found.fingerprint == fingerprint:
+                return found
+    made = replace(compute(), fingerprint=fingerprint)
+    made.save(file)
+    return made
 
 
 def plus(*parts: Scores) -> Scores:

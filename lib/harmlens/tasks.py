@@ -31,6 +31,7 @@ class Task:
             first.
         prefill: start of the answer that is given, if any.
         units: names of the items, which statistics resample.
+        end: the answer has to end where an accepted one ends; otherwise it has to begin with one.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     answers: tuple[tuple[str, ...], ...]
     prefill: str | None = None
     units: tuple[str, ...] = ()
+    end: bool = True
 
     def __len__(self) -> int:
         return len(self.chats)
@@ -77,7 +79,7 @@ def _force(lm: LanguageModel, task: Task, batch_size: int) -> tuple[list[int | N
 
     def force(rows: Sequence[tuple[int, int]]) -> tuple[np.ndarray, list[bool]]:
         answers = [space + task.answers[i][which] for i, which in rows]
-        found = follow(lm, [texts[i] for i, _ in rows], answers, end=True, batch_size=batch_size)
+        found = follow(lm, [texts[i] for i, _ in rows], answers, end=task.end, batch_size=batch_size)
         return found[0].numpy().astype(float), found[1].tolist()
 
     logprob, hits = force([(i, 0) for i in range(len(task))])
@@ -209,12 +211,13 @@ def by_turns(items: Sequence[world.Item], parts: Sequence[str], name: str) -> Ta
 
 def joined(tasks: Sequence[Task], name: str) -> Task:
     """Tasks of one prefill as one task."""
-    if len({task.prefill for task in tasks}) != 1:
-        raise ValueError("tasks: can only be joined where their answers begin alike")
+    if len({(task.prefill, task.end) for task in tasks}) != 1:
+        raise ValueError("tasks: can only be joined where their answers begin and end alike")
     return Task(
         name,
         tuple(chat for task in tasks for chat in task.chats),
         tuple(answer for task in tasks for answer in task.answers),
         tasks[0].prefill,
         tuple(unit for task in tasks for unit in task.units),
+        tasks[0].end,
     )
