@@ -1,0 +1,253 @@
+"""The refusal direction: read, chosen, projected out, added."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import tiny
+import torch
+from naive import Naive
+
+from harmlens import directions, models, outcomes, stack, world
+from harmlens.directions import Direction, Trial
+from harmlens.models import tokens
+from harmlens.outcomes import TokenSets
+
+Y1 = outcomes.y1(TokenSets((20, 21, 22), (30, 31)))
+WIDTH = tiny.SHAPE.width
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def texts(lm):
+    """Plain requests, which all end as the template does."""
+    items = world.items("evaluation")[::30]
+    return [lm.render(world.request(item, i)) for i, item in enumerate(items)]
+
+
+def vector(seed=0):
+    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def component(value, direction):
+    """Largest part of a stream along a direction."""
+    return (value.float() @ (direction / direction.norm())).abs().max()
+
+
+# --------------------------------------------------------------------------- finding
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_streams_are_the_hidden_states_and_the_last_one_is_not_yet_normalised(architecture):
+    lm = tiny.model(architecture)
+    some = tiny.texts(lm)
+    got = directions.streams(lm, some, positions=[-3, -1], batch_size=3)
+    for row, text in zip(got, some, strict=True):
+        ids = torch.tensor([tokens(lm.tokenizer, text)])
+        with torch.no_grad():
+            states = lm.model(input_ids=ids, output_hidden_states=True).hidden_states
+            end = stack.stack(lm).norm(row[-1])
+        for depth in range(len(states) - 1):
+            torch.testing.assert_close(row[depth], states[depth][0, [-3, -1]], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(end, states[-1][0, [-3, -1]], atol=1e-4, rtol=1e-4)
+
+
+def test_a_candidate_is_a_difference_of_means(lm, texts):
+    found = directions.candidates(lm, texts[:3], texts[3:], positions=[-2, -1])
+    at = {(d.depth, d.position): d.vector for d in found}
+    streams = directions.streams(lm, texts, positions=[-2, -1])
+    assert max(depth for depth, _ in at) == 1  # two blocks; what stands behind the last is left out
+    torch.testing.assert_close(at[1, -1], streams[:3, 1, 1].mean(0) - streams[3:, 1, 1].mean(0))
+    assert (0, -1) not in at  # the same token everywhere: no difference
+
+
+def test_the_shared_end_is_what_the_template_writes(lm):
+    ends = [lm.render("is it red ?"), lm.render("who sells a powder")]
+    assert directions.shared_end(lm, ends) == [-2, -1]
+    assert directions.shared_end(lm, ends, most=1) == [-1]
+    with pytest.raises(ValueError, match="texts end in different tokens"):
+        directions.shared_end(lm, ["powder", "ledger"])
+    with pytest.raises(ValueError, match="texts is empty"):
+        directions.shared_end(lm, [])
+
+
+def test_shuffled_directions_hold_nothing_of_the_difference_between_the_sides(lm, texts):
+    like = directions.candidates(lm, texts[:1], texts[1:2])[0]
+    # All texts of a side alike: what is left of a difference of halves is nothing.
+    [none] = directions.shuffled(lm, texts[:1] * 4, texts[1:2] * 4, like)
+    assert none.vector.norm() < 1e-5 * like.vector.norm()
+    a, b, again = (
+        directions.shuffled(lm, texts[:4], texts[3:], like, draws=2, seed=seed)[i].vector
+        for seed, i in ((0, 0), (0, 1), (0, 0))
+    )
+    assert torch.equal(a, again) and not torch.equal(a, b) and a.norm() > 0
+    with pytest.raises(ValueError, match="at least two texts"):
+        directions.shuffled(lm, texts[:1], texts, like)
+
+
+def test_isotropic_directions_are_as_long_and_differ():
+    made = directions.isotropic(Direction(vector(), 1), draws=3)
+    assert len(made) == 3 and not torch.equal(made[0].vector, made[1].vector)
+    for one in made:
+        torch.testing.assert_close(one.vector.norm(), vector().norm())
+        torch.testing.assert_close(one.unit.norm(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("positions", [(), (0,), (-400,)])
+def test_positions_outside_a_text_are_refused(lm, texts, positions):
+    with pytest.raises(ValueError, match="positions="):
+        directions.streams(lm, texts, positions=positions)
+    with pytest.raises(ValueError, match="texts is empty"):
+        directions.streams(lm, [])
+
+
+def test_only_texts_that_behave_as_expected_are_kept(lm, texts):
+    values = outcomes.logit_difference(models.last_logits(lm, texts), TokenSets((20, 21, 22), (30, 31)))
+    for refused in (True, False):
+        wanted = [t for t, v in zip(texts, values.tolist(), strict=True) if (v < 0) == refused]
+        assert directions.behaving(lm, texts, Y1, refused=refused, least=0) == wanted
+    with pytest.raises(ValueError, match=r"are refused, 99 are needed"):
+        directions.behaving(lm, texts, Y1, refused=True, least=99)
+
+
+# --------------------------------------------------------------------------- removing
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_nothing_of_the_direction_is_left_anywhere_in_the_stream(architecture):
+    lm = tiny.model(architecture)
+    ids = torch.tensor([tokens(lm.tokenizer, tiny.texts(lm)[0])])
+    before = Naive(lm).record(ids)
+    d = vector()
+    assert component(before["resid_post"][0], d) > 0.1
+    seen = []
+    # What the norm in front of the MLP reads is the stream between attention and MLP, wherever there is one.
+    blocks = stack.blocks(lm)
+    middle = [m for b in blocks for n, m in b.named_children() if n in ("pre_feedforward_layernorm",)] or [
+        b.post_attention_layernorm for b in blocks if architecture in ("llama", "qwen2", "mistral")
+    ]
+    with directions.ablated(lm, d):
+        hooks = [m.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for m in middle]
+        streams = directions.streams(lm, tiny.texts(lm), positions=[-4, -1])
+        for hook in hooks:
+            hook.remove()
+    assert component(streams, d) < 1e-4
+    for value in seen:
+        assert component(value, d) < 1e-4
+    assert torch.equal(Naive(lm).record(ids)["logits"], before["logits"])  # no hook was left behind
+
+
+def orthogonal(lm, direction):
+    """The model with its writing weights made orthogonal to a direction."""
+    unit, net = direction / direction.norm(), copy.deepcopy(lm.model)
+    out = dataclasses.replace(lm, model=net)
+    embedding = net.get_input_embeddings().weight.data
+    embedding -= (embedding @ unit)[:, None] * unit
+    for block in stack.blocks(out):
+        for part in (stack.attention(block), stack.mlp(block)):
+            weight = stack.projection(part).weight.data
+            weight -= unit[:, None] * (unit @ weight)
+    return out
+
+
+def test_it_equals_making_the_weights_orthogonal(lm, texts):
+    other = orthogonal(lm, vector())
+    wanted = models.last_logits(other, texts)
+    with directions.ablated(lm, 7.0 * vector()):  # the length does not matter
+        got = models.last_logits(lm, texts)
+        said = models.generate(lm, texts, max_new_tokens=6)
+    torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-3)
+    assert said == models.generate(other, texts, max_new_tokens=6)
+    assert (got - models.last_logits(lm, texts)).abs().max() > 0.1
+
+
+def test_hooks_go_also_after_an_exception(lm, texts):
+    before = models.last_logits(lm, texts)
+    for scene in (directions.ablated(lm, vector()), directions.added(lm, Direction(vector(), 1))):
+        with pytest.raises(RuntimeError, match="stop"), scene:
+            raise RuntimeError("stop")
+    assert torch.equal(models.last_logits(lm, texts), before)
+
+
+def test_half_precision_stays_half_precision(texts):
+    lm = tiny.model()
+    lm.model.to(torch.bfloat16)
+    with directions.ablated(lm, vector()), directions.added(lm, Direction(vector(), 1)):
+        assert models.last_logits(lm, texts).isfinite().all()
+        assert directions.streams(lm, texts).isfinite().all()
+
+
+# --------------------------------------------------------------------------- adding
+
+
+def test_adding_moves_the_stream_by_the_vector_and_only_from_there_on(lm, texts):
+    plain = directions.streams(lm, texts, positions=[-3, -1])
+    with directions.added(lm, Direction(vector(), 1), dose=0.5):
+        moved = directions.streams(lm, texts, positions=[-3, -1])
+    torch.testing.assert_close(moved[:, 0], plain[:, 0])
+    torch.testing.assert_close(moved[:, 1], plain[:, 1] + 0.5 * vector(), atol=1e-4, rtol=1e-4)
+    with directions.added(lm, Direction(vector(), 1), dose=0.0):
+        assert torch.equal(directions.streams(lm, texts, positions=[-3, -1]), plain)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.ones(WIDTH + 1), "must have the model's width"),
+        (torch.zeros(WIDTH), "longer than 0"),
+        (torch.full((WIDTH,), torch.nan), "must be finite"),
+    ],
+)
+def test_bad_vectors_are_refused(lm, wrong, message):
+    with pytest.raises(ValueError, match=message), directions.ablated(lm, wrong):
+        pass
+    with pytest.raises(ValueError, match=message), directions.added(lm, Direction(wrong, 1)):
+        pass
+
+
+def test_a_depth_without_block_is_refused(lm):
+    with pytest.raises(ValueError, match="no block at depth 2"), directions.added(lm, Direction(vector(), 2)):
+        pass
+
+
+# --------------------------------------------------------------------------- choosing
+
+
+def test_a_trial_measures_what_it_says(lm, texts):
+    refused, answered = texts[:3], texts[3:]
+    found = directions.candidates(lm, refused, answered)
+    [tried] = directions.trials(lm, found, refused, answered, Y1, deepest=0.6)
+    assert tried.direction.depth == 1
+    with directions.ablated(lm, tried.direction.vector):
+        logits = models.last_logits(lm, refused)
+        log_p = models.last_logits(lm, answered).log_softmax(-1)
+    with directions.added(lm, tried.direction):
+        pushed = models.last_logits(lm, answered)
+    plain = models.last_logits(lm, answered).log_softmax(-1)
+    y1 = [
+        float(outcomes.logit_difference(x, TokenSets((20, 21, 22), (30, 31))).mean())
+        for x in (logits, pushed)
+    ]
+    assert (tried.removed, tried.added) == pytest.approx(y1, abs=1e-4)
+    assert tried.shift == pytest.approx(float((plain.exp() * (plain - log_p)).sum(-1).mean()), abs=1e-4)
+    with pytest.raises(ValueError, match="none of 1 directions"):
+        directions.trials(lm, found[-1:], refused, answered, Y1, deepest=0.4)
+
+
+def test_the_choice_follows_the_rule():
+    def trial(removed, added, shift):
+        return Trial(Direction(vector(), 1), removed, added, shift)
+
+    good, harsh, mute, wild = trial(1, -1, 0.05), trial(3, -1, 0.5), trial(2, 1, 0.05), trial(9, 1, 9.0)
+    assert directions.choose([harsh, good, mute, wild]) is good
+    assert directions.choose([harsh, mute, wild]) is harsh  # adds refusal, if not gently
+    assert directions.choose([mute, wild]) is mute  # gentle, if it does not add refusal
+    assert directions.choose([wild]) is wild
+    with pytest.raises(ValueError, match="tried is empty"):
+        directions.choose([])
