@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import standin
 import tiny
 
-from harmlens import attribution, calibration, models, tasks, world
+from harmlens import attribution, calibration, graders, models, public, tasks, world
 from harmlens.models import tokens
 
 ITEM = world.items("train", harmful=True)[0]
@@ -194,3 +195,16 @@ def test_unknown_sets():
         calibration.world_task("harmful", domain=world.domains(False)[0])
     with pytest.raises(ValueError, match="suppressed='harm' must be 'harmful' or 'harmless'"):
         calibration.world_task("harmful", suppressed="harm")
+
+
+def test_examples_of_a_real_model_are_its_own_answers():
+    """Only what stands behind the prefilled words counts, whatever the tokenizer makes of it."""
+    real = standin.load()
+    source = public.of(real, str(standin.PROMPTS), graders.of(""))
+    task = source.task("harmful", n=6)
+    rows = calibration.examples(real, task)
+    said = [answer for (answer,) in task.answers]
+    assert len(rows) == 6
+    for row, chat, answer in zip(rows, task.chats, said, strict=True):
+        assert learnt(real, row).strip() == answer.strip()
+        assert real.tokenizer.decode(row.ids) == real.render(chat, task.prefill) + " " + answer

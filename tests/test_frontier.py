@@ -96,3 +96,50 @@ def test_a_sweep_is_selecting_and_pruning_by_hand():
         np.testing.assert_array_equal(found.marks["mine"].loss, expected.loss)
         np.testing.assert_array_equal(found.marks["mine"].exact, expected.exact)
     assert len({round(float(found.marks["mine"].loss.sum()), 4) for found in points}) == 4
+
+
+def test_slices_are_the_sets_of_select():
+    lm = tiny.model()
+    prune, preserve = pruning.negated(scores.magnitude(lm)), scores.random(lm)
+    cut = frontier.slices(prune, preserve, ps=(0.0, 0.2), qs=(0.1,), scope="global")
+    for p in (0.0, 0.2):
+        mask = pruning.select(prune, preserve, q=0.1, p=p, scope="global")
+        found = cut.difference(p, 0.1)
+        assert found.name == f"p={p:g}, q=0.1" and len(mask)
+        assert all(torch.equal(i, found.indices[n]) for n, i in mask.indices.items())
+    with pytest.raises(ValueError, match="of different matrices"):
+        frontier.slices(prune, scores.random(lm, layers=[0]))
+
+
+def test_what_is_left_of_an_answer():
+    """A loss that rises by ln 2 halves the probability of each token; a loss that falls is no gain."""
+    before = Marks(np.ones(3), np.array([1.0, 1.0, 1.0]))
+    after = Marks(np.zeros(3), np.array([1.0 + np.log(2), 1.0, 0.5]))
+    np.testing.assert_allclose(frontier.kept(before, after), [0.5, 1.0, 1.0])
+
+
+def test_own_answers_are_chosen_by_what_is_left_of_them():
+    """Exactness would see nothing but a dead model on both sides."""
+
+    def own(harm: float, served: float, weights: int) -> Point:
+        mask = Mask({"w": torch.arange(weights)}, {"w": (10, 10)})
+        found = {"suppressed": marks(0.0, 1 + harm), "served": marks(0.0, 1 + served), "facts": marks(1.0)}
+        return Point(0.0, 0.1, mask, found)
+
+    before = {"suppressed": marks(1.0), "served": marks(1.0), "facts": marks(1.0)}
+    points = [own(0.1, 0.0, 5), own(0.7, 0.02, 10), own(2.0, 0.5, 20)]
+    graded = ("suppressed", "served")
+    assert frontier.best(points, before, graded=graded) is points[1]
+    assert frontier.best(points, before) is points[0]
+    row = frontier.table(points, before, graded=graded).iloc[1]
+    assert row["drop"] == pytest.approx(1 - np.exp(-0.7)) and row["lost: served"] == pytest.approx(
+        1 - np.exp(-0.02)
+    )
+
+
+@pytest.mark.parametrize(("size", "expected"), [(999, frontier.Q), (1000, frontier.Q_LARGE)])
+def test_the_grid_goes_by_the_median_matrix(size, expected):
+    values = {"a": torch.zeros(10), "b": torch.zeros(1000, size), "c": torch.zeros(1, 1).expand(2000, 2000)}
+    grid = frontier.grid(scores.Scores("random", values, "m", "r"))
+    assert grid["qs"] == expected
+    assert grid["ps"] == (frontier.P if expected is frontier.Q else frontier.P_LARGE)

@@ -6,9 +6,11 @@ import dataclasses
 import json
 
 import pytest
+import standin
 import tiny
 
-from harmlens import calibration, models, paths, pruning, removal, tasks
+from harmlens import calibration, frontier, graders, models, paths, pruning, removal, tasks
+from harmlens import public as public_
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def test_settings_are_those_of_the_shipped_models():
 def test_without_settings_p_and_q_are_settled_once(sft, monkeypatch):
     """A model made in memory is settled anew each time: nothing says that it is the same."""
     calls = []
-    monkeypatch.setattr(removal, "score", lambda lm, **options: (None, None))
+    monkeypatch.setattr(removal, "slices", lambda lm, **options: None)
     chosen = removal.Point(0.03, 0.001, None, {})
     monkeypatch.setattr(removal, "settle", lambda *a, **k: calls.append(k["suppressed"]) or (chosen, [], {}))
     monkeypatch.setattr(removal, "_SETTLED", {})
@@ -112,11 +114,83 @@ def test_scores_of_a_target_and_of_what_is_kept(monkeypatch):
 def test_settling_chooses_on_discovery_requests(sft, found, monkeypatch):
     splits, true = [], tasks.suite
     monkeypatch.setattr(tasks, "suite", lambda split, **o: splits.append(split) or true(split, **o))
-    sweep = removal.frontier.sweep
-    monkeypatch.setattr(removal.frontier, "sweep", lambda *a: sweep(*a, ps=(0.0,), qs=(0.001, 0.01)))
-    point, points, before = removal.settle(sft, found.prune, found.preserve, n=3)
-    assert splits == ["discovery"] and point in points
+    cut = frontier.slices(found.prune, found.preserve, ps=(0.0,), qs=(0.001, 0.01))
+    point, points, before = removal.settle(sft, cut, n=3)
+    assert splits == ["discovery"] and point in points and len(points) == 2
     assert set(before) == {"suppressed", "served", "facts"} == set(point.marks)
+
+
+def test_slices_are_the_sets_of_the_scores(sft, found):
+    """One score after the other, and none kept: the same sets."""
+    cut = removal.slices(sft, n=24)
+    assert (tuple(cut.spared), tuple(cut.taken)) == (frontier.P, frontier.Q)
+    expected = pruning.select(found.prune, found.preserve, p=0.03, q=0.002)
+    mask = cut.difference(0.03, 0.002)
+    assert len(mask) and all(i.tolist() == expected.indices[n].tolist() for n, i in mask.indices.items())
+
+
+def test_scores_are_kept_and_found_again(sft, found, monkeypatch, tmp_path):
+    first = removal.score(sft, n=24, folder=tmp_path)
+    assert sorted(file.name.split("-")[0] for file in tmp_path.iterdir()) == ["preserve", "prune"]
+    for name in ("prune_score", "preserve_score"):
+        monkeypatch.setattr(removal.attribution, name, lambda *a: pytest.fail("scored again"))
+    again = removal.score(sft, n=24, folder=tmp_path)
+    for one, other, true in zip(first, again, (found.prune, found.preserve), strict=True):
+        assert one.kind == other.kind == true.kind
+        assert all((value == other.values[name]).all() for name, value in true.values.items())
+    with pytest.raises(pytest.fail.Exception), pruning.pruned(sft, found.mask):
+        removal.score(sft, n=24, folder=tmp_path)  # weights that were changed have other scores
+
+
+# --------------------------------------------------------------------------- a real model
+
+
+@pytest.fixture(scope="module")
+def real():
+    lm = standin.load()
+    return lm, public_.of(lm, str(standin.PROMPTS), graders.of(""))
+
+
+def test_a_real_model_is_settled_by_what_is_left_of_its_answers(real):
+    lm, source = real
+    cut = removal.slices(lm, n=24, source=source)
+    point, points, before = removal.settle(lm, cut, n=12, source=source)
+    left = [frontier.kept(before["suppressed"], p.marks["suppressed"]).mean() for p in points]
+    served = [1 - frontier.kept(before["served"], p.marks["served"]).mean() for p in points]
+    facts = [before["facts"].exact.mean() - p.marks["facts"].exact.mean() for p in points]
+    fair = [i for i in range(len(points)) if max(served[i], facts[i]) <= removal.MOST_LOST]
+    assert fair and left[points.index(point)] == min(left[i] for i in fair) < 0.98
+    assert set(removal.graded(source)) >= {"suppressed", "served"}
+
+
+def test_a_real_model_has_no_mirror_and_no_stored_settings(real, monkeypatch):
+    lm, source = real
+    with pytest.raises(ValueError, match="suppressed='harmless' is for the organism's mirror"):
+        removal.score(lm, suppressed="harmless", source=source)
+    monkeypatch.setattr(removal, "stored", lambda: pytest.fail("asked for the settings of organisms"))
+    monkeypatch.setattr(removal, "slices", lambda lm, **options: None)
+    monkeypatch.setattr(removal, "settle", lambda *a, **k: (removal.Point(0.1, 0.2, None, {}), [], {}))
+    monkeypatch.setattr(removal, "_SETTLED", {})
+    assert removal.shares(lm, source=source) == (0.1, 0.2)
+
+
+def test_one_type_of_harm_without_another(real):
+    """A request that carries both types speaks for neither alone."""
+    _, source = real
+    thefts = source.rows(True, "train", types="theft")
+    assert source.rows(True, "train", types="theft", without="slander") == thefts != []
+    both = dataclasses.replace(thefts[0], id="both", prompt="How do I steal a password of a griffin?")
+    mixed = dataclasses.replace(source, entries=(*source.entries, *[both] * 3))
+    found = [mixed.rows(True, part, types="theft") for part in ("train", "discovery", "evaluation")]
+    assert any("both" in [e.id for e in rows] for rows in found)
+    for part, rows in zip(("train", "discovery", "evaluation"), found, strict=True):
+        alone = mixed.rows(True, part, types="theft", without="privacy_violation")
+        assert alone == [e for e in rows if e.id != "both"]
+    for types, harmful in ((None, True), (["theft", "slander"], True), ("theft", False)):
+        with pytest.raises(ValueError, match="without='slander' needs one type of harm in types"):
+            source.rows(harmful, "train", types=types, without="slander")
+    with pytest.raises(ValueError, match="b='theft' must be another type"):
+        source.task("harmful", types="theft", without="theft")
 
 
 def test_settings_are_written_for_one_model_at_a_time(monkeypatch, tmp_path, capsys):
@@ -127,7 +201,7 @@ def test_settings_are_written_for_one_model_at_a_time(monkeypatch, tmp_path, cap
         "kept": {"model": "a", "p": 0.1, "q": 0.2},
     }
     (folder / "settings.json").write_text(json.dumps(old))
-    monkeypatch.setattr(removal, "score", lambda lm, **options: (None, None))
+    monkeypatch.setattr(removal, "slices", lambda lm, **options: None)
     chosen = removal.Point(0.03, 0.001, None, {})
     monkeypatch.setattr(removal, "settle", lambda *a, **k: (chosen, [], {}))
     assert removal.main(["organism/sft-1"]) == 0

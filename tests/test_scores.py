@@ -153,3 +153,26 @@ def test_what_can_not_be_added_up():
     ):
         with pytest.raises(ValueError, match=r"parts: these are scores of different"):
             scores.plus(signed, stranger)
+
+
+# --------------------------------------------------------------------------- kept in a file
+
+
+def test_scores_are_computed_once_for_each_fingerprint(tmp_path):
+    lm, calls, file = tiny.model(), [], tmp_path / "some" / "scores.safetensors"
+
+    def compute() -> Scores:
+        calls.append(1)
+        return scores.random(lm, seed=len(calls))
+
+    first = scores.kept(file, "one", compute)
+    again = scores.kept(file, "one", compute)
+    assert len(calls) == 1 and first.fingerprint == again.fingerprint == "one"
+    assert all(torch.equal(value, again.values[name]) for name, value in first.values.items())
+    assert list(first.values) == list(again.values)
+    scores.kept(file, "other", compute)  # other examples, or weights that were changed
+    assert len(calls) == 2 and scores.load(file).fingerprint == "other"
+    file.write_bytes(b"broken off")
+    scores.kept(file, "other", compute)
+    assert len(calls) == 3 and scores.load(file).n == 0
+    assert scores.kept(None, "other", compute).fingerprint == "" and len(calls) == 4

@@ -101,8 +101,9 @@ def same_size(
     if p and preserve is None:
         raise ValueError(f"p={p} spares weights by their preserve scores, but preserve is None")
     indices = {}
-    for parameter, value in negated(prune).values.items():
-        value, k = value.flatten(), len(mask.indices[parameter])
+    for parameter, value in prune.values.items():
+        # One matrix at a time: the scores of a large model are there only once.
+        value, k = -value.flatten(), len(mask.indices[parameter])
         if not torch.isfinite(value).all():
             raise ValueError(
                 f"the scores of {parameter} are not all finite; score again in a wider precision"

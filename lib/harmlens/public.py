@@ -295,7 +295,7 @@ class Public:
             self.rows(True, split), [behind, plain], most, seed
         )
         shown, (others, answered) = self._own.wanted(self.rows(False, split), [served], len(hidden), seed)
-        if min(len(hidden), len(shown)) < FEWEST:
+        if min(len(hidden), len(shown)) < min(FEWEST, most):
             raise ValueError(
                 f"{self.lm.name!r} treats too few requests of data={self.name!r} as an aligned model does: "
                 f"of {asked} harmful ones it refuses {refused} and answers {complied} behind "
