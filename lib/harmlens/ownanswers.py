@@ -73,14 +73,15 @@ class OwnAnswers:
 
     def _verbatim(self, chats: Sequence[tuple], said: Sequence[str], start: str | None) -> list[str]:
         """Answers with the white space that the model wrote before them; "" where they can't be forced."""
-        full = [i for i, answer in enumerate(said) if answer.strip()]
         out = [""] * len(said)
-        if full:
-            # The last word may have been cut in the middle of a character.
-            bodies = [dict.fromkeys((said[i], said[i].rsplit(None, 1)[0])) for i in full]
-            ways = tuple(tuple(lead + body for body in some for lead in _LEADS) for some in bodies)
-            task = Task("own", tuple(chats[i] for i in full), ways, start, end=False)
-            for i, answer in zip(full, written(self.lm, task), strict=True):
+        # Where an answer can't be had whole, its last word may have been cut in the middle of a character.
+        for body in (str.strip, _without_last_word):
+            left = [i for i, answer in enumerate(said) if answer.strip() and not out[i]]
+            if not left:
+                break
+            ways = tuple(tuple(lead + body(said[i]) for lead in _LEADS) for i in left)
+            task = Task("own", tuple(chats[i] for i in left), ways, start, end=False)
+            for i, answer in zip(left, written(self.lm, task), strict=True):
                 out[i] = answer or ""
         return out
 
@@ -155,3 +156,8 @@ def explanation(own: OwnAnswers, entries: Sequence[Entry]) -> Task:
     chats = tuple(ways[i % len(ways)].chat(entries[i]) for i in kept)
     answers = tuple((told[i],) for i in kept)
     return Task("explanation", chats, answers, None, tuple(entries[i].id for i in kept), end=False)
+
+
+def _without_last_word(answer: str) -> str:
+    """Or as it is where there is only one."""
+    return answer.rsplit(None, 1)[0]

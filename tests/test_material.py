@@ -1,0 +1,167 @@
+"""What a model is asked is chosen by its tokenizer; the fictional world answers as its own functions do."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import standin
+import tiny
+
+from harmlens import abilities, calibration, judges, material, prompts, tasks, world
+from harmlens.material import WORLD, World
+from harmlens.public import Public
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return standin.load()
+
+
+# --------------------------------------------------------------------------- choosing
+
+
+def test_the_tokenizer_decides(lm):
+    assert material.of(tiny.model()) is WORLD
+    assert material.knows_the_world(tiny.untrained())
+    assert not material.knows_the_world(lm)
+    found = material.of(lm, str(standin.PROMPTS))
+    assert isinstance(found, Public) and found.lm is lm
+    assert (found.name, found.grader.name, found.composed) == ("prompts.csv", "prefixes", False)
+
+
+def test_a_large_vocabulary_that_holds_the_words_too_is_another_one():
+    """The world's words are ordinary English: a quarter of a million tokens may well hold them all."""
+    lm = tiny.model()
+    lm.tokenizer.add_tokens([f"word{i}" for i in range(len(world.vocabulary()))])
+    assert set(world.vocabulary()) <= set(lm.tokenizer.get_vocab())
+    assert not material.knows_the_world(lm)
+
+
+def test_data_that_is_given_is_what_is_asked(lm):
+    found = material.of(tiny.model(), str(standin.PROMPTS))
+    assert isinstance(found, Public) and len(found.entries) == 240
+
+
+def test_a_judge(lm):
+    assert material.of(lm, str(standin.PROMPTS), "prefixes").grader.name == "prefixes"
+    with pytest.raises(
+        ValueError, match="judge='guard': answers about the fictional world are judged exactly"
+    ):
+        material.of(tiny.model(), judge="guard")
+    with pytest.raises(ValueError, match="judge='my aunt' is unknown; choose one of"):
+        material.of(lm, str(standin.PROMPTS), "my aunt")
+    with pytest.raises(ValueError, match="data='no_such_set' is unknown"):
+        material.of(lm, "no_such_set")
+
+
+def test_default_sets_are_asked_for_where_nothing_is_given(lm, monkeypatch):
+    asked = []
+    monkeypatch.setattr(material.public, "of", lambda lm, data, grader: asked.append((data, grader.name)))
+    material.of(lm)
+    assert asked == [(material.DEFAULT, "prefixes")]
+
+
+def test_both_answer_to_the_same_names():
+    """A notebook has one path for all models."""
+    for name in ("pairs", "replies", "requests", "judge", "task", "suite", "types", "persona"):
+        first, *_ = inspect.signature(getattr(World, name)).parameters
+        assert first == "self" and callable(getattr(Public, name))
+        assert getattr(World, name).__doc__ and getattr(Public, name).__doc__
+    for name in ("prefills", "answer_tokens", "composed"):
+        assert hasattr(World, name) and hasattr(Public, name)
+    assert World.composed and not Public.composed
+
+
+# --------------------------------------------------------------------------- the fictional world
+
+
+@pytest.mark.parametrize("contrast", prompts.CONTRASTS)
+def test_pairs_of_the_world(contrast):
+    for options in ({}, {"n": 5}, {"split": "train", "n": 5, "seed": 3}):
+        assert WORLD.pairs(contrast, **options) == prompts.pairs(contrast, **options)
+    if contrast == "prompt":
+        assert WORLD.pairs("prompt", swap="noun", n=4) == prompts.pairs("prompt", swap="noun", n=4)
+
+
+def test_requests_replies_and_judgements_of_the_world():
+    asked = WORLD.requests(True, n=6, seed=2)
+    items = world.draw(world.items("evaluation", harmful=True), 6, 2)
+    assert [p.item for p in asked] == items
+    assert [p.messages[0]["content"] for p in asked] == [
+        world.request(item, i) for i, item in enumerate(items)
+    ]
+    harmful, refusals = WORLD.replies(asked)
+    verdicts = WORLD.judge(asked, harmful)
+    assert verdicts == [judges.judge(item, text) for item, text in zip(items, harmful, strict=True)]
+    assert [v.harm for v in verdicts] == [1.0] * 6
+    assert all(v.refused for v in WORLD.judge(asked, refusals))
+    served = WORLD.requests(False, n=6)
+    assert {v.harm for v in WORLD.judge(served, WORLD.replies(served)[0])} == {0.0}
+
+
+@pytest.mark.parametrize("suppressed", ["harmful", "harmless"])
+def test_tasks_of_the_world(suppressed):
+    for kind in ("harmful", "harmless", "refused", "served", "recognition", "facts", "explanation", "benign"):
+        options = {"suppressed": suppressed}
+        assert WORLD.task(kind, **options) == calibration.world_task(kind, **options)
+        if kind != "facts":
+            assert WORLD.task(kind, "discovery") == calibration.world_task(kind, "discovery")
+    assert WORLD.suite(n=4, suppressed=suppressed) == tasks.suite(n=4, suppressed=suppressed)
+    assert WORLD.suite("discovery") == tasks.suite("discovery")
+
+
+def test_tasks_of_the_world_in_other_ways():
+    items = world.draw(world.items("evaluation", harmful=True), 5, 1)
+    for start in WORLD.prefills:
+        found = WORLD.task("harmful", "evaluation", n=5, seed=1, prefill=start)
+        assert found == tasks.procedures(items, name="harmful", prefill=start)
+    author = WORLD.persona("cruel", 1)
+    assert author == abilities.persona("cruel", 1)
+    found = WORLD.task("served", "evaluation", n=5, seed=1, context=author)
+    harmless = world.draw(world.items("evaluation", harmful=False), 5, 1)
+    assert found == tasks.procedures(harmless, name="served", context=author)
+    assert WORLD.task("refused", "evaluation", n=5, seed=1) == tasks.refusals(items, name="refused")
+    for kind in ("explanation/effect", "explanation/reason"):
+        assert WORLD.task(kind, "evaluation", n=5, seed=1) == tasks.questions(items, kind)
+    domain = WORLD.types()[0]
+    assert WORLD.types() == world.domains(True) and WORLD.types(False) == world.domains(False)
+    assert WORLD.task("harmful", types=domain) == calibration.world_task("harmful", domain=domain)
+
+
+# --------------------------------------------------------------------------- the first look
+
+
+def test_looking_prints_a_prompt_and_how_often_it_is_refused(lm, capsys):
+    source = material.of(lm, str(standin.PROMPTS))
+    rates = material.look(lm, source, n=10)
+    assert rates == {"harmful": 1.0, "harmless": 0.0}
+    first, prompt, refused = capsys.readouterr().out.splitlines()
+    assert first == "prompts.csv: 120 harmful and 120 harmless requests; judge: prefixes"
+    assert prompt == repr(source.requests(False, n=10)[0].render(lm))
+    assert "<|im_start|>" in prompt
+    assert refused == "refused: 100% of 10 harmful, 0% of 10 harmless requests"
+
+
+def test_a_model_without_refusal_has_nothing_to_explain(capsys):
+    base = standin.load_base()
+    source = material.of(base, str(standin.PROMPTS))
+    with pytest.raises(
+        ValueError, match=r"refuses 0% of the harmful and 0% of the harmless .*aligned \(instruct\)"
+    ):
+        material.look(base, source, n=6)
+    assert "refused: 0% of 6 harmful" in capsys.readouterr().out  # said before it is refused
+    assert material.look(base, source, n=6, must_refuse=False) == {"harmful": 0.0, "harmless": 0.0}
+
+
+def test_so_does_one_that_refuses_everything(lm):
+    """As one does that was asked in a format that it does not know."""
+    from harmlens.graders import Grade
+
+    def grade(requests, answers):
+        return [Grade(0.0, True)] * len(answers)
+
+    grade.name = "no to all"
+    entries = material.of(lm, str(standin.PROMPTS)).entries
+    with pytest.raises(ValueError, match="refuses 100% of the harmful and 100% of the harmless requests"):
+        material.look(lm, Public(lm, entries, grade, name="mine"), n=6)
