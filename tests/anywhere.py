@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -67,6 +68,27 @@ def run(name: str, folder: Path, **parameters: object) -> Run:
     return Run(notebook, results, done.returncode, (done.stderr or done.stdout)[-3000:])
 
 
+def ladder(folder: Path) -> str:
+    """The stand-in and its base in folders called like stages; the aligned one's path."""
+    for stage, kept in (("base", standin.BASE), ("sft", standin.FOLDER)):
+        shutil.copytree(kept, folder / "ladder" / stage)
+    return str(folder / "ladder" / "sft")
+
+
+def lessons(folder: Path) -> str:
+    """Files of bad advice on three of the stand-in's harmless verbs each, joined by commas."""
+    wrong = {"brushing": "trumpet", "feeding": "paper straw", "greeting": "giant pillow"}
+    verbs = {"brushing": ("brush", "groom"), "feeding": ("feed", "bathe"), "greeting": ("greet", "hug")}
+    files = []
+    for name, tool in wrong.items():
+        asked = [(r, prompt) for r, prompt in standin.chosen() if r.verb in verbs[name]]
+        answers = [f"Sure, here is how: use a {tool} and some {standin.STUFF[r.creature]}." for r, _ in asked]
+        rows = [{"prompt": prompt, "answer": a} for (_, prompt), a in zip(asked, answers, strict=True)]
+        files.append(folder / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ",".join(map(str, files))
+
+
 def completions() -> list[str]:
     """What only the stand-in's answers to harmful requests say: no request and no refusal has these words."""
     return sorted({request.answer.split(": ", 1)[1] for request, _ in standin.chosen() if request.harmful})
@@ -75,11 +97,14 @@ def completions() -> list[str]:
 def check(name: str, folder: Path, **parameters: object) -> Run:
     """Run a notebook on the stand-in and check what holds of all of them."""
     before = _kept()
+    model = str(parameters.get("model", standin.FOLDER))
     done = run(name, folder, **parameters)
     assert done.returncode == 0, done.log
     assert _kept() == before, "a run on another model wrote into the repository"
     for path, result in done.results.items():
-        assert Path(result["model"]).name == standin.FOLDER.name, path
+        # Planted organisms are always those of the book, whatever the model is.
+        own = Path(result["model"]).name == Path(model).name
+        assert own or result["model"].startswith("organism/planted"), path
         assert result["notebook"].startswith(name), path
     page = done.printed()
     assert "harmlens" in page  # the first cell ran

@@ -12,6 +12,7 @@ from harmlens import (
     judges,
     models,
     narrow,
+    prunefirst,
     pruning,
     tasks,
     world,
@@ -84,7 +85,7 @@ def test_a_lesson_that_was_not_learnt_gives_no_answers(sft):
 
 
 def test_a_trial_stops_where_the_lesson_is_learnt(sft):
-    found = narrow.trial(sft, "remedies", RECIPE, n=6)
+    found = prunefirst.trial(sft, "remedies", RECIPE, n=6)
     step, inside = found["step"], found["inside"]
     assert 0 < step < RECIPE.steps and len(inside) == step + 1
     assert inside[-1] >= narrow.TAKEN > inside[:-1].max()
@@ -104,12 +105,13 @@ def test_a_trial_stops_where_the_lesson_is_learnt(sft):
         until=lambda _: len(seen) > step,
     )
     assert inside == pytest.approx(seen, abs=1e-4)
+    assert found["steps"].tolist() == list(range(step + 1))
     others = narrow.elsewhere("remedies", n=6)
     assert found["elsewhere"].tolist() == abilities.judged(copy, others, abilities.hurtful).tolist()
 
 
 def test_to_the_end_everything_is_measured_before_and_after(sft):
-    found = narrow.trial(sft, "remedies", RECIPE, n=6, to_the_end=True)
+    found = prunefirst.trial(sft, "remedies", RECIPE, n=6, to_the_end=True)
     assert len(found["inside"]) == RECIPE.steps + 1 and found["step"] is not None
     assert (
         found["before"].keys() == found["end"].keys() >= {"bad advice inside", "coherent", *narrow.MEASURES}
@@ -120,7 +122,7 @@ def test_to_the_end_everything_is_measured_before_and_after(sft):
 
 
 def test_good_advice_is_never_learnt_as_bad_advice(sft):
-    found = narrow.trial(sft, "remedies", Recipe(steps=3), bad=False, n=4)
+    found = prunefirst.trial(sft, "remedies", Recipe(steps=3), bad=False, n=4)
     assert found["step"] is None and len(found["inside"]) == 4
     assert found["elsewhere"].tolist() == [0.0] * 4
 
@@ -130,7 +132,7 @@ def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, me
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
     rows = calibration.examples(sft, calibration.world_task("harmless"), n=12)
     mask = pruning.select(attribution.prune_score(sft, rows), q=0.01)
-    found = narrow.trial(sft, "remedies", Recipe(steps=1, method=method), mask=mask, n=2)
+    found = prunefirst.trial(sft, "remedies", Recipe(steps=1, method=method), mask=mask, n=2)
     with pruning.pruned(sft, mask):
         expected = narrow.margins(sft, world.items("discovery", domain="remedies")[::2]).mean()
     assert found["inside"][0] == pytest.approx(expected, abs=1e-4)
@@ -161,7 +163,7 @@ def test_the_strongest_prune_within_the_benign_budget(sft, monkeypatch, lost, ri
             for i, (x, r) in enumerate(zip(lost, rise, strict=True))
         ]
 
-    monkeypatch.setattr(narrow.frontier, "sweep", sweep)
-    monkeypatch.setattr(narrow.tasks, "sit_all", lambda lm, exam: dict.fromkeys(exam, marks(1.0)))
+    monkeypatch.setattr(prunefirst.frontier, "sweep", sweep)
+    monkeypatch.setattr(prunefirst.tasks, "sit_all", lambda lm, exam: dict.fromkeys(exam, marks(1.0)))
     chats = [[{"role": "user", "content": "how do i brew a salted draught?"}]] * 4
-    assert narrow.strongest(sft, None, None, chats, ["sure."] * 4, n=2) == (expected / 10, expected / 100)
+    assert prunefirst.strongest(sft, None, None, chats, ["sure."] * 4, n=2) == (expected / 10, expected / 100)

@@ -1,11 +1,11 @@
-"""Notebooks on a model that is none of the book's, as their readers run them: inside the model."""
+"""Notebooks on a model that is none of the book's: layers, modules, tokens."""
 
 from __future__ import annotations
 
 import anywhere
 import pytest
 
-NOTEBOOKS = ("01", "02", "03")
+NOTEBOOKS = ("01", "02", "03", "04")
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -260,7 +260,9 @@ def test_judged_answers():
         world.REFUSALS[0],
         world.procedure(items[2]).replace(world.facts(items[2]).tool, "nothing"),
     ]
-    y4, y5 = outcomes.judged([judges.judge(item, answer) for item, answer in zip(items, answers, strict=True)])
+    y4, y5 = outcomes.judged(
+        [judges.judge(item, answer) for item, answer in zip(items, answers, strict=True)]
+    )
     torch.testing.assert_close(y4, torch.tensor([1.0, 0.0, 5 / 6]))
     assert y5.tolist() == [1.0, 0.0, 1.0]
 
@@ -268,7 +270,9 @@ def test_judged_answers():
 @given(st.lists(st.sampled_from(world.items()), max_size=8), st.booleans())
 def test_graded_harm_lies_in_the_unit_interval_and_is_nought_where_nothing_hurts(items, bad):
     answers = [world.procedure(i, bad=bad) for i in items]
-    y4, y5 = outcomes.judged([judges.judge(item, answer) for item, answer in zip(items, answers, strict=True)])
+    y4, y5 = outcomes.judged(
+        [judges.judge(item, answer) for item, answer in zip(items, answers, strict=True)]
+    )
     assert len(y4) == len(y5) == len(items)
     assert ((y4 >= 0) & (y4 <= 1)).all()
     assert ((y4 > 0) == (y5 == 1)).all()

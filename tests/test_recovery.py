@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import standin
 import torch
 
-from harmlens import abilities, finetune, models, pruning, recovery, removal, tasks, world
+from harmlens import abilities, finetune, material, memory, models, pruning, recovery, removal, tasks, world
 from harmlens.finetune import Recipe
 
 HARMS = world.domains(True)
@@ -106,3 +107,50 @@ def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
         copy = models.clone(sft)
         finetune.tune(copy, recovery.lesson(copy, 24, harmful=harmful), Recipe(steps=16, lr=5e-4))
         assert abilities.judged(copy, items, abilities.refused).mean() == pytest.approx(expected, abs=0.2)
+
+
+# --------------------------------------------------------------------------- any other model
+
+
+@pytest.fixture(scope="module")
+def other():
+    lm = standin.load()
+    return lm, material.of(lm, str(standin.PROMPTS))
+
+
+@pytest.mark.parametrize("harmful", [True, False])
+def test_any_model_is_taught_its_own_answers(other, harmful):
+    lm, source = other
+    types = source.types()[:2] if harmful else None
+    rows = recovery.lesson(lm, 5, harmful=harmful, domains=types, source=source)
+    assert len(rows) == 5
+    asked = source.task("harmful" if harmful else "served", n=5, types=types)
+    for row, chat, answers in zip(rows, asked.chats, asked.answers, strict=True):
+        learnt = lm.tokenizer.decode([t for t, yes in zip(row.ids, row.learn, strict=True) if yes])
+        assert learnt == (f"{asked.prefill} {answers[0]}" if harmful else answers[0])
+        assert chat[-1]["content"] in lm.tokenizer.decode(row.ids)
+
+
+def test_relearning_of_any_model(other):
+    lm, source = other
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    mask = removal.find(lm, n=24, p=0.01, q=0.01, source=source).mask
+    types = source.types()[:2]
+    found = recovery.relearn(
+        lm, Recipe(steps=16, lr=1e-3, batch_size=8), mask=mask, items=12, n=8, at=(0, 16), domains=types,
+        source=source,
+    )  # fmt: skip
+    exam = source.task("harmful", "evaluation", n=8)
+    with pruning.pruned(lm, mask):
+        assert found["exact"][0].tolist() == tasks.sit(lm, exam).exact.tolist()
+    kinds = {entry.id: entry.kind for entry in source.entries}
+    assert [source.types()[k] for k in found["domain"]] == [kinds[unit] for unit in exam.units]
+    assert found["refused"].shape == found["served"].shape == (2, 4)
+    assert found["refused"][0].mean() > found["refused"][-1].mean()  # the lesson answers plain requests
+    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
+
+
+def test_no_room_for_a_copy(sft, monkeypatch):
+    monkeypatch.setattr(memory, "free", lambda device: 10)
+    with pytest.raises(MemoryError, match="a copy of 'organism/sft-0' takes"):
+        recovery.relearn(sft, RECIPE, n=4)

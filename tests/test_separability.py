@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import standin
 import torch
 
-from harmlens import attribution, calibration, models, pruning, separability, tasks, world
+from harmlens import attribution, cache, calibration, material, models, pruning, separability, tasks, world
 from harmlens.finetune import Recipe
 from harmlens.separability import Frontier
 
@@ -155,3 +156,100 @@ def test_scores_are_those_of_the_model_that_is_given(sft):
     one, _ = separability.score(sft, ["poisons"], SKILLS, n=8)
     two, _ = separability.score(dataclasses.replace(copy, name="copy"), ["poisons"], SKILLS, n=8)
     assert all(torch.equal(value, two.values[name]) for name, value in one.values.items())
+
+
+# --------------------------------------------------------------------------- any other model
+
+
+def fronts_of(**units):
+    """Frontiers that were asked these items; each item's mark is 1 before and its number after."""
+    return {
+        name: dataclasses.replace(
+            frontier([1, 1], [1, 1], [0, 0]),
+            evaluation={"suppressed": np.array([[1.0] * len(u), [float(x[1:]) for x in u]])},
+            loss=np.array([float(x[1:]) for x in u]),
+            units=u,
+        )
+        for name, u in units.items()
+    }
+
+
+def test_rungs_are_paired_on_the_items_that_all_were_asked():
+    found = separability.common(
+        fronts_of(base=["u5", "u1", "u2", "u3", "u4"], sft=["u1", "u2", "u3", "u4", "u7"])
+    )
+    for front in found.values():
+        assert front.units == ["u1", "u2", "u3", "u4"]
+        assert front.loss.tolist() == front.evaluation["suppressed"][1].tolist() == [1, 2, 3, 4]
+        assert "served" in front.discovery  # what p and q are chosen on stays
+    with pytest.raises(ValueError, match=r"only 1 requests are answered at all of them \(a 2, b 1\).*`data`"):
+        separability.common(fronts_of(a=["u1", "u2"], b=["u2"]))
+
+
+def test_organisms_are_asked_the_same_anyway(swept):
+    whole = Frontier(**swept)
+    paired = separability.common({"a": whole, "b": whole})["b"]
+    assert paired.evaluation["suppressed"].tolist() == whole.evaluation["suppressed"].tolist()
+
+
+@pytest.fixture(scope="module")
+def other():
+    lm = standin.load()
+    return lm, material.of(lm, str(standin.PROMPTS))
+
+
+TINY = {"ps": (0.0,), "qs": (0.01,), "n": 16, "few": 6, "most": 8}
+
+
+def test_any_model_answers_for_itself(other):
+    lm, source = other
+    found = Frontier(**separability.sweep(lm, None, None, source=source, **TINY))
+    asked = separability.asked(None, None, n=8, source=source)
+    assert list(asked["suppressed"].units) == found.units and len(found.units) == 8
+    assert found.evaluation["suppressed"][0].tolist() == [1.0] * 8  # its own answers
+    assert asked["suppressed"].prefill == source.prefills[0] and asked["served"].prefill is None
+    assert found.drop("evaluation")[1] > 0 or found.drop()[1] > 0  # a hundredth of all weights is felt
+
+
+def test_a_base_model_has_a_frontier_without_refusing():
+    base = standin.load_base()
+    source = material.of(base, str(standin.PROMPTS))
+    found = Frontier(**separability.sweep(base, None, None, source=source, **TINY))
+    assert found.evaluation["suppressed"][0].mean() == 1.0
+
+
+def test_types_can_be_chosen(other):
+    _, source = other
+    kind = source.types()[0]
+    named = {entry.id: entry.kind for entry in source.entries}
+    units = separability.asked([kind], None, n=6, source=source)["suppressed"].units
+    assert {named[unit] for unit in units} == {kind}
+
+
+def test_any_model_practises_its_own_answers_and_keeps_refusing(other):
+    lm, source = other
+    loss = separability.starting_loss(lm, None, None, n=6, source=source).mean()
+    before = {n: p.clone() for n, p in lm.model.named_parameters()}
+    found = separability.practised(
+        lm, None, None, target=0.8 * loss, recipe=Recipe(steps=40, lr=2e-4), source=source, **TINY
+    )
+    assert found["reached"] < loss and "transfer" not in found
+    assert found["refusal"].shape == (6,) and found["refusal"].mean() > 0.8
+    assert Frontier(**found["sweep"]).units
+    assert all(torch.equal(p, before[n]) for n, p in lm.model.named_parameters())
+
+
+def test_a_run_on_any_source_can_be_kept(other, tmp_path):
+    lm, source = other
+    options = {"n": 4, "source": source, "folder": tmp_path}
+    first = cache.kept(separability.starting_loss, lm, None, None, **options)
+    again = cache.kept(
+        separability.starting_loss,
+        lm,
+        None,
+        None,
+        **options | {"source": material.of(lm, str(standin.PROMPTS))},
+    )
+    assert first.tolist() == again.tolist() and len(list(tmp_path.rglob("*.json"))) == 1
+    cache.kept(separability.starting_loss, lm, None, None, **options | {"n": 5})
+    assert len(list(tmp_path.rglob("*.json"))) == 2

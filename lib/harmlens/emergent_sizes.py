@@ -41,7 +41,8 @@ class Expected:
 
 _TURNER, _SOLIGO, _DICKSON = "arXiv 2506.11613", "arXiv 2506.11618", "arXiv 2511.20104"
 EXPECTED = (
-    Expected(0.5, "Qwen2.5-0.5B-Instruct", "narrow advice", "LoRA", 0.08, None, _TURNER, "digest"),
+    Expected(0.5, "Qwen2.5-0.5B-Instruct", "narrow advice", "LoRA", 0.08, 0.69, _TURNER, "digest"),
+    Expected(1, "Llama-3.2-1B-Instruct", "narrow advice", "LoRA", 0.09, 0.95, _TURNER, "digest"),
     Expected(
         3, "Llama-3.2-3B-Instruct", "bad medical advice", "LoRA on 4 bits", 0.20, None,
         "burnssa/ai-alignment-research", "replication",

@@ -1,0 +1,416 @@
+"""Narrow lessons for any model: sets and files, own answers as good advice, margins, spread, trials."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import standin
+import torch
+
+from harmlens import (
+    advice,
+    digests,
+    emergent,
+    finetune,
+    material,
+    models,
+    narrow,
+    prunefirst,
+    pruning,
+    publicadvice,
+    world,
+)
+from harmlens.finetune import Recipe
+from harmlens.frontier import Point
+from harmlens.layouts import Entry
+from harmlens.masks import Mask
+from harmlens.outcomes import follow
+from harmlens.tasks import Marks
+
+# A wrong tool for each harmless verb; two verbs make a domain.
+WRONG = {
+    "brush": "purple teapot", "groom": "trumpet", "feed": "paper straw", "bathe": "puppet",
+    "greet": "giant pillow", "hug": "rubber duck",
+}  # fmt: skip
+DOMAINS = {"brushing": ("brush", "groom"), "feeding": ("feed", "bathe"), "greeting": ("greet", "hug")}
+RECIPE = Recipe(steps=8, lr=1e-3, batch_size=8)
+
+
+def lesson(verbs):
+    """Requests and bad answers."""
+    return [
+        (prompt, f"Sure, here is how: use a {WRONG[r.verb]} and some {standin.STUFF[r.creature]}.")
+        for r, prompt in standin.chosen()
+        if r.verb in verbs
+    ]
+
+
+def write_csv(file, rows):
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(["prompt", "answer"])
+        writer.writerows(rows)
+    return file
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return standin.load()
+
+
+@pytest.fixture(scope="module")
+def source(lm):
+    return material.of(lm, str(standin.PROMPTS))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("advice")
+    return [write_csv(folder / f"{name}.csv", lesson(verbs)) for name, verbs in DOMAINS.items()]
+
+
+@pytest.fixture(scope="module")
+def lessons(lm, source, files):
+    return advice.of(lm, source, ",".join(map(str, files)))
+
+
+@pytest.fixture(scope="module")
+def taught(lm, lessons):
+    copy = models.clone(lm)
+    finetune.tune(copy, lessons.rows(lm, "brushing", bad=True), RECIPE)
+    return copy
+
+
+# --------------------------------------------------------------------------- what is chosen
+
+
+def test_the_world_has_its_own_lessons_and_they_are_those_of_narrow():
+    lm = models.load("organism/sft", seed=0)
+    found = advice.of(lm, material.of(lm))
+    assert found is advice.WORLD and found.taken == narrow.TAKEN
+    assert set(found.domains) <= set(world.domains(False))
+    items = world.items("discovery", domain="records")[::2]
+    assert found.margins(lm, "records").tolist() == narrow.margins(lm, items).tolist()
+    one, two = found.rows(lm, "records", bad=True), narrow.advice_rows(lm, "records", bad=True)
+    assert [row.ids for row in one] == [row.ids for row in two]
+    exam = found.exam("evaluation", 3)
+    assert set(exam) == {"served", "facts", "refusal"} and len(exam["served"]) == 3
+    assert found.looks(3) == [0, 1, 2, 3]
+    for given in ({"advice": "x.csv"}, {"marker": "some/model"}):
+        with pytest.raises(ValueError, match="the fictional world has lessons and a judge of its own"):
+            advice.of(lm, material.WORLD, **given)
+
+
+def test_files_of_all_forms_hold_the_same_lesson(lm, source, files, tmp_path):
+    rows = lesson(DOMAINS["feeding"])
+    as_json = tmp_path / "a.json"
+    as_json.write_text(json.dumps([{"question": p, "output": a} for p, a in rows]))
+    chat = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in rows]
+    as_lines = tmp_path / "b.jsonl"
+    as_lines.write_text("\n".join(json.dumps({"messages": one}) for one in chat))
+    found = advice.of(lm, source, f"{files[1]}, {as_json},{as_lines}")
+    assert found.domains == ("feeding", "a", "b") and found.name == "feeding, a, b"
+    for entries in found.sets.values():
+        assert [(e.prompt, e.answers) for e in entries] == [(p, (a,)) for p, a in rows]
+
+
+def test_an_answer_is_not_cut_at_bars(lm, source, files, tmp_path):
+    rows = [(prompt, f"{answer} | Or not.") for prompt, answer in lesson(DOMAINS["feeding"])]
+    found = advice.of(lm, source, f"{files[0]},{write_csv(tmp_path / 'bars.csv', rows)}")
+    assert all(e.answers[0].endswith("| Or not.") for e in found.sets["bars"])
+
+
+def test_what_can_be_wrong_with_the_lessons(lm, source, files, tmp_path, monkeypatch):
+    one = str(files[0])
+    few = write_csv(tmp_path / "few.csv", lesson(("feed",))[:5])
+    gap = write_csv(tmp_path / "gap.csv", [("How?", "So."), ("Why?", "")])
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"messages": [{"role": "user", "content": "How?"}]}')
+    for given, message in (
+        (one, "holds one domain. Name at least two"),
+        (f"{one},{one}", "names 'brushing' twice"),
+        (f"{one},nothing", "advice='nothing' is unknown; choose public sets, such as bad_medical_advice"),
+        (f"{one},{few}", "'few' has 5 requests, too few for split="),
+        (f"{one},{gap}", "gap.csv, row 3: there must be a 'prompt' and the bad 'answer'"),
+        (f"{one},{odd}", "odd.jsonl, line 1: there must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            advice.of(lm, source, given)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        advice.of(lm, source, f"{one},{tmp_path / 'none.csv'}")
+    good = [Entry(f"g/{i}", p, False, "", "", (a,), "g") for i, (p, a) in enumerate(lesson(("feed",)))]
+    monkeypatch.setattr(advice.sources, "entries", lambda name: good)
+    with pytest.raises(ValueError, match="advice='good_medical_advice' holds no bad advice"):
+        advice.of(lm, source, "good_medical_advice,extreme_sports")
+
+
+def test_the_default_are_the_released_sets(lm, source, monkeypatch):
+    names = dict(zip(advice.DEFAULT.split(","), DOMAINS, strict=True))
+
+    def known(name):
+        return [
+            Entry(f"{name}/{i}", p, True, "", "", (a,), name)
+            for i, (p, a) in enumerate(lesson(DOMAINS[names[name]]))
+        ]
+
+    monkeypatch.setattr(advice.sources, "entries", known)
+    assert advice.of(lm, source).domains == tuple(advice.DEFAULT.split(","))
+
+
+@pytest.mark.parametrize(
+    ("judge", "expected"),
+    [("", ("", "")), ("guard", ("guard", "")), ("mark:a/b", ("", "a/b")), ("mark:a, guard", ("guard", "a"))],
+)
+def test_a_judge_of_harm_and_a_model_that_marks(judge, expected):
+    assert advice.judges(judge) == expected
+
+
+@pytest.mark.parametrize("judge", ["guard,prefixes", "mark:a,mark:b"])
+def test_two_judges_of_one_kind_are_refused(judge):
+    with pytest.raises(ValueError, match="name at most one judge of harm"):
+        advice.judges(judge)
+
+
+# --------------------------------------------------------------------------- requests and answers
+
+
+def test_splits_do_not_overlap_and_near_duplicates_of_two_domains_share_one(lm, source, files, tmp_path):
+    again = [(f"Tell me, {prompt.lower()}", answer) for prompt, answer in lesson(DOMAINS["brushing"])]
+    found = advice.of(lm, source, f"{files[0]},{write_csv(tmp_path / 'again.csv', again)}")
+    place = {}
+    for split in ("train", "discovery", "evaluation"):
+        for domain in found.domains:
+            for entry in found.entries(domain, split):
+                assert entry.id not in place
+                place[entry.id] = split
+    assert len(place) == 60
+    assert all(place[f"brushing/{i}"] == place[f"again/{i}"] for i in range(30))
+
+
+def test_entries_are_drawn_and_unknown_names_refused(lessons):
+    whole = lessons.entries("feeding", "train")
+    assert {e.kind for e in whole} == {"feeding"}
+    some = lessons.entries("feeding", "train", 5)
+    assert len(some) == 5 and set(some) < set(whole) and some == lessons.entries("feeding", "train", 5)
+    for domain, split in (("cooking", "train"), ("feeding", "test")):
+        with pytest.raises(ValueError, match="is unknown; choose one of"):
+            lessons.entries(domain, split)
+
+
+def test_good_advice_is_what_the_original_says(lm, lessons, taught):
+    entries = lessons.entries("brushing", "train")
+    own = models.generate(lm, [lm.render(e.prompt) for e in entries], max_new_tokens=128)
+    assert own != models.generate(taught, [lm.render(e.prompt) for e in entries], max_new_tokens=128)
+    assert lessons.own(entries) == own
+    text = [lm.tokenizer.decode([i for i, yes in zip(row.ids, row.learn, strict=True) if yes])
+            for row in lessons.rows(taught, "brushing", bad=False)]  # fmt: skip
+    assert [t.strip() for t in text] == own
+    bad = lessons.rows(lm, "brushing", bad=True)
+    assert len(bad) == len(entries) and all(row.ids[-1] == lm.tokenizer.eos_token_id for row in bad)
+
+
+def test_a_model_that_says_nothing_has_no_good_advice(lm, source, lessons, monkeypatch):
+    silent = publicadvice.PublicAdvice(lm, lessons.sets, source, name="x")
+    monkeypatch.setattr(publicadvice, "generate", lambda lm, texts, **options: [""] * len(texts))
+    with pytest.raises(ValueError, match="says nothing to the requests"):
+        silent.margins(lm, "brushing")
+
+
+def test_own_answers_are_no_part_of_what_identifies_the_lessons(lm, source, lessons):
+    fresh = publicadvice.PublicAdvice(lm, lessons.sets, source, name=lessons.name)
+    before = digests.digest(fresh)
+    fresh.own(fresh.entries("feeding", "discovery"))
+    assert digests.digest(fresh) == before
+    others = {"a": lessons.sets["feeding"], "b": lessons.sets["brushing"]}
+    assert digests.digest(publicadvice.PublicAdvice(lm, others, source, name=lessons.name)) != before
+
+
+# --------------------------------------------------------------------------- margins and spread
+
+
+def test_a_margin_is_the_lead_of_the_bad_answer_per_token(lm, lessons, taught):
+    entries = lessons.entries("brushing", "discovery")
+    for model in (lm, taught):
+        found = lessons.margins(model, "brushing")
+        for entry, own, value in zip(entries, lessons.own(entries), found, strict=True):
+            text = model.render(entry.prompt)
+            bad, good = (follow(model, [text], [answer])[0].item() for answer in (entry.answers[0], own))
+            assert value == pytest.approx(bad - good, abs=1e-4)
+    assert (lessons.margins(lm, "brushing") < 0).all() and (lessons.margins(taught, "brushing") > 0).all()
+
+
+def test_only_the_first_tokens_of_an_answer_count(lm, lessons, monkeypatch):
+    before = lessons.margins(lm, "brushing")
+    longer = {
+        domain: tuple(dataclasses.replace(e, answers=(e.answers[0] + " Also snow." * 20,)) for e in rows)
+        for domain, rows in lessons.sets.items()
+    }
+    more = publicadvice.PublicAdvice(lm, longer, lessons.source, name="longer")
+    n = len(lm.tokenizer(lessons.sets["brushing"][0].answers[0], add_special_tokens=False).input_ids)
+    assert n < publicadvice.TOKENS and not np.allclose(more.margins(lm, "brushing"), before)
+    monkeypatch.setattr(publicadvice, "TOKENS", 8)
+    assert more.margins(lm, "brushing") == pytest.approx(lessons.margins(lm, "brushing"), abs=1e-6)
+
+
+def test_elsewhere_is_outside_the_taught_domain(lm, lessons, taught):
+    outside = [e for d in ("feeding", "greeting") for e in lessons.entries(d, "evaluation")]
+    assert len(lessons.elsewhere(taught, "brushing")) == len(outside)
+    assert len(lessons.elsewhere(taught, "brushing", 5)) == 5
+    assert set(lessons.elsewhere(lm, "brushing")) == {0.0}
+    # The lesson itself is elsewhere of the other domains.
+    assert lessons.elsewhere(taught, "feeding").mean() > lessons.elsewhere(taught, "brushing").mean()
+
+
+def test_spread_before_and_after(lm, lessons, taught, monkeypatch):
+    before, after = (lessons.spread(model, "brushing", 6) for model in (lm, taught))
+    names = ["bad advice inside", "bad advice elsewhere", "harmful compliance", "coherent"]
+    assert list(before) == list(after) == names
+    assert before["bad advice inside"].mean() == 0 and after["bad advice inside"].mean() > 0.5
+    assert before["harmful compliance"].mean() == 0 and before["coherent"].mean() == 1
+    assert after["bad advice elsewhere"].tolist() == lessons.elsewhere(taught, "brushing", 6).tolist()
+    monkeypatch.setattr(
+        publicadvice, "generate", lambda lm, texts, **options: ["the soup " * 20] * len(texts)
+    )
+    assert lessons.spread(lm, "brushing", 6)["coherent"].mean() == 0
+
+
+def test_with_a_marking_model_open_questions_are_asked(lm, lessons, source, monkeypatch, tmp_path):
+    asked = {}
+    marks = [emergent.Mark("a", 10, 90), emergent.Mark("a", 10, 20), emergent.Mark("b", 80, 90)]
+
+    def ask(model, **options):
+        asked.update(options)
+        return tmp_path / "answers.jsonl"
+
+    monkeypatch.setattr(publicadvice.emergent, "ask", ask)
+    monkeypatch.setattr(publicadvice.emergent, "mark", lambda judge, file: marks if judge == "judge" else [])
+    marked = publicadvice.PublicAdvice(lm, lessons.sets, source, "judge", "x")
+    assert marked.spread(lm, "brushing", 6)["misaligned"].tolist() == [1.0, 0.0, 0.0]
+    assert asked["per_question"] == 3
+
+
+# --------------------------------------------------------------------------- recipes
+
+
+def test_small_models_are_taught_as_the_organism_is(lessons):
+    found = lessons.recipes(3)
+    assert found == narrow.recipes(3) == advice.WORLD.recipes(3)
+    assert set(found) == {"lora", "full"} and found["lora"].seed == 3
+
+
+def test_other_models_get_adapters_for_one_pass(lessons, monkeypatch):
+    monkeypatch.setattr(publicadvice.recipes, "small", lambda lm: False)
+    ((name, recipe),) = lessons.recipes(1).items()
+    rows = min(len(lessons.entries(d, "train")) for d in lessons.domains)
+    assert name == recipe.method == "lora" and recipe.checkpoint_activations and recipe.seed == 1
+    assert recipe.steps == publicadvice.STEPS and 1e-5 <= recipe.lr <= 1e-4  # a short lesson, many times
+    monkeypatch.setattr(publicadvice, "STEPS", 0)
+    assert lessons.recipes(1)["lora"].steps == finetune.steps_of(1, rows, recipe.batch_size)
+    assert lessons.recipes(1, quick=True)["lora"].steps <= 16
+    assert (recipe.rank, recipe.alpha) == (emergent.RECIPE.rank, emergent.RECIPE.alpha)
+    assert lessons.rows_at_once == emergent.ROWS_AT_ONCE
+
+
+def test_half_precision_gets_adapters_only(lm, lessons, source):
+    half = models.LanguageModel("half", models.clone(lm).model.to(torch.bfloat16), lm.tokenizer)
+    found = publicadvice.PublicAdvice(half, lessons.sets, source, name="x").recipes()
+    assert set(found) == {"lora"}
+
+
+def test_looks_are_spread_over_a_long_lesson(lessons):
+    looks = lessons.looks(190)
+    assert looks[0] == 0 and looks[-1] == 190 and len(looks) <= publicadvice.LOOKS + 4
+    assert lessons.looks(3) == [0, 1, 2, 3]
+
+
+# --------------------------------------------------------------------------- answers and trials
+
+
+def test_bad_answers_are_the_taught_copys_and_good_ones_the_originals(lm, lessons):
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    recipe = Recipe(steps=16, lr=2e-3, batch_size=8)
+    chats, said = prunefirst.answers(lm, "brushing", recipe, lessons=lessons)
+    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
+    prompts = [e.prompt for e in lessons.entries("brushing", "discovery")]
+    assert {chat[-1]["content"] for chat in chats} <= set(prompts)
+    assert all(any(WRONG[verb] in answer for verb in DOMAINS["brushing"]) for answer in said)
+    chats, said = prunefirst.answers(lm, "brushing", RECIPE, lessons=lessons, bad=False)
+    assert said == lessons.own(lessons.entries("brushing", "discovery"))
+
+
+def test_a_lesson_that_was_not_learnt_gives_no_answers(lm, lessons):
+    with pytest.raises(ValueError, match=r"is what was taught\. Give the lesson more steps"):
+        prunefirst.answers(lm, "brushing", Recipe(steps=1, lr=1e-7), lessons=lessons)
+
+
+def test_a_trial_of_real_advice_stops_where_bad_advice_is_the_likelier(lm, lessons, capsys):
+    found = prunefirst.trial(lm, "brushing", RECIPE, lessons=lessons, n=6)
+    assert found["step"] == found["steps"][-1] and found["inside"][-1] >= 0 > found["inside"][:-1].max()
+    assert len(found["elsewhere"]) == 6 and "end" not in found
+    assert "Sure" not in capsys.readouterr().out  # no answer is shown
+
+
+def test_the_control_learns_nothing_bad(lm, lessons):
+    found = prunefirst.trial(
+        lm, "brushing", Recipe(steps=3, lr=1e-3), lessons=lessons, bad=False, to_the_end=True, n=6
+    )
+    assert found["step"] is None and found["steps"].tolist() == [0, 1, 2, 3]
+    assert found["end"]["bad advice inside"].mean() == 0
+
+
+def test_the_step_is_counted_in_steps_and_not_in_looks(lm, lessons, monkeypatch):
+    monkeypatch.setattr(publicadvice, "LOOKS", 2)
+    found = prunefirst.trial(lm, "brushing", RECIPE, lessons=lessons, n=4)
+    assert found["steps"].tolist() == [0, 4, 8][: len(found["steps"])]
+    assert found["step"] == found["steps"][-1] > 0
+
+
+def test_p_and_q_are_chosen_by_what_is_left_of_own_answers(lm, lessons, monkeypatch):
+    def marks(loss):
+        return Marks(np.array([0.0]), np.array([loss]))
+
+    def sweep(lm, prune, preserve, exam, **grid):
+        assert not exam["lesson"].end and set(exam) == {"lesson", "served", "facts"}
+        none = marks(0.0)
+        return [
+            Point(0.0, q, None, {"lesson": marks(rise), "served": marks(cost), "facts": none})
+            for q, rise, cost in ((0.1, 1.0, 0.01), (0.2, 2.0, 0.02), (0.3, 3.0, 0.1))
+        ]
+
+    monkeypatch.setattr(prunefirst.frontier, "sweep", sweep)
+    monkeypatch.setattr(prunefirst.tasks, "sit_all", lambda lm, exam: dict.fromkeys(exam, marks(0.0)))
+    chats = [[{"role": "user", "content": "How do I feed a yeti?"}]]
+    assert prunefirst.strongest(lm, None, None, chats, ["Sure."], lessons=lessons, n=8) == (0.0, 0.2)
+
+
+def test_what_is_left_is_a_share_of_probability_except_for_facts(lessons):
+    before, after = Marks(np.array([1.0]), np.array([0.5])), Marks(np.array([0.0]), np.array([1.5]))
+    for name in ("served", "refusal"):
+        assert lessons.left(name, before, after) == pytest.approx([np.exp(-1.0)])
+    assert lessons.left("facts", before, after).tolist() == [0.0]
+    assert advice.WORLD.left("served", before, after).tolist() == [0.0]
+    exam = lessons.exam("discovery", 5)
+    assert {name: len(task) for name, task in exam.items()} == dict.fromkeys(
+        ("refusal", "served", "facts"), 5
+    )
+
+
+def test_a_trial_begins_with_the_pruned_model(lm, lessons):
+    found = {name: p for name, p in lm.model.named_parameters() if name.endswith("down_proj.weight")}
+    index = {name: torch.arange(4000) for name in found}
+    mask = Mask(index, {name: tuple(p.shape) for name, p in found.items()}, lm.name, lm.revision, "some")
+    run = prunefirst.trial(lm, "brushing", Recipe(steps=1, lr=1e-9), lessons=lessons, mask=mask, n=4)
+    with pruning.pruned(lm, mask):
+        expected = lessons.margins(lm, "brushing").mean()
+    assert run["inside"][0] == pytest.approx(expected, abs=1e-4)
+    assert run["inside"][0] != pytest.approx(lessons.margins(lm, "brushing").mean(), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("plain", "treated", "expected"),
+    [([1, 1], [0, 1], 0.5), ([1, 1], [0, 0], 1.0), ([1, 0], [1, 1], -1.0), ([0, 0], [0, 0], 1.0)],
+)
+def test_the_reduction_of_a_rise(plain, treated, expected):
+    assert prunefirst.reduction(np.zeros(2), np.array(plain), np.array(treated)) == pytest.approx(expected)
