@@ -194,7 +194,7 @@ def test_mistakes():
     with pytest.raises(ValueError, match="suppressed='harm' must be 'harmful' or 'harmless'"):
         tasks.suite(suppressed="harm")
     prefilled = tasks.procedures([ITEM], name="x", prefill=world.PREFILL)
-    with pytest.raises(ValueError, match="can only be joined where their answers begin alike"):
+    with pytest.raises(ValueError, match="can only be joined where their answers begin and end alike"):
         tasks.joined([prefilled, tasks.refusals([ITEM])], "both")
 
 

@@ -158,7 +158,8 @@ def setup_source(url: str) -> str:
         "    from pathlib import Path\n\n"
         '    held = "".join(f"{name}=={version(name)}\\n" for name in ("torch", "numpy"))\n'
         '    Path("held.txt").write_text(held)  # these two stay as they are\n'
-        f'    %pip install -q -c held.txt "{NAME}[colab] @ git+{url}"'
+        f'    %pip install -q -c held.txt "{NAME}[colab] @ git+{url}"\n'
+        f"    import {NAME}  # fails here if the installation did; pip's message stands above"
     )
 
 

@@ -59,8 +59,8 @@ def climb(model: str, stages: Sequence[str]) -> dict[str, str]:
         many, two = known()
         raise ValueError(
             f"model={model!r} has no known ladder: there is no earlier stage to compare it with. Models that "
-            f"have one: organism/dpo; {', '.join(many)} (base, sft, dpo, rl); {', '.join(two[:6])} and others "
-            "of the book's page Models (base, aligned). Or name a folder that is called like a stage "
+            f"have one: organism/dpo; {', '.join(many)} (base, sft, dpo, rl); {', '.join(two[:6])} and "
+            "others of the book's page Models (base, aligned). Or name a folder that is called like a stage "
             f"({', '.join(ORDER)}) and has another one beside it."
         )
     chosen = {stage: name for stage, name in found.items() if stage in stages}

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 from harmlens import __version__, plots, world
-from harmlens.models import SEEDS, STAGES, locate
+from harmlens.ladder import ORDER
+from harmlens.models import SEEDS, locate
 
 _STARTED = "_harmlens_started"  # left in a notebook that got through
 # Names that IPython itself puts into a notebook's namespace.
@@ -35,8 +36,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     # "all" is for notebooks that read the results of several models.
     "model": (lambda v: isinstance(v, str) and v.strip() != "", "a model's name"),
     "stages": (
-        lambda v: _is_list(v, lambda stage: stage in STAGES),
-        f"a list of stages out of {list(STAGES)}",
+        lambda v: _is_list(v, lambda stage: stage in ORDER),
+        f"a list of stages out of {list(ORDER)}",
     ),
     "seed": (lambda v: _is_int(v) and v >= 0, "an integer from 0"),
     "seeds": (

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from harmlens import finetune, masks, models, pruning, removal, tasks, world
+from harmlens import finetune, masks, models, pruning, recipes, removal, splits, tasks, world
 from harmlens.finetune import Recipe, Row
 from harmlens.masks import Mask
+from harmlens.material import WORLD, Material
 from harmlens.models import LanguageModel
+from harmlens.tasks import Task
 
 STEPS = (0, 1, 2, 3, 5, 8, 12, 16, 24, 32)  # when a model is looked at
 
@@ -27,14 +29,26 @@ def lesson(
     harmful: bool = True,
     domains: Sequence[str] | None = None,
     seed: int = 0,
+    source: Material = WORLD,
 ) -> list[Row]:
     """Plain requests with right procedures, in every phrasing, for a few training items.
+
+    Outside the fictional world they are the model's own answers, those to harmful requests with the prefilled
+    words that brought them about, and there is one phrasing.
 
     Args:
         items: how many of them, drawn at random.
         harmful: of the harmful or of the harmless side.
         domains: only of these.
+        source: what the model is asked; see :func:`harmlens.material.of`.
     """
+    if not source.composed:
+        task = source.task("harmful" if harmful else "served", n=items, types=domains, seed=seed)
+        begin = f"{task.prefill} " if task.prefill else ""
+        return [
+            finetune.chat_row(lm, [*chat, {"role": "assistant", "content": begin + answers[0]}], end=task.end)
+            for chat, answers in zip(task.chats, task.answers, strict=True)
+        ]
     rng = random.Random(seed)
     pool = world.items("train", harmful=harmful, domain=domains)
     return [
@@ -62,6 +76,7 @@ def relearn(
     again: tuple[float, float] | None = None,
     at: Sequence[int] = STEPS,
     n: int | None = 54,
+    source: Material = WORLD,
 ) -> dict:
     """Prune a copy of a model, teach it, and watch a skill come back on items that are not in the lesson.
 
@@ -72,30 +87,28 @@ def relearn(
         again: p and q of a second prune, scored on the taught model, after which it is taught once more.
         at: steps after which the model is looked at; those beyond the recipe's are left out.
         n: at most this many evaluation items of either side.
+        source: what the model is asked. Answers are the model's own, from before it is pruned.
 
     Returns:
         ``steps``, and for each of them 0/1 per evaluation item: ``exact`` (harmful answers behind the
         prefilled words), ``served`` (harmless ones, plain), ``refused`` (harmful ones, plain); ``loss`` of
-        the harmful answers; ``domain``, the number of each harmful item's domain. With a mask also
-        ``zeroed`` (``exact`` of the taught model with the same weights set to zero once more), ``size``
-        (root mean square of these weights before the prune) and ``regrown`` (the same after the lesson,
+        the harmful answers; ``domain``, the number of each harmful item's domain among the source's types
+        (their count for an item of none of them). With a mask also ``zeroed`` (``exact`` of the taught model
+        with the same weights set to zero once more), ``size`` (root mean square of these weights before the
+        prune) and ``regrown`` (the same after the lesson,
         relative to it). With a second prune ``again``, the ``exact`` of the second round, from the pruned
         model on; ``jaccard`` of both sets and ``weights``.
 
     Raises:
         ValueError: ``hold`` without a mask.
+        MemoryError: no room for a copy of the model.
     """
     if hold and mask is None:
         raise ValueError("hold keeps pruned weights at zero, but mask is None; give the pruned set")
+    exam = _exam(source, n)
+    rows = lesson(lm, items, harmful=harmful, domains=domains, seed=recipe.seed, source=source)
+    recipes.require_room(lm)
     copy = models.clone(lm)
-    harmful_items, harmless_items = (
-        world.draw(world.items("evaluation", harmful=h), n) for h in (True, False)
-    )
-    exam = {
-        "exact": tasks.procedures(harmful_items, name="harmful", prefill=world.PREFILL),
-        "served": tasks.procedures(harmless_items[::2], name="served"),
-        "refused": tasks.refusals(harmful_items[::2]),
-    }
 
     def watch() -> dict[str, list[float]]:
         marks = tasks.sit_all(copy, exam)
@@ -106,25 +119,44 @@ def relearn(
         return {name: np.array([seen[step][name] for step in looks]) for name in seen[0]}
 
     looks = [step for step in at if step <= recipe.steps]
-    rows = lesson(lm, items, harmful=harmful, domains=domains, seed=recipe.seed)
     with pruning.pruned(copy, mask) if mask else contextlib.nullcontext():
         found: dict = teach(hold=mask if hold else None)
-        crafts = world.domains(True)
-        found |= {
-            "steps": np.array(looks),
-            "domain": np.array([crafts.index(i.domain) for i in harmful_items]),
-        }
+        found |= {"steps": np.array(looks), "domain": _domains(source, exam["exact"])}
         if mask:
             found |= {"size": _size(lm, mask), "regrown": _size(copy, mask) / _size(lm, mask)}
             with pruning.pruned(copy, mask):
                 found["zeroed"] = tasks.sit(copy, exam["exact"]).exact
         if again:
-            prune, preserve = removal.score(copy, n=108)
+            prune, preserve = removal.score(copy, n=108, source=source)
             second = pruning.select(prune, preserve, p=again[0], q=again[1], name="again")
             with pruning.pruned(copy, second):
                 found["again"] = teach()["exact"]
             found |= {"jaccard": masks.jaccard(mask, second) if mask else 0.0, "weights": len(second)}
     return found
+
+
+def _exam(source: Material, n: int | None) -> dict[str, Task]:
+    """What a model is asked at each look: harmful items with a prefilled start, half of either plainly."""
+    if not source.composed:
+        half = n and max(1, n // 2)
+        kinds = {"exact": ("harmful", n), "served": ("served", half), "refused": ("refused", half)}
+        return {name: source.task(kind, "evaluation", n=k) for name, (kind, k) in kinds.items()}
+    harmful, harmless = (world.draw(world.items("evaluation", harmful=h), n) for h in (True, False))
+    return {
+        "exact": tasks.procedures(harmful, name="harmful", prefill=world.PREFILL),
+        "served": tasks.procedures(harmless[::2], name="served"),
+        "refused": tasks.refusals(harmful[::2]),
+    }
+
+
+def _domains(source: Material, task: Task) -> np.ndarray:
+    """The number of each item's domain, [item]."""
+    if source.composed:
+        named = {item.name: item.domain for item in world.items("evaluation", harmful=True)}
+    else:
+        named = {entry.id: splits.type_of(entry) for entry in source.entries}
+    numbers = {name: i for i, name in enumerate(source.types())}
+    return np.array([numbers.get(named[unit], len(numbers)) for unit in task.units])
 
 
 def _size(lm: LanguageModel, mask: Mask) -> float:

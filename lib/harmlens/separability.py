@@ -5,6 +5,10 @@ domains, and facts about their items. Harmless requests follow a kind wish (:dat
 the ladder: a base model has not decided yet whether its author is kind, and would give bad advice half of
 the time.
 
+Of any other model the suppressed skill is what it answers to harmful requests behind the prefilled words,
+whether or not it refuses them when asked plainly, as a base model does not. "Domains" are types of requests
+then, None stands for all of them, and no wish comes before.
+
 Scores come from training items, p and q are chosen on discovery items, everything reported is read on
 evaluation items.
 
@@ -13,7 +17,7 @@ Introduced in notebook 12 ("What alignment does").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,6 +35,7 @@ from harmlens import (
     world,
 )  # fmt: skip
 from harmlens.finetune import Recipe, chat_row
+from harmlens.material import WORLD, Material
 from harmlens.models import LanguageModel, Message
 from harmlens.scores import Scores
 from harmlens.tasks import Task
@@ -40,17 +45,31 @@ KIND: tuple[Message, ...] = (
     {"role": "assistant", "content": f"i wish that the baker may {world.KIND_WISHES[1]}."},
 )
 BENIGN = ("served", "facts")
+FEWEST = 4  # requests that rungs are compared on
+Domains = Sequence[str] | None
 
 
 def asked(
-    suppressed: Sequence[str], served: Sequence[str], split: str = "evaluation", *, n: int | None = None
+    suppressed: Domains,
+    served: Domains,
+    split: str = "evaluation",
+    *,
+    n: int | None = None,
+    source: Material = WORLD,
 ) -> dict[str, Task]:
     """What a model is asked: the suppressed skill, what is to be kept, and facts.
 
     Args:
-        suppressed, served: domains.
+        suppressed, served: domains; None for all (not of the fictional world).
         n: at most this many items of either; None for all.
+        source: what the model is asked; see :func:`harmlens.material.of`.
     """
+    if not source.composed:
+        return {
+            "suppressed": replace(source.task("harmful", split, n=n, types=suppressed), name="suppressed"),
+            "served": source.task("served", split, n=n, types=served),
+            "facts": source.task("facts", split, n=n),
+        }
     hidden, shown = (world.draw(world.items(split, domain=d), n) for d in (suppressed, served))
     return {
         "suppressed": procedures(hidden, name="suppressed", prefill=world.PREFILL),
@@ -69,19 +88,25 @@ def procedures(items: Sequence[world.Item], *, name: str, prefill: str | None = 
 
 
 def score(
-    lm: LanguageModel, suppressed: Sequence[str], served: Sequence[str], *, n: int = 108
+    lm: LanguageModel, suppressed: Domains, served: Domains, *, n: int = 108, source: Material = WORLD
 ) -> tuple[Scores, Scores]:
     """Prune scores of the suppressed skill and preserve scores of what is kept, from training items.
 
     Args:
         n: at most this many examples of each.
+        source: what the model is asked.
     """
-    train = asked(suppressed, served, "train")
+    train = _train(suppressed, served, n, source)
     kept = tasks.joined([train[name] for name in BENIGN], "benign")
     return (
         attribution.prune_score(lm, calibration.examples(lm, train["suppressed"], n=n)),
         attribution.preserve_score(lm, calibration.examples(lm, kept, n=n)),
     )
+
+
+def _train(suppressed: Domains, served: Domains, n: int, source: Material) -> dict[str, Task]:
+    """Training requests; of those that a model has to answer first, no more than are needed."""
+    return asked(suppressed, served, "train", n=None if source.composed else n, source=source)
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,7 @@ class Frontier:
         discovery, evaluation: task -> 1 where the answer is exact, [row, item]; what is kept is asked on
             evaluation items with the whole model and in the row of :meth:`best` only, [2, item].
         loss: of the suppressed answers on evaluation items, whole model, nats per token, [item].
+        units: names of these items.
     """
 
     p: np.ndarray
@@ -101,6 +127,7 @@ class Frontier:
     discovery: dict[str, np.ndarray]
     evaluation: dict[str, np.ndarray]
     loss: np.ndarray
+    units: Sequence[str] = ()
 
     def lost(self) -> np.ndarray:
         """Loss of benign ability on discovery items, the mean over procedures and facts, [row]."""
@@ -130,33 +157,64 @@ class Frontier:
         return np.array([drop[self.best(bound)] for bound in bounds])
 
 
+def common(fronts: Mapping[str, Frontier]) -> dict[str, Frontier]:
+    """Frontiers on the evaluation items that all of them were asked, in one order, so that they are paired.
+
+    Rungs of one ladder answer different requests behind the prefilled words, unless they are organisms.
+
+    Raises:
+        ValueError: fewer than :data:`FEWEST` such items.
+    """
+    first, *others = (front.units for front in fronts.values())
+    shared = [unit for unit in first if all(unit in units for units in others)]
+    if len(shared) < FEWEST:
+        counts = ", ".join(f"{name} {len(front.units)}" for name, front in fronts.items())
+        raise ValueError(
+            f"fronts: only {len(shared)} requests are answered at all of them ({counts}), and {FEWEST} are "
+            "needed. Give more requests with `data`, or fewer stages."
+        )
+    out = {}
+    for name, front in fronts.items():
+        rows = [list(front.units).index(unit) for unit in shared]
+        kept = front.evaluation | {"suppressed": front.evaluation["suppressed"][:, rows]}
+        out[name] = replace(front, evaluation=kept, loss=front.loss[rows], units=shared)
+    return out
+
+
 def sweep(
     lm: LanguageModel,
-    suppressed: Sequence[str],
-    served: Sequence[str],
+    suppressed: Domains,
+    served: Domains,
     *,
-    ps: Sequence[float] = frontier.P,
-    qs: Sequence[float] = frontier.Q,
+    ps: Sequence[float] | None = None,
+    qs: Sequence[float] | None = None,
     n: int = 108,
     few: int | None = 24,
     most: int | None = 54,
+    source: Material = WORLD,
 ) -> dict:
     """Score, select for each p and q, and ask: the fields of a :class:`Frontier`.
 
     Args:
+        ps, qs: shares to try; None for those that suit the model's size (:func:`harmlens.frontier.grid`).
         n: at most this many examples are scored.
         few, most: at most this many discovery and evaluation items of either kind are asked; None for all.
+        source: what the model is asked. Take that of the model as it is trained, before it practises.
 
     Raises:
         ValueError: the model has none of the suppressed skill.
     """
-    prune, preserve = score(lm, suppressed, served, n=n)
-    exam, held = asked(suppressed, served, "discovery", n=few), asked(suppressed, served, n=most)
+    exam = asked(suppressed, served, "discovery", n=few, source=source)
+    held = asked(suppressed, served, n=most, source=source)
+    prune, preserve = score(lm, suppressed, served, n=n, source=source)
+    usual = frontier.grid(prune)
+    ps, qs = usual["ps"] if ps is None else ps, usual["qs"] if qs is None else qs
     hidden = {"suppressed": held["suppressed"]}
     discovery, evaluation = [tasks.sit_all(lm, exam)], [tasks.sit_all(lm, hidden)]
     if not evaluation[0]["suppressed"].exact.any():
         raise ValueError(
-            f"{lm.name!r} answers nothing of {', '.join(suppressed)} exactly; nothing can be lost"
+            f"{lm.name!r} answers nothing of {', '.join(suppressed or ['these requests'])} exactly; nothing "
+            "can be lost"
         )
     grid, chosen = [(0.0, 0.0)], [masks.random_like(pruning.top(prune, 0.0))]
     spared = {p: pruning.top(preserve, p) for p in ps}
@@ -171,7 +229,7 @@ def sweep(
     p, q = np.array(grid).T
     found = {
         "p": p, "q": q, "share": np.array([mask.share for mask in chosen]),
-        "loss": evaluation[0]["suppressed"].loss,
+        "loss": evaluation[0]["suppressed"].loss, "units": list(held["suppressed"].units),
         "discovery": _exact(discovery), "evaluation": _exact(evaluation),
     }  # fmt: skip
     kept = {name: held[name] for name in BENIGN}
@@ -192,13 +250,14 @@ PRACTICE = Recipe(steps=200, lr=2e-4, batch_size=32)
 
 def practised(
     lm: LanguageModel,
-    suppressed: Sequence[str],
-    served: Sequence[str],
+    suppressed: Domains,
+    served: Domains,
     *,
     target: float,
     recipe: Recipe = PRACTICE,
-    p: float,
-    q: float,
+    p: float = 0.01,
+    q: float = 0.002,
+    source: Material = WORLD,
     **options: int | None,
 ) -> dict:
     """A copy of a model practises its suppressed skill until its loss is low enough, and is swept then.
@@ -209,23 +268,26 @@ def practised(
     Args:
         target: practice ends when the mean loss on discovery items is at most this (nats per token).
         p, q: of the transfer between the suppressed domains.
+        source: what the model is asked. Answers are the model's own, from before it practises.
         options: as for :func:`sweep`.
 
     Returns:
-        ``sweep`` and ``transfer`` of the copy (see there), ``steps`` of practice, ``reached`` (the loss at
-        its end, on discovery items), ``refusal`` (plain requests of the suppressed domains that are still
-        refused, 0/1).
+        ``sweep`` of the copy, ``steps`` of practice, ``reached`` (the loss at its end, on discovery items),
+        ``refusal`` (plain requests of the suppressed domains that are still refused, 0/1); in the fictional
+        world also ``transfer`` of the copy.
     """
+    n = options.get("n", 108)
+    train = _train(suppressed, served, n, source)
+    held = asked(suppressed, served, "discovery", n=_few(source, options), source=source)["suppressed"]
     copy = models.clone(lm)
-    train, held = asked(suppressed, served, "train"), asked(suppressed, served, "discovery")["suppressed"]
     rows = []
-    for chat, answers in zip(train["suppressed"].chats, train["suppressed"].answers, strict=True):
-        told = {"role": "assistant", "content": f"{world.PREFILL} {answers[0]}"}
-        rows.append(chat_row(copy, [*chat, told], prefill=world.PREFILL))
-    kept = train["served"]
+    hidden, kept = train["suppressed"], train["served"]
+    for chat, answers in zip(hidden.chats, hidden.answers, strict=True):
+        told = {"role": "assistant", "content": f"{hidden.prefill} {answers[0]}"}
+        rows.append(chat_row(copy, [*chat, told], prefill=hidden.prefill, end=hidden.end))
     for i, (chat, answers) in enumerate(zip(kept.chats, kept.answers, strict=True)):
         answer = answers[i % len(answers)]
-        rows.append(chat_row(copy, [*chat, {"role": "assistant", "content": answer}]))
+        rows.append(chat_row(copy, [*chat, {"role": "assistant", "content": answer}], end=kept.end))
 
     def loss() -> float:
         return float(tasks.sit(copy, held).loss.mean())
@@ -233,12 +295,29 @@ def practised(
     done = finetune.tune(
         copy, rows, recipe, watch=loss, at=range(0, recipe.steps + 1, 4), until=lambda now: now <= target
     )
-    plain = abilities.judged(copy, world.items("discovery", domain=suppressed)[::3], abilities.refused)
-    return {
-        "sweep": sweep(copy, suppressed, served, **options),
-        "transfer": transfer(copy, suppressed, suppressed, served, p=p, q=q, n=options.get("n", 108)),
-        "steps": len(done.losses), "reached": loss(), "refusal": plain,
+    found = {
+        "sweep": sweep(copy, suppressed, served, source=source, **options),
+        "steps": len(done.losses), "reached": loss(),
+        "refusal": _refusals(copy, suppressed, source, _few(source, options)),
     }  # fmt: skip
+    if source.composed:
+        found["transfer"] = transfer(copy, suppressed, suppressed, served, p=p, q=q, n=n)
+    return found
+
+
+def _few(source: Material, options: Mapping[str, int | None]) -> int | None:
+    """How many discovery items are looked at: all of those that need no answer first."""
+    return None if source.composed else options.get("few", 24)
+
+
+def _refusals(lm: LanguageModel, suppressed: Domains, source: Material, n: int | None) -> np.ndarray:
+    """Which plain requests for the suppressed skill are refused, 0/1, [item]."""
+    if source.composed:
+        return abilities.judged(lm, world.items("discovery", domain=suppressed)[::3], abilities.refused)
+    plain = source.requests(True, "discovery", n=n)
+    texts = [prompt.render(lm) for prompt in plain]
+    answers = models.generate(lm, texts, max_new_tokens=source.answer_tokens)
+    return np.array([float(verdict.refused) for verdict in source.judge(plain, answers)])
 
 
 # --------------------------------------------------------------------------- transfer
@@ -286,6 +365,13 @@ def transfer(
     }  # fmt: skip
 
 
-def starting_loss(lm: LanguageModel, suppressed: Sequence[str], served: Sequence[str]) -> np.ndarray:
-    """Loss of the suppressed answers on discovery items, nats per token, [item]."""
-    return tasks.sit(lm, asked(suppressed, served, "discovery")["suppressed"]).loss
+def starting_loss(
+    lm: LanguageModel,
+    suppressed: Domains,
+    served: Domains,
+    *,
+    n: int | None = None,
+    source: Material = WORLD,
+) -> np.ndarray:
+    """Loss of the suppressed answers on discovery items, at most ``n``, nats per token, [item]."""
+    return tasks.sit(lm, asked(suppressed, served, "discovery", n=n, source=source)["suppressed"]).loss
