@@ -330,7 +330,7 @@ def test_four_workers_one_killed_one_failing(counted):
         return [process.wait() for process in started]
 
     codes = workers(names)
-    assert codes == [0, 1, 0, -9]
+    assert codes == [0, 1, 0, -9], [cell.log.read_text()[-500:] for cell in found.cells]
     states = [sweepcells.state(cell) for cell in found.cells]
     assert [name for name, _ in states] == ["finished", "failed", "finished", "failed"]
     assert states[1][1] == (
@@ -343,6 +343,29 @@ def test_four_workers_one_killed_one_failing(counted):
     assert record["provenance"]["params"]["quick"] is True and str(counted) not in json.dumps(record)
     assert workers([names[3]]) == [0]  # the killed one starts from nothing and finishes
     assert sweepcells.state(found.cells[3])[0] == "finished"
+
+
+def test_a_kernel_that_does_not_come_up_is_started_again(tmp_path, monkeypatch, capsys):
+    import papermill
+
+    [cell, *_] = sweep.read(described(tmp_path)).cells
+    answers = [RuntimeError("Kernel died before replying to kernel_info"), None]
+    tried = []
+
+    def execute(*args, **options):
+        tried.append(options["parameters"])
+        answer = answers[min(len(tried), len(answers)) - 1]
+        if answer:
+            raise answer
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    sweepcells._execute(cell, tmp_path / "out.ipynb", {"quick": True})
+    assert len(tried) == 2 and "started again" in capsys.readouterr().out
+    for answer, times in (("Kernel died before replying to kernel_info", sweepcells.STARTS), ("else", 1)):
+        answers, tried = [RuntimeError(answer)], []
+        with pytest.raises(RuntimeError, match=answer):
+            sweepcells._execute(cell, tmp_path / "out.ipynb", {})
+        assert len(tried) == times
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from harmlens.paths import repo_root
 from harmlens.sweepfile import Cell, Sweep, SweepError, parameter_names
 
 FAILED = "FAILED"  # begins the last line of a failed cell's log
+STARTS = 3  # tries to start a kernel
 
 
 def state(cell: Cell) -> tuple[str, str]:
@@ -38,6 +39,27 @@ def state(cell: Cell) -> tuple[str, str]:
         if line.startswith(FAILED):
             return "failed", line
     return "failed", "ended without a message: killed, out of memory or out of time, or still running"
+
+
+def _execute(cell: Cell, notebook: Path, parameters: dict) -> None:
+    """Run the notebook. A kernel that does not come up is started again.
+
+    Kernels that start at the same moment can choose the same port, and then one of them ends at once.
+    """
+    import papermill
+
+    for left in reversed(range(STARTS)):
+        try:
+            papermill.execute_notebook(
+                cell.notebook, notebook, parameters=parameters, kernel_name="python3",
+                cwd=repo_root() or Path.cwd(), progress_bar=False, log_output=False,
+                start_timeout=300, execution_timeout=60 * cell.resources["runtime"],
+            )  # fmt: skip
+            return
+        except RuntimeError as error:  # what Jupyter raises before the first cell
+            if not left or not str(error).startswith(("Kernel died before", "Kernel didn't respond")):
+                raise
+            print(f"{cell.id}: {_line(str(error))}; started again", flush=True)
 
 
 def run_cell(cell: Cell) -> bool:
@@ -69,11 +91,7 @@ def run_cell(cell: Cell) -> bool:
         parameters["output"] = str(cell.results)
     print(f"{cell.id}: started, process {os.getpid()}", flush=True)
     try:
-        papermill.execute_notebook(
-            cell.notebook, partial, parameters=parameters, kernel_name="python3",
-            cwd=repo_root() or Path.cwd(), progress_bar=False, log_output=False,
-            execution_timeout=60 * cell.resources["runtime"],
-        )  # fmt: skip
+        _execute(cell, partial, parameters)
     except papermill.PapermillExecutionError as error:
         print(provenance.portable(str(error)))
         begins = next((line.strip() for line in error.source.splitlines() if line.strip()), "")
