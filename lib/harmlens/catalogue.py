@@ -238,18 +238,21 @@ def markdown(models: Sequence[Model] = MODELS) -> str:
     return "\n".join(lines)
 
 
-def write(page: Path, start: str = "<!-- catalogue:start -->", end: str = "<!-- catalogue:end -->") -> None:
-    """Put the table into a page, between the marks.
+def write(page: Path, made: str | None = None, name: str = "catalogue") -> None:
+    """Put what was made, by default the table, into a page between its marks.
+
+    Args:
+        name: of the marks, ``<!-- name:start -->`` and ``<!-- name:end -->``.
 
     Raises:
         ValueError: the page has no such marks.
     """
-    text = page.read_text(encoding="utf-8")
+    text, start, end = page.read_text(encoding="utf-8"), f"<!-- {name}:start -->", f"<!-- {name}:end -->"
     if start not in text or end not in text:
         raise ValueError(f"page={page.name!r} has no marks {start} and {end}; put both into it")
     before, rest = text.split(start, 1)
     after = rest.split(end, 1)[1]
-    page.write_text(f"{before}{start}\n{markdown()}{end}{after}", encoding="utf-8")
+    page.write_text(f"{before}{start}\n{markdown() if made is None else made}{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

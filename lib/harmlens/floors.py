@@ -357,18 +357,9 @@ def _cell(shape: Shape, step: Step, machine: Machine) -> str:
     return brief(step.seconds(machine))
 
 
-def write(page: Path, start: str = "<!-- floors:start -->", end: str = "<!-- floors:end -->") -> None:
-    """Put the tables into a page, between the marks.
-
-    Raises:
-        ValueError: the page has no such marks.
-    """
-    text = page.read_text(encoding="utf-8")
-    if start not in text or end not in text:
-        raise ValueError(f"page={page.name!r} has no marks {start} and {end}; put both into it")
-    before, rest = text.split(start, 1)
-    after = rest.split(end, 1)[1]
-    page.write_text(f"{before}{start}\n{markdown()}{end}{after}", encoding="utf-8")
+def write(page: Path) -> None:
+    """Put the tables into a page, between its marks; see :func:`harmlens.catalogue.write`."""
+    catalogue.write(page, markdown(), "floors")
 
 
 if __name__ == "__main__":
