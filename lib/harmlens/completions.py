@@ -280,21 +280,13 @@ def _answer(
 ) -> list[tuple[str, int, bool]]:
     """The answer to each prompt of a batch, its number of new tokens, and whether it ended by itself."""
     ids, mask = models.pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
-    # Spelt out as in models.generate: many models bring settings of their own.
-    options: dict[str, Any] = {
-        "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    }  # fmt: skip
-    if settings["temperature"] > 0:
-        options |= {
-            "do_sample": True, "temperature": settings["temperature"], "top_k": 0, "top_p": 1.0,
-            "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-        }  # fmt: skip
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         # A seed for each batch: the same prompt twice, in two batches, is to get two draws.
         torch.manual_seed(int(_sha(f"{settings['seed']}/{index}")[:15], 16))
         new: Tensor = lm.model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=settings["max_new_tokens"],
-            pad_token_id=lm.tokenizer.pad_token_id, **options,
+            pad_token_id=lm.tokenizer.pad_token_id,
+            **models.decoding(settings["temperature"]),
         )[:, ids.shape[1] :]  # fmt: skip
     ends = lm.model.generation_config.eos_token_id
     ends = {lm.tokenizer.eos_token_id} if ends is None else set(ends if isinstance(ends, list) else [ends])

@@ -413,6 +413,23 @@ def last_logits(
     return torch.stack(out)
 
 
+def decoding(temperature: float) -> dict[str, Any]:
+    """Settings of ``model.generate``: greedy at 0, above that sampling from the full distribution.
+
+    Spelt out, since many models bring settings of their own (a repetition penalty, say), and what is
+    generated has to agree with the logits.
+    """
+    settings: dict[str, Any] = {
+        "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    }  # fmt: skip
+    if temperature > 0:
+        settings |= {
+            "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None,
+            "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+        }  # fmt: skip
+    return settings
+
+
 @torch.no_grad()
 def generate(
     lm: LanguageModel,
@@ -433,16 +450,7 @@ def generate(
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
     rows = [tokens(lm.tokenizer, text) for text in texts]
     out = [""] * len(rows)
-    # Spelt out, since many models bring settings of their own (a repetition penalty, say), and what is
-    # generated has to agree with the logits.
-    settings: dict[str, Any] = {
-        "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    }  # fmt: skip
-    if temperature > 0:
-        settings |= {
-            "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None,
-            "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-        }  # fmt: skip
+    settings = decoding(temperature)
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for index in by_length(rows, batch_size):
