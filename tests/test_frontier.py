@@ -137,9 +137,26 @@ def test_own_answers_are_chosen_by_what_is_left_of_them():
     )
 
 
-@pytest.mark.parametrize(("size", "expected"), [(999, frontier.Q), (1000, frontier.Q_LARGE)])
-def test_the_grid_goes_by_the_median_matrix(size, expected):
-    values = {"a": torch.zeros(10), "b": torch.zeros(1000, size), "c": torch.zeros(1, 1).expand(2000, 2000)}
+@pytest.mark.parametrize(
+    ("size", "first", "last"), [(2000, 1e-6, 1e-3), (600, 3e-6, 3e-3), (10, 1e-4, 0.1), (0.01, 0.1, 0.1)]
+)
+def test_one_grid_for_all_begins_where_the_median_matrix_has_a_weight(size, first, last):
+    values = {
+        "a": torch.zeros(10),
+        "b": torch.zeros(round(1000 * size)),
+        "c": torch.zeros(1, 1).expand(2000, 2000),
+    }
     grid = frontier.grid(scores.Scores("random", values, "m", "r"))
-    assert grid["qs"] == expected
-    assert grid["ps"] == (frontier.P if expected is frontier.Q else frontier.P_LARGE)
+    assert grid["qs"][0] == first and grid["qs"][-1] == last
+    assert set(grid["qs"]) <= set(frontier.STEPS) and grid["ps"][0] == 0
+    ratios = np.diff(np.log10(frontier.STEPS))
+    assert np.allclose(ratios, 0.5, atol=0.03)  # evenly spaced
+
+
+def test_a_model_of_135_million_weights_is_not_tried_with_the_organisms_shares():
+    """Its matrices have a third to nine tenths of a million weights: 0.03 % of each is far too much to begin with."""
+    values = {
+        str(i): torch.zeros(1, 1).expand(576, width)
+        for i, width in enumerate((192, 192, 576, 1536, 1536, 1536))
+    }
+    assert min(frontier.grid(scores.Scores("random", values, "m", "r"))["qs"]) <= 3e-6

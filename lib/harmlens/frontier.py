@@ -20,20 +20,24 @@ from harmlens.models import LanguageModel
 from harmlens.scores import Scores
 from harmlens.tasks import Marks, Task
 
-# Shares for the organism, whose matrices hold ten to twenty-five thousand weights.
+# Shares for the organism, whose matrices hold ten to twenty-five thousand weights; data/settings.json holds what
+# was chosen among them.
 P = (0.0, 0.01, 0.03, 0.1)
 Q = (0.0003, 0.001, 0.002, 0.005, 0.01)
-# Shares for matrices of millions of weights, around the paper's p = 5e-5 and q = 1e-5.
-P_LARGE = (0.0, 1e-5, 5e-5, 1e-4)
-Q_LARGE = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
-LARGE = 1_000_000  # weights of the median matrix
+STEPS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def grid(scores: Scores) -> dict[str, tuple[float, ...]]:
-    """The shares to try for a model: ``ps`` and ``qs`` of :func:`sweep`, by the size of its matrices."""
+    """The shares to try for a model: ``ps`` and ``qs`` of :func:`sweep`.
+
+    One grid for all models, evenly spaced in logarithms (:data:`STEPS`): the first seven shares that take at
+    least one weight of the median matrix. A matrix of a million weights is tried from 1e-6 on, around the
+    paper's p = 5e-5 and q = 1e-5. As many weights are spared as are taken in the third, fifth and last step, or
+    none.
+    """
     sizes = sorted(value.numel() for value in scores.values.values())
-    large = sizes[len(sizes) // 2] >= LARGE
-    return {"ps": P_LARGE, "qs": Q_LARGE} if large else {"ps": P, "qs": Q}
+    qs = tuple(q for q in STEPS if q * sizes[len(sizes) // 2] >= 1)[:7] or STEPS[-1:]
+    return {"ps": (0.0, *qs[2::2]), "qs": qs}
 
 
 @dataclass(frozen=True)

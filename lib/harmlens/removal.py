@@ -118,7 +118,7 @@ def _file(folder: Path | str, kind: str, mark: str) -> Path:
 def slices(
     lm: LanguageModel, target: str | None = None, *, folder: Path | str | None = None, **options: Any
 ) -> Slices:
-    """The sets of a model for every p and q of its grid (:func:`harmlens.frontier.grid`).
+    """The sets of a model for every p and q of its grid (:func:`grid`).
 
     Prune and preserve scores are never held at once, and none of them afterwards: that of a model with a
     billion weights takes four gigabytes.
@@ -128,10 +128,15 @@ def slices(
     """
     rows = examples(lm, target, **options)
     prune = prune_score(lm, rows["lost"], folder=folder)
-    grid = frontier.grid(prune)
-    taken = frontier.taken(prune, grid["qs"])
+    tried = grid(prune, options.get("source", WORLD))
+    taken = frontier.taken(prune, tried["qs"])
     del prune
-    return Slices(taken, frontier.spared(preserve_score(lm, rows["kept"], folder=folder), grid["ps"]))
+    return Slices(taken, frontier.spared(preserve_score(lm, rows["kept"], folder=folder), tried["ps"]))
+
+
+def grid(prune: Scores, source: Material) -> dict[str, tuple[float, ...]]:
+    """The shares to try: :func:`harmlens.frontier.grid`; the organism's own, among which its p and q were chosen."""
+    return {"ps": frontier.P, "qs": frontier.Q} if source.composed else frontier.grid(prune)
 
 
 def find(

@@ -31,6 +31,7 @@ from harmlens import (
     masks,
     models,
     pruning,
+    removal,
     tasks,
     world,
 )  # fmt: skip
@@ -196,7 +197,7 @@ def sweep(
     """Score, select for each p and q, and ask: the fields of a :class:`Frontier`.
 
     Args:
-        ps, qs: shares to try; None for those that suit the model's size (:func:`harmlens.frontier.grid`).
+        ps, qs: shares to try; None for the usual ones (:func:`harmlens.removal.grid`).
         n: at most this many examples are scored.
         few, most: at most this many discovery and evaluation items of either kind are asked; None for all.
         source: what the model is asked. Take that of the model as it is trained, before it practises.
@@ -207,7 +208,7 @@ def sweep(
     exam = asked(suppressed, served, "discovery", n=few, source=source)
     held = asked(suppressed, served, n=most, source=source)
     prune, preserve = score(lm, suppressed, served, n=n, source=source)
-    usual = frontier.grid(prune)
+    usual = removal.grid(prune, source)
     ps, qs = usual["ps"] if ps is None else ps, usual["qs"] if qs is None else qs
     hidden = {"suppressed": held["suppressed"]}
     discovery, evaluation = [tasks.sit_all(lm, exam)], [tasks.sit_all(lm, hidden)]
