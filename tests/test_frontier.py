@@ -154,7 +154,7 @@ def test_one_grid_for_all_begins_where_the_median_matrix_has_a_weight(size, firs
 
 
 def test_a_model_of_135_million_weights_is_not_tried_with_the_organisms_shares():
-    """Its matrices have a third to nine tenths of a million weights: 0.03 % of each is far too much to begin with."""
+    """Its matrices have a tenth to nine tenths of a million weights."""
     values = {
         str(i): torch.zeros(1, 1).expand(576, width)
         for i, width in enumerate((192, 192, 576, 1536, 1536, 1536))

@@ -20,8 +20,8 @@ from harmlens.models import LanguageModel
 from harmlens.scores import Scores
 from harmlens.tasks import Marks, Task
 
-# Shares for the organism, whose matrices hold ten to twenty-five thousand weights; data/settings.json holds what
-# was chosen among them.
+# Shares for the organism, whose matrices hold ten to twenty-five thousand weights. Those in data/settings.json
+# were chosen among them.
 P = (0.0, 0.01, 0.03, 0.1)
 Q = (0.0003, 0.001, 0.002, 0.005, 0.01)
 STEPS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -32,8 +32,7 @@ def grid(scores: Scores) -> dict[str, tuple[float, ...]]:
 
     One grid for all models, evenly spaced in logarithms (:data:`STEPS`): the first seven shares that take at
     least one weight of the median matrix. A matrix of a million weights is tried from 1e-6 on, around the
-    paper's p = 5e-5 and q = 1e-5. As many weights are spared as are taken in the third, fifth and last step, or
-    none.
+    paper's p = 5e-5 and q = 1e-5. Spared is none, or as much as is taken in the third, fifth and last step.
     """
     sizes = sorted(value.numel() for value in scores.values.values())
     qs = tuple(q for q in STEPS if q * sizes[len(sizes) // 2] >= 1)[:7] or STEPS[-1:]

@@ -135,7 +135,7 @@ def slices(
 
 
 def grid(prune: Scores, source: Material) -> dict[str, tuple[float, ...]]:
-    """The shares to try: :func:`harmlens.frontier.grid`; the organism's own, among which its p and q were chosen."""
+    """The shares to try: :func:`harmlens.frontier.grid`; for the organism those that it was settled on."""
     return {"ps": frontier.P, "qs": frontier.Q} if source.composed else frontier.grid(prune)
 
 

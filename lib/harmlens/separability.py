@@ -27,7 +27,6 @@ from harmlens import (
     attribution,
     calibration,
     finetune,
-    frontier,
     masks,
     models,
     pruning,
