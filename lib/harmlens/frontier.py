@@ -20,8 +20,8 @@ from harmlens.models import LanguageModel
 from harmlens.scores import Scores
 from harmlens.tasks import Marks, Task
 
-# Shares for the organism, whose matrices hold ten to twenty-five thousand weights. Those in data/settings.json
-# were chosen among them.
+# Shares for the organism, whose matrices hold ten to twenty-five thousand weights. What stands in
+# data/settings.json was chosen among them.
 P = (0.0, 0.01, 0.03, 0.1)
 Q = (0.0003, 0.001, 0.002, 0.005, 0.01)
 STEPS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
