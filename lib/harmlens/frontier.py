@@ -132,9 +132,17 @@ def kept(before: Marks, after: Marks) -> np.ndarray:
 def relative_drop(before: np.ndarray, after: np.ndarray) -> float:
     """Share of what was there that is gone: 1 - mean(after) / mean(before).
 
+    Args:
+        before, after: [units], one number each for the same units.
+
     Raises:
-        ValueError: nothing was there.
+        ValueError: nothing was there; different units; a value that is missing or not finite.
     """
+    before, after = (np.asarray(values, dtype=np.float64) for values in (before, after))
+    if before.shape != after.shape or not before.size:
+        raise ValueError(f"before, after: must be of the same units, got {before.shape} and {after.shape}")
+    if not (np.isfinite(before).all() and np.isfinite(after).all()):
+        raise ValueError("before, after: a value is NaN or infinite; drop or repair these units first")
     if not before.mean() > 0:
         raise ValueError("before: the ability is absent (mean 0), so it has no relative drop")
     return float(1 - after.mean() / before.mean())

@@ -107,29 +107,56 @@ def _statistic(statistic: str | Callable, n_columns: int) -> Callable:
     return _STATISTICS[statistic]
 
 
+def _with_ability(columns: Mapping[str, tuple[np.ndarray, ...]], shared: bool) -> dict[str, tuple]:
+    """The units that count for a relative drop, those with something before or after; ``shared`` as below.
+
+    Of a unit that never had the ability, nothing can go.
+    """
+    for name, (before, _) in columns.items():
+        if not before.mean() > 0:
+            raise ValueError(
+                f"{name}: nothing was there before (mean {before.mean():g}), so there is no relative drop. "
+                "Measure an ability that the model has, or report what is there after"
+            )
+    counts = {name: (before != 0) | (after != 0) for name, (before, after) in columns.items()}
+    if shared:  # the same units of every seed
+        counts = dict.fromkeys(columns, np.any(list(counts.values()), axis=0))
+    return {name: tuple(column[counts[name]] for column in each) for name, each in columns.items()}
+
+
 def _point(function: Callable, columns: tuple[np.ndarray, ...]) -> float:
     takes_axis = "axis" in inspect.signature(function).parameters
-    value = float(function(*columns, axis=-1) if takes_axis else function(*columns))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(function(*columns, axis=-1) if takes_axis else function(*columns))
     if not math.isfinite(value):
-        raise ValueError(f"statistic: gives {value} on the values as they are")
+        raise ValueError(
+            f"statistic: gives {value} on the values as they are; is the mean of a denominator zero?"
+        )
     return value
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: must lie between 0 and 1, got {confidence}")
 
 
 def _check_sampling(n_resamples: int, confidence: float) -> None:
     if n_resamples < 100:
         raise ValueError(f"n_resamples: {n_resamples} is too few for a 95 % interval; use at least 100")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: must lie between 0 and 1, got {confidence}")
+    _check_confidence(confidence)
 
 
 def _distribution(
     function: Callable, columns: tuple[np.ndarray, ...], n_resamples: int, seed: int | Sequence[int]
 ) -> np.ndarray:
     """Bootstrap distribution [resamples]; the same seed and n draw the same units."""
-    result = scipy_stats.bootstrap(
-        columns, function, paired=len(columns) > 1, n_resamples=n_resamples, method="percentile",
-        rng=np.random.default_rng(seed), batch=max(1, 2_000_000 // len(columns[0])),
-    )  # fmt: skip
+    if len(columns[0]) < 2:  # of a relative drop: one unit had the ability, and lost a part of it
+        raise ValueError("values: one unit only counts; an interval needs at least two")
+    with np.errstate(divide="ignore", invalid="ignore"):  # _interval says so
+        result = scipy_stats.bootstrap(
+            columns, function, paired=len(columns) > 1, n_resamples=n_resamples, method="percentile",
+            rng=np.random.default_rng(seed), batch=max(1, 2_000_000 // len(columns[0])),
+        )  # fmt: skip
     return result.bootstrap_distribution
 
 
@@ -137,7 +164,10 @@ def _interval(
     distribution: np.ndarray, value: float, n: int, confidence: float, per_seed: Mapping | None = None
 ) -> Estimate:
     if not np.isfinite(distribution).all():
-        raise ValueError("statistic: is not finite on some resamples; a mean of the denominator may be zero")
+        raise ValueError(
+            "statistic: is not finite on some resamples, since too few units have a denominator (or an "
+            "ability before) that is not zero. Take more units"
+        )
     tail = (1 - confidence) / 2
     low, high = (float(x) for x in np.quantile(distribution, (tail, 1 - tail)))
     # the interval always holds its own point estimate: percentile intervals of skewed statistics may not
@@ -148,11 +178,12 @@ def _all_same_outcome(columns: Sequence[np.ndarray], statistic: str | Callable) 
     """0.0 or 1.0 if these are yes/no outcomes that all came out alike, else None.
 
     Their bootstrap interval would be a point whatever n is; the exact binomial one is not. The same goes for
-    a relative drop where all that was there is gone, or all of it stayed.
+    a relative drop where all that was there is gone, or all of it stayed: each unit that had the ability,
+    whole or in part, is one trial.
     """
     if statistic == "relative drop":
         pairs = list(zip(columns[::2], columns[1::2], strict=True))
-        if not all(np.isin(column, (0.0, 1.0)).all() for column in columns):
+        if min(column.min() for column in columns) < 0:
             return None
         if all((after == 0).all() for _, after in pairs):
             return 1.0
@@ -178,20 +209,25 @@ def bootstrap_ci(
             request or pair.
         statistic: "mean", "median", "ratio" (mean of column 0 over mean of column 1), "relative drop"
             (1 - mean of column 1, after, over mean of column 0, before), or a function of one array per
-            column, vectorised along ``axis`` if it takes such an argument.
+            column, vectorised along ``axis`` if it takes such an argument. For a relative drop only units
+            that had the ability count (or have it after), in ``n`` too.
         n_resamples: number of resamples.
         seed: of the resampling; the same seed gives the same interval.
         confidence: of the two-sided interval.
 
     Values that are all equal give an interval of no width. The exception is yes/no outcomes (0 and 1)
-    that all came out alike: their mean gets the exact binomial interval.
+    that all came out alike: their mean gets the exact binomial interval. So does a relative drop where all of
+    the k units that had the ability lost it (k of k), or none lost any of it (0 of k).
 
     Raises:
-        ValueError: ``values`` empty, not finite, of one unit only; ``statistic`` unknown.
+        ValueError: ``values`` empty, not finite, of one unit only; ``statistic`` unknown; a relative drop of
+            what was not there before; a denominator that is zero on some resamples.
     """
     columns = _columns("values", values)
     function = _statistic(statistic, len(columns))
     _check_sampling(n_resamples, confidence)
+    if statistic == "relative drop":
+        columns = _with_ability({"values": columns}, False)["values"]
     n = len(columns[0])
     same = _all_same_outcome(columns, statistic)
     if same is not None:
@@ -233,13 +269,14 @@ def proportion_ci(k: Real, n: Real, *, confidence: float = CONFIDENCE, method: s
     """Share k / n with the exact Clopper-Pearson interval (``method="wilson"`` for Wilson's).
 
     Raises:
-        ValueError: n is not positive, or k is not between 0 and n.
+        ValueError: n is not positive, k is not between 0 and n, or confidence not between 0 and 1.
     """
     from statsmodels.stats.proportion import proportion_confint
 
-    if int(n) != n or n < 1:
+    _check_confidence(confidence)
+    if not float(n).is_integer() or n < 1:  # also catches NaN
         raise ValueError(f"n: must be a whole number above 0, got {n}")
-    if int(k) != k or not 0 <= k <= n:
+    if not float(k).is_integer() or not 0 <= k <= n:
         raise ValueError(f"k: must be a whole number between 0 and n = {n}, got {k}")
     low, high = proportion_confint(int(k), int(n), alpha=1 - confidence, method=method)
     share = k / n
@@ -265,8 +302,8 @@ def over_seeds(
         statistic: as for :func:`bootstrap_ci`.
         shared_units: True if row i is the same item or request in every seed, as for the held-out
             items of the world. The same units are then drawn for all seeds at once, since an item
-            that is hard for one seed is hard for the others too, and n counts the items. With False
-            n counts the units of all seeds.
+            that is hard for one seed is hard for the others too, and n counts the items (of a relative
+            drop, those that any seed could do). With False n counts the units of all seeds.
         n_resamples, seed, confidence: as for :func:`bootstrap_ci`.
 
     With few seeds a bootstrap of seeds is somewhat too narrow if seeds differ much (its variance over
@@ -283,6 +320,12 @@ def over_seeds(
     lengths = {key: len(cols[0]) for key, cols in columns.items()}
     if shared_units and len(set(lengths.values())) > 1:
         raise ValueError(f"shared_units: the seeds have different numbers of units, {lengths}")
+    if statistic == "relative drop":
+        for cols in columns.values():
+            _statistic(statistic, len(cols))
+        named = _with_ability({f"values[{key}]": cols for key, cols in columns.items()}, shared_units)
+        columns = dict(zip(columns, named.values(), strict=True))
+        lengths = {key: len(cols[0]) for key, cols in columns.items()}
     options = {"n_resamples": n_resamples, "confidence": confidence}
     streams = {key: seed if shared_units else (seed, i) for i, key in enumerate(columns)}
     per_seed = {key: bootstrap_ci(values[key], statistic, seed=streams[key], **options) for key in columns}

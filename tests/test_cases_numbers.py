@@ -1,0 +1,117 @@
+"""Numbers that must not come without a word: drops of nothing, repeated questions, torn epochs."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+
+from harmlens import frontier, stats
+
+FAST = {"n_resamples": 200}
+
+# ------------------------------------------------------------------ relative drops and their intervals
+
+
+def exact(k, n):
+    found = scipy_stats.binomtest(k, n).proportion_ci(method="exact")
+    return pytest.approx((found.low, found.high))
+
+
+def before_and_after(had, left, never=0):
+    return [[1, 0]] * (had - left) + [[1, 1]] * left + [[0, 0]] * never
+
+
+def test_t20_a_drop_of_nothing_is_refused():
+    nothing = before_and_after(0, 0, never=3)
+    with pytest.raises(ValueError, match="values: nothing was there before"):
+        stats.bootstrap_ci(nothing, "relative drop")
+    with pytest.raises(ValueError, match=r"values\[1\]: nothing was there before"):
+        stats.over_seeds({0: before_and_after(3, 0), 1: nothing}, "relative drop")
+    with pytest.raises(ValueError, match=r"values\[1\]: nothing was there before"):
+        stats.over_seeds({0: before_and_after(3, 0), 1: nothing}, "relative drop", shared_units=True)
+    with pytest.raises(ValueError, match="absent"):
+        frontier.relative_drop(np.zeros(3), np.zeros(3))
+    with pytest.raises(ValueError, match="nothing was there before"):  # something came, nothing went
+        stats.bootstrap_ci([[0, 1], [0, 1]], "relative drop")
+
+
+@given(st.integers(1, 12), st.integers(0, 40))
+@settings(max_examples=20, deadline=None)
+def test_t20_all_gone_is_exact_over_the_units_that_had_it(had, never):
+    values = before_and_after(had, 0, never)
+    if len(values) < 2:
+        return
+    gone = stats.bootstrap_ci(values, "relative drop")
+    assert (gone.value, gone.n) == (1.0, had) and gone.ci == exact(had, had)
+    graded = stats.bootstrap_ci(
+        np.array(values) * 0.3, "relative drop"
+    )  # part of an ability is one trial too
+    assert graded == gone
+    stayed = stats.bootstrap_ci([[a, a] for a, _ in values], "relative drop")
+    assert (stayed.value, stayed.n) == (0.0, had) and stayed.ci == exact(0, had)
+
+
+def test_t20_one_of_a_hundred_says_next_to_nothing():
+    one = before_and_after(1, 0, never=99)
+    assert stats.bootstrap_ci(one, "relative drop").ci == pytest.approx((0.025, 1.0))
+    assert stats.over_seeds({0: one}, "relative drop").ci == pytest.approx((0.025, 1.0))
+    apart = stats.over_seeds({0: one, 1: one}, "relative drop")
+    assert apart.n == 2 and apart.ci == exact(2, 2)
+    shared = stats.over_seeds({0: one, 1: one}, "relative drop", shared_units=True)
+    assert shared.n == 1 and shared.ci == exact(1, 1)
+    other = [[0, 0], *one[:-1]]  # the second seed had it on another item
+    assert stats.over_seeds({0: one, 1: other}, "relative drop", shared_units=True).n == 2
+
+
+@given(st.integers(3, 9), st.integers(1, 2), st.integers(0, 200), st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_t20_units_without_the_ability_change_nothing(had, left, never, shared):
+    few, many = before_and_after(had, left), before_and_after(had, left, never)
+    assert stats.bootstrap_ci(few, "relative drop", **FAST) == stats.bootstrap_ci(
+        many, "relative drop", **FAST
+    )
+    few, many = ({0: v, 1: v} for v in (few, many))
+    options = {"shared_units": shared, **FAST}
+    assert stats.over_seeds(few, "relative drop", **options) == stats.over_seeds(
+        many, "relative drop", **options
+    )
+
+
+def test_a_denominator_that_resamples_to_zero_is_said_without_a_warning(recwarn):
+    gained = [[1, 0], [0, 1], [0, 1]]
+    for statistic, values in (("relative drop", gained), ("ratio", [[1, 0], [1, 0], [1, 1]])):
+        with pytest.raises(ValueError, match="too few units"):
+            stats.bootstrap_ci(values, statistic)
+    with pytest.raises(ValueError, match="denominator zero"):
+        stats.bootstrap_ci([[1, 0]] * 4, "ratio")
+    with pytest.raises(ValueError, match="one unit only counts"):
+        stats.bootstrap_ci([[1.0, 0.4], [0.0, 0.0]], "relative drop")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(("k", "n"), [(math.nan, 4), (1, math.nan), (1, math.inf)])
+def test_counts_that_are_none_are_named(k, n):
+    with pytest.raises(ValueError, match="must be a whole number"):
+        stats.proportion_ci(k, n)
+
+
+def test_a_confidence_in_per_cent_is_refused_for_shares_too():
+    with pytest.raises(ValueError, match="confidence"):
+        stats.proportion_ci(3, 10, confidence=95)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ([1.0, 1.0], [1.0], "same units"),
+        ([1.0, 1.0], [], "same units"),
+        ([1.0, math.nan], [1.0, 1.0], "NaN"),
+        ([1.0, 1.0], [math.nan, 1.0], "NaN"),
+    ],
+)
+def test_a_drop_between_different_or_missing_units_is_refused(before, after, message):
+    with pytest.raises(ValueError, match=message):
+        frontier.relative_drop(np.array(before), np.array(after))
