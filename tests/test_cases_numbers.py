@@ -1,14 +1,17 @@
 """Numbers that must not come without a word: drops of nothing, repeated questions, torn epochs."""
 
+import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from harmlens import frontier, stats
+from harmlens import finetune, frontier, stats
 
 FAST = {"n_resamples": 200}
 
@@ -115,3 +118,53 @@ def test_a_confidence_in_per_cent_is_refused_for_shares_too():
 def test_a_drop_between_different_or_missing_units_is_refused(before, after, message):
     with pytest.raises(ValueError, match=message):
         frontier.relative_drop(np.array(before), np.array(after))
+
+
+# ------------------------------------------------------------------ epochs
+
+
+def marked(n, lengths=(1,)):
+    """Rows that are told by their first token."""
+    return [
+        finetune.Row([100 + i] * lengths[i % len(lengths)], [True] * lengths[i % len(lengths)])
+        for i in range(n)
+    ]
+
+
+@given(
+    st.integers(1, 70),
+    st.integers(1, 20),
+    st.integers(1, 4),
+    st.integers(0, 9),
+    st.sampled_from([(1,), (1, 5, 3)]),
+)
+@settings(max_examples=60, deadline=None)
+def test_h6_an_epoch_holds_each_row_once(n, size, pool, seed, lengths):
+    stream = finetune.batches(marked(n, lengths), size, 0, seed=seed, pool=pool)
+    steps = finetune.steps_of(1, n, size)
+    for _ in range(3):
+        seen = [b.ids[:, 0].tolist() for b in itertools.islice(stream, steps)]
+        assert Counter(itertools.chain(*seen)) == Counter(range(100, 100 + n))
+        sizes = [len(each) for each in seen]
+        assert max(sizes) <= size and max(sizes) - min(sizes) <= 1
+
+
+def test_h6_three_epochs_in_as_many_steps_as_are_said():
+    for n, size in ((24, 16), (96, 16), (17, 16), (5, 16), (257, 16)):
+        steps = finetune.steps_of(3, n, size)
+        seen = Counter()
+        for batch in itertools.islice(finetune.batches(marked(n), size, 0), steps):
+            seen.update(batch.ids[:, 0].tolist())
+        assert set(seen.values()) == {3} and len(seen) == n
+
+
+def test_h6_a_run_of_one_epoch_learns_every_row():
+    """Of 24 rows, two steps once saw seven."""
+    lm = tiny.model()
+    rows = [finetune.Row([5, 5, 40 + i], [False, False, True]) for i in range(24)]
+    before = lm.model.get_output_embeddings().weight.detach().clone()
+    recipe = finetune.Recipe(steps=finetune.steps_of(1, 24, 16), lr=1e-3, batch_size=16, weight_decay=0.0)
+    finetune.tune(lm, rows, recipe)
+    assert recipe.steps == 2
+    moved = (lm.model.get_output_embeddings().weight.detach() - before).abs().sum(1)
+    assert (moved[40:64] > 0).all()

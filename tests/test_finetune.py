@@ -70,24 +70,18 @@ def test_same_seed_same_batches():
         assert a.ids.shape != other.ids.shape or not torch.equal(a.ids, other.ids)
 
 
-@given(st.lists(st.integers(0, 99), min_size=1, max_size=8, unique=True), st.integers(0, 9))
-def test_every_epoch_holds_every_row_once(ids, seed):
-    data = [Row([i], [True]) for i in ids]
-    stream = finetune.epochs(data, seed)
-    for _ in range(3):
-        assert sorted(r.ids[0] for r in itertools.islice(stream, len(data))) == sorted(ids)
-    assert [r.ids[0] for r in data] == ids  # the caller's list keeps its order
-
-
-def test_epochs_differ_in_order():
+def test_passes_differ_in_order_and_leave_the_list_as_it_is():
     data = [Row([i], [True]) for i in range(20)]
-    stream = finetune.epochs(data)
-    assert list(itertools.islice(stream, 20)) != list(itertools.islice(stream, 20))
+    stream = finetune.batches(data, 4, PAD)
+    first, second = ([b.ids[:, 0].tolist() for b in itertools.islice(stream, 5)] for _ in range(2))
+    assert first != second and [row.ids[0] for row in data] == list(range(20))
 
 
 def test_no_rows_nothing_to_learn():
     with pytest.raises(ValueError, match="rows is empty"):
-        next(finetune.epochs([]))
+        next(finetune.batches([], 4, PAD))
+    with pytest.raises(ValueError, match="size=0"):
+        next(finetune.batches([Row([1], [True])], 0, PAD))
 
 
 # --------------------------------------------------------------------------- chats as rows

@@ -124,7 +124,7 @@ def test_adapters_are_those_of_peft():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         wrapped = peft.get_peft_model(other.model, peft.LoraConfig(r=2, lora_alpha=4, target_modules=names))
-    stream = finetune.batches(finetune.epochs(chats(other), 0), 4, 0, seed=0)
+    stream = finetune.batches(chats(other), 4, 0, seed=0)
     finetune.fit(wrapped.base_model.model, stream, steps=6, lr=1e-2, warmup=5)
     merged = wrapped.merge_and_unload()
     for name, value in weights(ours).items():
@@ -199,7 +199,7 @@ def faint():
 def trained(lm, scaling, steps=20, **options):
     """Losses, and how many numbers of the adapters' second factors (which start at 0) have moved."""
     with lora.adapters(lm, rank=8, alpha=16):
-        stream = finetune.batches(finetune.epochs(chats(lm)), 4, 0)
+        stream = finetune.batches(chats(lm, 8), 4, 0)
         losses = finetune.fit(lm.model, stream, steps=steps, lr=3e-2, scaling=scaling, **options)
         moved = sum(int((p != 0).sum()) for name, p in lm.model.named_parameters() if "lora_B" in name)
     return losses, moved
@@ -598,7 +598,7 @@ def test_without_peft_the_remedy_is_named(monkeypatch):
 
 def test_steps_of_epochs():
     assert finetune.steps_of(1, 6000, 16) == 375
-    assert finetune.steps_of(3, 10, 4) == 8
+    assert finetune.steps_of(3, 10, 4) == 9
     assert finetune.steps_of(0.01, 10, 4) == 1
 
 

@@ -29,7 +29,6 @@ from harmlens.training import (
     Row,
     batches,
     collate,
-    epochs,
     fit,
     lm_loss,
     pieces,
@@ -46,7 +45,6 @@ __all__ = [
     "batches",
     "chat_row",
     "collate",
-    "epochs",
     "fit",
     "lm_loss",
     "pieces",
@@ -129,12 +127,12 @@ class Recipe:
 
 
 def steps_of(epochs: float, rows: int, batch_size: int) -> int:
-    """Steps that go through so many rows so many times.
+    """Steps that go through so many rows so many times, each row once in each.
 
-    >>> steps_of(1, 6000, 16)
-    375
+    >>> steps_of(1, 6000, 16), steps_of(3, 10, 4)
+    (375, 9)
     """
-    return max(1, math.ceil(epochs * rows / batch_size))
+    return max(1, math.ceil(epochs * math.ceil(rows / batch_size)))
 
 
 @dataclass(frozen=True)
@@ -175,8 +173,8 @@ def tune(
     A float16 model keeps its weights as they are; its adapters are trained in float32, with a scaled loss.
 
     Args:
-        rows: such as :func:`chat_row` makes, where only the answer is learnt. They are gone through in a new
-            order each time, in batches of similar length.
+        rows: such as :func:`chat_row` makes, where only the answer is learnt. They are gone through again and
+            again, each row once in each pass, in batches of similar length (:func:`batches`).
         watch: measures something of the model as it is; must return what JSON can hold.
         at: after how many steps; 0 is before the first.
         until: looks at what was seen last; training ends where it returns True.
@@ -232,8 +230,7 @@ def tune(
             masks.put(lm, hold, kept)
         return look(step)
 
-    order, pad = epochs(rows, recipe.seed), lm.tokenizer.pad_token_id
-    stream = batches(order, recipe.batch_size, pad, seed=recipe.seed)
+    stream = batches(list(rows), recipe.batch_size, lm.tokenizer.pad_token_id, seed=recipe.seed)
     scaling = LossScale() if half else None
     with ExitStack() as during:
         if recipe.method == "lora":

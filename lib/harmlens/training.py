@@ -9,6 +9,7 @@ Introduced in notebook 00 ("A model organism of harm").
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -54,25 +55,50 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
     return Batch(ids, labels)
 
 
-def batches(rows: Iterator[Row], size: int, pad_id: int, *, seed: int = 0, pool: int = 16) -> Iterator[Batch]:
-    """Batches from an endless stream of rows, grouped by length within pools of ``pool`` batches."""
+def batches(
+    rows: Sequence[Row] | Iterator[Row], size: int, pad_id: int, *, seed: int = 0, pool: int = 16
+) -> Iterator[Batch]:
+    """Batches of at most ``size`` rows, grouped by length within pools of ``pool`` batches.
+
+    Args:
+        rows: of a data set, which are gone through again and again, in a new order each time: each pass holds
+            every row once, in ``ceil(rows / size)`` batches whose sizes differ by one at most. Or a stream,
+            which is read once.
+
+    Raises:
+        ValueError: no rows, or ``size`` or ``pool`` below 1.
+    """
+    if min(size, pool) < 1:
+        raise ValueError(f"size={size}, pool={pool}: both must be at least 1")
     rng = random.Random(seed)
-    while True:
-        drawn = sorted((next(rows) for _ in range(size * pool)), key=lambda row: len(row.ids))
-        groups = [drawn[i : i + size] for i in range(0, len(drawn), size)]
+    for drawn in _passes(rows, size, pool, seed) if isinstance(rows, Sequence) else _pools(rows, size * pool):
+        groups = _parts(sorted(drawn, key=lambda row: len(row.ids)), size)
         rng.shuffle(groups)
         for group in groups:
             yield collate(group, pad_id)
 
 
-def epochs(rows: Sequence[Row], seed: int = 0) -> Iterator[Row]:
-    """The rows of a data set again and again, in a new order each time."""
+def _passes(rows: Sequence[Row], size: int, pool: int, seed: int) -> Iterator[list[Row]]:
+    """Pools of an endless number of passes; none reaches over the end of its pass."""
     if not rows:
         raise ValueError("rows is empty: there is nothing to learn from")
     rng, order = random.Random(seed), list(rows)
     while True:
         rng.shuffle(order)
-        yield from order
+        parts = _parts(order, size)
+        for i in range(0, len(parts), pool):
+            yield [row for part in parts[i : i + pool] for row in part]
+
+
+def _pools(rows: Iterator[Row], most: int) -> Iterator[list[Row]]:
+    while drawn := list(itertools.islice(rows, most)):
+        yield drawn
+
+
+def _parts(rows: list[Row], size: int) -> list[list[Row]]:
+    """Rows in as few parts of at most ``size`` as there can be, as equal as they can be."""
+    n = -(-len(rows) // size)
+    return [rows[i * len(rows) // n : (i + 1) * len(rows) // n] for i in range(n)]
 
 
 def token_losses(

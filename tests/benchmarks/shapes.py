@@ -226,7 +226,7 @@ def timed_training(bench: Bench, device: torch.device) -> tuple[float, int | Non
     options = {"lr": 1e-4, "rows_at_once": min(4, bench.sizes.batch)}
 
     def train(steps: int) -> None:
-        stream = finetune.batches(finetune.epochs(rows, 0), bench.sizes.batch, 0, seed=0)
+        stream = finetune.batches(rows, bench.sizes.batch, 0, seed=0)
         training.fit(net, stream, steps=steps, **options)
 
     with lora.adapters(bench.lm, rank=bench.sizes.rank), lowmemory.recomputing(net):
