@@ -1,13 +1,16 @@
 """What can go wrong between a name and a model: looked at before weights are fetched, explained after.
 
-The checks read a model's ``config.json`` and nothing else, so a model that can't be used is refused before
-gigabytes are downloaded. :mod:`harmlens.models` loads.
+The checks before read a model's ``config.json`` and nothing else, so a model that can't be used is refused
+before gigabytes are downloaded; those after compare the weights and the tokenizer that came with what the
+config says. :mod:`harmlens.models` loads.
 
 Introduced in book/models ("Models").
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,21 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_torch_flex_attn_available,
+)
 
 from harmlens import catalogue, memory
 from harmlens.memory import shown
@@ -44,6 +59,137 @@ def split(name: str, revision: str | None = None) -> tuple[str, str | None]:
     if revision is not None and revision != named:
         raise ValueError(f"name={name!r} and revision={revision!r} disagree; give the revision once")
     return plain, named
+
+
+# --------------------------------------------------------------------------- what was asked for
+
+
+_SHORT = {
+    "fp16": torch.float16, "f16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32,
+    "f32": torch.float32,
+}  # fmt: skip
+
+
+def precision(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A precision by torch's name for it or a usual short one; ``"auto"`` stays: that of the file.
+
+    >>> precision("bf16"), precision("half")
+    (torch.bfloat16, torch.float16)
+
+    Raises:
+        ValueError: no precision that weights can be loaded in; lists the choices.
+    """
+    if dtype == "auto":
+        return dtype
+    plain = dtype.removeprefix("torch.") if isinstance(dtype, str) else ""
+    found = _SHORT.get(plain, getattr(torch, plain, None)) if plain else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize < 2:
+        raise ValueError(
+            f"dtype={dtype!r} is no precision for weights; choose 'float32', 'bfloat16' or 'float16' (short: "
+            "'fp32', 'bf16', 'fp16'), or 'auto' for that of the file"
+        )
+    return found
+
+
+def require_device(device: torch.device | str | int, argument: str = "device") -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        ValueError: lists those that there are.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    name = f"cuda:{device}" if isinstance(device, int) else str(device)
+    if name not in there:
+        raise ValueError(f"{argument}={device!r} is not to be had on this machine; choose {', '.join(there)}")
+
+
+def require_attention(name: str) -> None:
+    """Refuse an attention implementation that is unknown or not installed.
+
+    Raises:
+        ValueError: lists those that there are.
+    """
+    extra = {
+        "flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available,
+        "flex_attention": is_torch_flex_attn_available,
+    }  # fmt: skip
+    there = ["eager", "sdpa", *(one for one, installed in extra.items() if installed())]
+    own = name in ALL_ATTENTION_FUNCTIONS and not name.startswith(("flash_", "flex_", "paged"))
+    if name not in there and not own:
+        raise ValueError(
+            f"attn_implementation={name!r} is unknown or not installed here; choose {', '.join(there)}"
+        )
+
+
+# --------------------------------------------------------------------------- before
+
+
+_GGUF = (
+    "GGUF files hold quantised weights, which can't be scored or patched. Load the original repository, "
+    "often the same name without -GGUF."
+)
+
+
+def refuse_gguf(name: str) -> None:
+    """Refuse a GGUF file by its name.
+
+    Raises:
+        ValueError: says what to load instead.
+    """
+    if name.lower().endswith(".gguf"):
+        raise ValueError(f"{name!r} is a GGUF file. {_GGUF}")
+
+
+def refuse_adapter(name: str, file: Path) -> None:
+    """Refuse a model with an adapter, alone or beside whole weights: transformers would put it in.
+
+    Args:
+        file: its ``adapter_config.json``.
+
+    Raises:
+        ValueError: names its base and how to merge it.
+    """
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        about = {}
+    kind, base = about.get("peft_type") or "LoRA", about.get("base_model_name_or_path") or "another model"
+    kind = "LoRA" if kind == "LORA" else kind
+    if (file.parent / "config.json").is_file():
+        raise ValueError(
+            f"{name!r} holds a whole model and, beside it, a {kind} adapter of {base!r} "
+            "(adapter_config.json): if the weights are merged already, it would be applied twice. Keep "
+            "either: load a copy without the files adapter_*, or merge the adapter first (merge_and_unload "
+            "of peft) and save the whole model."
+        )
+    raise ValueError(
+        f"{name!r} is a {kind} adapter of {base!r}, not a whole model. Merge it and save the whole model: "
+        "model = peft.AutoPeftModelForCausalLM.from_pretrained(name).merge_and_unload(); "
+        "model.save_pretrained(folder); and the tokenizer with tokenizer.save_pretrained(folder)."
+    )
+
+
+def require_weights(folder: Path) -> None:
+    """Refuse a folder without a config or without weights that are read here.
+
+    Raises:
+        ValueError: says what is missing, and how a model is saved.
+    """
+    weights = list(folder.glob("*.safetensors"))
+    if not weights and list(folder.glob("*.gguf")):
+        raise ValueError(f"the folder {folder.name!r} holds GGUF files. {_GGUF}")
+    for there, what in (
+        ((folder / "config.json").is_file(), "config.json"),
+        (weights, "weights (*.safetensors)"),
+    ):
+        if not there:
+            raise ValueError(
+                f"the folder {folder.name!r} holds no {what}. Save a model there with "
+                "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
+            )
 
 
 def config_of(source: str, revision: str | None = None) -> dict[str, Any]:
@@ -81,6 +227,12 @@ def check(name: str, config: Mapping[str, Any]) -> None:
         for head in ([names] if isinstance(names, str) else names)
     }
     made = config.get("architectures") or []
+    decoder = not config.get("is_encoder_decoder") and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if decoder and made and made[0].endswith("ForConditionalGeneration") and not heads.intersection(made):
+        raise ValueError(
+            f"{name!r} reads pictures or sound beside text ({', '.join(made)}), and only text models are "
+            f"read here. Choose a decoder of text alone, such as {catalogue.SMALL}."
+        )
     if (
         config.get("is_encoder_decoder")
         or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -160,6 +312,132 @@ def require_all_weights(name: str, model: PreTrainedModel) -> None:
         )
 
 
+# --------------------------------------------------------------------------- what was loaded
+
+
+# Masks and positions that old checkpoints carry, and that are made anew today.
+_BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")
+
+
+def require_tensors(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Refuse weights that are not those of the model: tensors missing, left over, misshapen or not finite.
+
+    What stands outside of the language model may be left over: a tower for pictures, a value head.
+
+    Args:
+        info: what ``from_pretrained(..., output_loading_info=True)`` gives beside the model.
+
+    Raises:
+        ValueError: names up to three tensors and what may have made them so.
+    """
+    missing = sorted(info["missing_keys"])
+    unexpected = sorted(key for key in info["unexpected_keys"] if not _BUFFERS.search(key))
+    if not missing:
+        unexpected = [key for key in unexpected if not _apart(model, key)]
+    shapes = [
+        f"{key} ({tuple(found)} for {tuple(made)})"
+        for key, found, made in sorted(info["mismatched_keys"], key=lambda entry: entry[0])
+    ]
+    problems = [
+        f"{len(keys)} {what}: {', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}"
+        for keys, what in ((missing, "missing"), (unexpected, "left over"), (shapes, "of another shape"))
+        if keys
+    ]
+    if problems:
+        raise ValueError(
+            f"the weights of {name!r} are not those that its config.json describes. Tensors "
+            f"{'; '.join(problems)}. {_cause(model, missing, unexpected)}"
+        )
+    spoilt = [key for key, weight in model.named_parameters() if not _finite(weight)]
+    if spoilt:
+        cause = "Is the checkpoint damaged?"
+        if model.dtype == torch.float16:
+            cause += " If not, they are too large for float16: load with dtype='bfloat16' or 'float32'."
+        raise ValueError(
+            f"weights of {name!r} are not finite: {', '.join(spoilt[:3])}"
+            f"{', ...' if len(spoilt) > 3 else ''}. {cause}"
+        )
+
+
+def _finite(weight: torch.Tensor) -> bool:
+    """Whether a tensor is finite, with no copy of it; NaN stays NaN in a minimum."""
+    return not weight.numel() or bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())
+
+
+def _apart(model: PreTrainedModel, key: str) -> bool:
+    """Whether a tensor that was left over belongs to a part of its own, beside the language model."""
+    if "lora_" in key:
+        return False
+    first, *rest = key.split(".")
+    if not hasattr(model, first):
+        return len(rest) > 1 or first == "score"
+    return first == model.base_model_prefix and len(rest) > 2 and not hasattr(model.base_model, rest[0])
+
+
+def _cause(model: PreTrainedModel, missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """What may have made tensors missing or left over."""
+    if any("lora_" in key for key in unexpected):
+        return "An adapter is in them that was not merged: use merge_and_unload of peft, and save again."
+    for long, short, what in ((unexpected, missing, "with"), (missing, unexpected, "without")):
+        ends = {key: other for key in short for other in long[:3] if other.endswith(f".{key}")}
+        if ends:
+            key, other = next(iter(ends.items()))
+            return f"They were saved {what} {other.removesuffix(key)!r} before their names: save them anew."
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    blocks = {found[0] for key in (*missing, *unexpected) if (found := re.match(r".*?\.\d+\.", key))}
+    names = [key for key, _ in model.named_parameters()]
+    for block in blocks:
+        own = [key for key in names if key.startswith(block)]
+        if set(own) <= set(missing):
+            than = "more" if own else "fewer"
+            return f"Its config.json says {layers} layers, {than} than the file holds."
+    head = model.get_output_embeddings()
+    if len(missing) == 1 and head is not None and model.get_parameter(missing[0]) is head.weight:
+        return "The output head is missing, and its config.json doesn't tie it to the embedding."
+    return "Is a file missing, or the config.json another model's? Fetch or save the model anew."
+
+
+def require_tokenizer(
+    name: str, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, used: Sequence[int]
+) -> None:
+    """Refuse a tokenizer that doesn't fit the model: tokens that the embedding has no row for.
+
+    Special tokens beyond it that nothing uses are no fault (some text models list one for pictures); where
+    a text holds one after all, :func:`harmlens.models.require_room` names it.
+
+    Args:
+        used: ids of a text as the chat template writes it.
+
+    Raises:
+        ValueError: names tokens or marks, and the remedy.
+    """
+    save = "and save again with tokenizer.save_pretrained(folder)"
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {name!r} names neither a padding token nor an end-of-text token. Set "
+            f"tokenizer.eos_token {save}."
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    marks = {mark: getattr(tokenizer, f"{mark}_token_id") for mark in ("pad", "eos", "bos", "unk")}
+    outside = [f"{mark}_token {getattr(tokenizer, f'{mark}_token')!r}" for mark, i in marks.items()
+               if i is not None and i >= rows]  # fmt: skip
+    special = set(tokenizer.all_special_ids) - set(used)
+    outside += [repr(word) for word, i in tokenizer.get_vocab().items() if i >= rows and i not in special]
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    outside += [
+        f"eos_token_id {i} of generation_config.json"
+        for i in ([] if ends is None else ends if isinstance(ends, list) else [ends])
+        if i >= rows
+    ]
+    if outside:
+        raise ValueError(
+            f"the tokenizer of {name!r} doesn't fit its embedding, which has {rows} rows: "
+            f"{len(outside)} beyond them ({', '.join(outside[:3])}{', ...' if len(outside) > 3 else ''}). "
+            "Take the model's own tokenizer; or, where tokens were added, call "
+            f"model.resize_token_embeddings(len(tokenizer)), train them, {save}."
+        )
+
+
 # --------------------------------------------------------------------------- explaining
 
 
@@ -199,6 +477,8 @@ def explain(name: str, error: BaseException) -> Exception:
             f"there is no {name!r} on the Hugging Face Hub, or it is private. Check the spelling of "
             f"owner/model on {page}; for a private model log in with `hf auth login`. {said}"
         )
+    if "gguf" in name.lower():
+        return OSError(f"{name!r} is a repository of GGUF files. {_GGUF} {said}")
     if is_a(LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
         return OSError(
             f"{name!r} could not be had from the Hugging Face Hub, and it is not among the files downloaded "
@@ -208,7 +488,7 @@ def explain(name: str, error: BaseException) -> Exception:
     if "safetensors" in str(error):
         return OSError(
             f"{name!r} has no weights as safetensors. Other formats (.bin) are pickles, which can run code "
-            f"when they are opened, and are not read. Choose another model, such as "
+            "when they are opened, or quantised (.gguf), and are not read. Choose another model, such as "
             f"{catalogue.ungated(name)}, or one that was converted. {said}"
         )
     return OSError(

@@ -22,9 +22,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from jinja2 import TemplateError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import is_accelerate_available
+from transformers.utils import find_adapter_config_file, is_accelerate_available
 from transformers.utils import logging as hf_logging
 
 from harmlens import deltas, hub, memory, paths
@@ -108,8 +110,9 @@ def load(
             (:mod:`harmlens.planted`); a local folder, which may hold only what differs from a parent
             beside it; or a Hugging Face id, which may end with ``@revision``.
         seed: training seed of an organism (default 0); must be left out for other models.
-        dtype: weights' precision. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that
-            does not know bfloat16 (such as a T4).
+        dtype: weights' precision, as torch names it or for short (``"bf16"``); ``"auto"`` for that of the
+            file. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that does not know bfloat16
+            (such as a T4).
         device: ``"cpu"``, ``"cuda"``, ...; default: a GPU where there is one, all of them if the model needs
             them; for organisms the CPU (they are too small to gain from anything else).
         device_map: passed on to transformers, e.g. ``"auto"`` to spread a model over several GPUs.
@@ -118,15 +121,29 @@ def load(
         template_from: name of a model whose chat template is used, such as the aligned partner of a base
             model (:func:`harmlens.catalogue.partners`). The tokenizer stays the model's own.
 
+    Before it is given back the model is tested once: that all of its tensors are there and finite, that
+    the tokenizer fits it, and that a short text gives finite logits in this precision, the same alone and
+    in a padded batch.
+
     Raises:
-        ValueError: unknown organism, a folder without weights, a corrupt checkpoint, a parent with
-            other weights than before, a model that the book's methods can't work on
-            (:func:`harmlens.hub.check`), a part left on the CPU or on disk, a partner without a template.
+        ValueError: unknown organism, a precision, device or attention that is not there, a folder without
+            weights or tokenizer, a corrupt checkpoint, a parent with other weights than before, a model that
+            the book's methods can't work on (:func:`harmlens.hub.check`), an adapter, GGUF files, a part
+            left on the CPU or on disk, a partner without a template, a model that fails the test.
         OSError: a Hugging Face id that can't be had; the message says what to check.
         MemoryError: a model that is too big; the message names smaller ones.
 
     All messages say what to do.
     """
+    if dtype is not None:
+        dtype = hub.precision(dtype)
+    if device is not None:
+        hub.require_device(device)
+    for place in device_map.values() if isinstance(device_map, dict) else ():
+        if place != "disk":
+            hub.require_device(place, "device_map")
+    if attn_implementation is not None:
+        hub.require_attention(attn_implementation)
     folder = locate(name, seed)
     organism = _is_organism(name)
     if organism:
@@ -135,17 +152,23 @@ def load(
     local = folder is not None
     delta = deltas.read(folder) if local else None
     home = folder if delta is None else _parent(folder, delta, organism)
+    source, revision = (str(home), revision) if local else hub.split(name, revision)
+    with _quiet(), _explained(name, local):
+        adapter = find_adapter_config_file(source, revision=revision)
+    if adapter is not None:
+        hub.refuse_adapter(name, Path(adapter))
     if local:
-        _require_weights(home)
-        source = str(home)
-    else:
-        source, revision = hub.split(name, revision)
+        hub.require_weights(home)
     chosen = device is not None or device_map is not None
     if not chosen:
         device = "cuda" if torch.cuda.is_available() and not organism else "cpu"
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else _gpu_dtype()
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision, "use_safetensors": True}
+    options: dict[str, Any] = {
+        "dtype": dtype, "revision": revision, "use_safetensors": True,
+        # Tensors of another shape are named below, with all else that doesn't fit.
+        "output_loading_info": True, "ignore_mismatched_sizes": True,
+    }  # fmt: skip
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     with _quiet(), _explained(name, local):
@@ -163,20 +186,164 @@ def load(
             hub.require_memory(name, weights, memory.free(device), device)
     if device_map is None and device != "cpu" and delta is None and is_accelerate_available():
         device_map = {"": device}  # straight to the GPU, with no copy in main memory
+    tokenizer = _tokenizer(name, source, revision, local)
     with _quiet(), _explained(name, local):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, device_map=device_map, **options)
+        model, info = AutoModelForCausalLM.from_pretrained(source, device_map=device_map, **options)
         if delta is not None:
             deltas.apply(model, delta)
         if device is not None:
             model = model.to(device)
     hub.require_all_weights(name, model)
+    hub.require_tensors(name, model, info)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if template_from is not None:
         tokenizer.chat_template = _template(template_from)
     version = weights_sha256(folder) if local else getattr(model.config, "_commit_hash", None) or ""
-    return LanguageModel(name, model.eval(), tokenizer, version)
+    lm = LanguageModel(name, model.eval(), tokenizer, version)
+    ids = _sample(lm)
+    hub.require_tokenizer(name, tokenizer, model, ids)
+    _self_test(lm, ids)
+    return lm
+
+
+# --------------------------------------------------------------------------- the test at load
+
+
+_SAMPLE = "In a few plain words, please tell me how a river finds its way from the hills down to the sea."
+
+
+def _sample(lm: LanguageModel, most: int = 64) -> list[int]:
+    """The first tokens of a short chat as the template writes it, or of plain text where there is none."""
+    try:
+        ids = tokens(lm.tokenizer, lm.render(_SAMPLE))
+    except (ValueError, TemplateError):  # no template, or one that refuses even this: told when it is needed
+        ids = lm.tokenizer(_SAMPLE)["input_ids"]
+    return ids[: min(most, longest(lm) or most)]
+
+
+@torch.no_grad()
+def _self_test(lm: LanguageModel, ids: list[int]) -> None:
+    """Run a short text by itself, as transformers would, then in a padded batch with its own first half.
+
+    In a causal model the half says the same alone, in the batch, and as the beginning of the whole.
+
+    Raises:
+        ValueError: logits that are not finite, or that depend on the batch.
+    """
+    if len(ids) < 2:
+        raise ValueError(
+            f"the tokenizer of {lm.name!r} gives no tokens for plain text; is it another model's?"
+        )
+    rows = [ids, ids[: len(ids) // 2]]
+    try:
+        alone = lm.model(torch.tensor([ids], device=lm.device), use_cache=False).logits[0]
+        alone = alone[[len(row) - 1 for row in rows]].float().cpu()
+        [(index, inputs)] = padded(lm, rows, len(rows))
+        batch = lm.model(**inputs, logits_to_keep=1).logits[:, -1].float().cpu()
+    except torch.OutOfMemoryError as error:
+        raise hub.explain(lm.name, error) from error
+    except (TypeError, RuntimeError, IndexError, NotImplementedError) as error:
+        raise ValueError(
+            f"{lm.name!r} was loaded, but a short text can't be run in a padded batch "
+            f"({type(error).__name__}: {hub.first_line(error)}). Choose another model, or another "
+            "attn_implementation."
+        ) from error
+    require_finite(lm, alone)
+    require_finite(lm, batch)
+    apart = (batch - alone[index]).square().mean(-1).sqrt() / alone[index].std(-1).clamp(min=1e-6)
+    # What a mask or positions that are wrong change is far above the rounding of either precision.
+    if apart.max() > (0.01 if torch.finfo(lm.model.dtype).bits > 16 else 0.1):
+        raise ValueError(
+            f"the logits of {lm.name!r} for a text are others in a padded batch than alone (by "
+            f"{apart.max():.2f} of their spread): a model of type {lm.model.config.model_type!r} reads the "
+            "padding, counts positions in a way of its own, or looks ahead. No number measured here would "
+            "be right; choose another model."
+        )
+
+
+def require_finite(lm: LanguageModel, logits: Float[Tensor, "... vocab"]) -> None:
+    """Refuse logits that overflowed.
+
+    Raises:
+        ValueError: names the precision to take.
+    """
+    if not logits.amax(-1).isfinite().all():  # NaN and infinity are larger than any number
+        wider = {torch.float16: "'bfloat16', or 'float32' on a GPU without it", torch.bfloat16: "'float32'"}
+        name = str(lm.model.dtype).removeprefix("torch.")
+        remedy = f"load it with dtype={wider[lm.model.dtype]}" if lm.model.dtype in wider else "fetch it anew"
+        raise ValueError(
+            f"the logits of {lm.name!r} are not finite in {name}: {remedy}. If weights or activations were "
+            "changed, the change is too large."
+        )
+
+
+def longest(lm: LanguageModel) -> int | None:
+    """How many tokens the model takes, as far as its config says so."""
+    config = lm.model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+
+
+def require_room(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], *, new: int = 0, limit: int | None = None
+) -> None:
+    """Refuse texts that the model can't take: too long, or with tokens that it has no embedding for.
+
+    Args:
+        rows: token ids.
+        new: tokens that are to be generated behind each.
+        limit: most tokens; default: :func:`longest`.
+
+    Raises:
+        ValueError: names the first such text.
+    """
+    limit = longest(lm) if limit is None else limit
+    known = lm.model.get_input_embeddings().weight.shape[0]
+    for i, row in enumerate(rows):
+        if limit is not None and len(row) + new > limit:
+            more = f" and {new} new ones" if new else ""
+            raise ValueError(
+                f"text {i} has {len(row)} tokens{more}, more than the {limit} that {lm.name!r} takes: "
+                f"shorten it{', or lower max_new_tokens' if new else ''}, or leave it out"
+            )
+        if row and max(row) >= known:
+            word = lm.tokenizer.convert_ids_to_tokens(max(row))
+            raise ValueError(
+                f"text {i} holds the token {word!r}, for which {lm.name!r} has no embedding: leave it out"
+            )
+
+
+# --------------------------------------------------------------------------- finding it
+
+
+def _tokenizer(name: str, source: str, revision: str | None, local: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, padding on the left.
+
+    Raises:
+        ValueError: there is none, or it can't be read.
+    """
+    options = {"revision": revision, "padding_side": "left"}
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            # Set where transformers finds the wrong splitting into words that Mistral's files once had.
+            if getattr(tokenizer, "fix_mistral_regex", None) is False:
+                tokenizer = AutoTokenizer.from_pretrained(source, fix_mistral_regex=True, **options)
+    except ImportError:
+        raise  # names the package that is missing
+    except Exception as error:  # a spoilt file raises whatever its parser raises
+        if not local and (isinstance(error, OSError) or hub.explain(name, error) is not error):
+            raise hub.explain(name, error) from error
+        files = [
+            f for f in Path(source).glob("*") if re.match(r"(tokenizer|vocab|.*\.model$|tekken)", f.name)
+        ]
+        there = any(file.name != "tokenizer_config.json" for file in files)
+        what = "could not be read; is a file truncated?" if there else "is missing."
+        raise ValueError(
+            f"the tokenizer of {name!r} {what} Save one beside the weights with "
+            f"tokenizer.save_pretrained(folder). ({type(error).__name__}: {hub.first_line(error)})"
+        ) from error
+    return tokenizer
 
 
 @contextmanager
@@ -192,8 +359,9 @@ def _explained(name: str, local: bool) -> Iterator[None]:
             raise told from error
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise hub.explain(name, error) from error
+        spoilt = isinstance(error, (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError))
         raise ValueError(
-            f"the folder of {name!r} could not be loaded; is a file in it truncated? "
+            f"the folder of {name!r} could not be loaded{'; is a file in it truncated?' if spoilt else ''} "
             f"({type(error).__name__}: {hub.first_line(error)})"
         ) from error
 
@@ -204,8 +372,7 @@ def _template(name: str) -> str:
     delta = deltas.read(folder) if folder is not None else None
     home = folder if delta is None else folder.parent / delta.parent
     source, revision = hub.split(name) if folder is None else (str(home), None)
-    with _quiet(), _explained(name, folder is not None):
-        template = AutoTokenizer.from_pretrained(source, revision=revision).chat_template
+    template = _tokenizer(name, source, revision, folder is not None).chat_template
     if template is None:
         raise ValueError(f"template_from={name!r} has no chat template; choose an instruction-tuned model")
     return template
@@ -234,6 +401,7 @@ def locate(name: str, seed: int | None = None) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    hub.refuse_gguf(name)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         raise ValueError(
             f"name={name!r} is no folder here and no Hugging Face id (owner/model or "
@@ -305,15 +473,6 @@ def intact(folder: Path) -> dict | None:
         return None
 
 
-def _require_weights(folder: Path) -> None:
-    for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights (*.safetensors)")):
-        if not list(folder.glob(pattern)):
-            raise ValueError(
-                f"the folder {folder.name!r} holds no {what}. Save a model there with "
-                "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
-            )
-
-
 def _verify(folder: Path) -> None:
     """Compare an organism's files with the sum written when it was trained."""
     if intact(folder) is None:
@@ -337,12 +496,14 @@ def _parent(folder: Path, delta: deltas.Delta, organism: bool) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Loading prints a bar per shard; for models of this size it would only be noise on a page."""
-    before = hf_logging.is_progress_bar_enabled()
+    """Loading prints a bar per shard, and tables of tensors that don't fit, which an error names here."""
+    before, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     try:
         yield
     finally:
+        hf_logging.set_verbosity(level)
         if before:
             hf_logging.enable_progress_bar()
 
