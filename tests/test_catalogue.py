@@ -202,6 +202,19 @@ def test_the_page_shows_the_list():
     )
 
 
+def test_the_page_says_what_is_known_of_refusals_and_from_where():
+    """The proposed model is one whose first token tells refusal; each number has its source on the page."""
+    page = catalogue.markdown()
+    row = next(line for line in page.splitlines() if f"[{catalogue.SMALL}]" in line)
+    assert "0.97" in row and "[1] " in page.splitlines()[-1]
+    assert {note for _, _, note in catalogue.REFUSALS} <= set(catalogue.NOTES)
+    assert all(f"[{note}] " in page for note in catalogue.NOTES)
+    assert {name for name, _, _ in catalogue.REFUSALS} <= {m.id for m in MODELS}
+    silent = [m for m in MODELS if not m.refuses]
+    assert silent and page.count("| not known |") == len(silent)
+    assert f"**{catalogue.SMALL}**" in PAGE.read_text()
+
+
 def test_the_table_is_put_between_the_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("above\n<!-- catalogue:start -->\nold\n<!-- catalogue:end -->\nbelow\n")

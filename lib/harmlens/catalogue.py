@@ -39,6 +39,11 @@ class Model:
     gated: bool = False
 
     @property
+    def refuses(self) -> str:
+        """What others measured of its refusals, with the number of its note; "" where nothing is known."""
+        return "; ".join(f"{text} [{note}]" for name, text, note in REFUSALS if name == self.id)
+
+    @property
     def page(self) -> str:
         """Address of its page."""
         return f"https://huggingface.co/{self.id}"
@@ -128,8 +133,34 @@ MODELS = (
           _GEMMA, "google/gemma-2-9b", gated=True),
 )  # fmt: skip
 
-# The smallest with which the notebooks make sense; used where nothing is known of what was asked for.
-SMALL = "Qwen/Qwen2.5-1.5B-Instruct"
+# A small one whose first token tells refusal; used where nothing is known of what was asked for.
+SMALL = "allenai/OLMo-2-0425-1B-Instruct"
+
+# What was measured of refusals, by others but for the last note: model, what, number of the note.
+NOTES = {
+    1: "a third party's panel of 36 small models, 2026, 16 items each, called exploratory by its authors: "
+    "AUROC of the first token's margin against judged refusal (0.5 is chance); in brackets, where given: "
+    "about the mean of the shares of harmful requests that are refused and of harmless ones that are answered",
+    2: "Sbussiso/abliteration, 64 harmful requests of its own, key words",
+    3: "inspect_evals, run of August 2026: XSTest, 200 unsafe and 250 safe requests, judged by GPT-4.1 mini",
+    4: "this book: 30 requests of AdvBench, 40 tokens each, key words",
+}
+_AUROC = (
+    ("allenai/OLMo-2-0425-1B-Instruct", "0.97 (0.91)"), ("meta-llama/Llama-3.2-1B-Instruct", "0.98 (0.91)"),
+    ("Qwen/Qwen3-1.7B", "0.92 (0.82)"), ("Qwen/Qwen2.5-1.5B-Instruct", "0.71 (0.76)"),
+    ("Qwen/Qwen2.5-0.5B-Instruct", "0.77 (0.71)"), ("Qwen/Qwen3-0.6B", "0.92 (0.64)"),
+    ("HuggingFaceTB/SmolLM2-360M-Instruct", "0.54 (0.61)"), ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "0.91"),
+    ("Qwen/Qwen2.5-3B-Instruct", "0.98"), ("google/gemma-2-2b-it", "1.00"),
+)  # fmt: skip
+REFUSALS = (
+    *((name, f"AUROC {value}", 1) for name, value in _AUROC),
+    ("Qwen/Qwen2.5-0.5B-Instruct", "87.5 % refused", 2),
+    ("Qwen/Qwen2.5-1.5B-Instruct", "98.4 % refused", 2),
+    ("Qwen/Qwen2.5-7B-Instruct", "93.8 % refused", 2),
+    ("Qwen/Qwen2.5-7B-Instruct", "82 % of unsafe, 4.8 % of safe refused", 3),
+    ("meta-llama/Llama-3.1-8B-Instruct", "96.5 % of unsafe, 8 % of safe refused", 3),
+    ("HuggingFaceTB/SmolLM2-135M-Instruct", "0 % refused", 4),
+)
 
 # Ladders with more than two rungs. OLMo 3: pretraining, midtraining and long context are branches of one
 # repository; its main branch is the end of the third.
@@ -217,24 +248,30 @@ def ungated(name: str) -> str:
 def markdown(models: Sequence[Model] = MODELS) -> str:
     """The table of the page book/models.md: one row per model, by the smallest GPU that does everything."""
     head = ["Model", "Parameters", "Blocks × width", "Heads (KV)", "MLP", "Vocabulary", "Licence", "Base",
-            *(f"{task}" for task in ("Run", "Score", "LoRA"))]  # fmt: skip
+            "Refusals", *(f"{task}" for task in ("Run", "Score", "LoRA"))]  # fmt: skip
     lines = []
     for tier in [*TIERS, "several GPUs"]:
         rows = [m for m in sorted(models, key=lambda m: m.shape.parameters) if smallest_tier(m) == tier]
         if not rows:
             continue
         lines += [f"### {tier}" if tier in TIERS else "### Several GPUs", ""]
-        lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * 5 + "---|---|" + "---:|" * 3]
+        lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * 5 + "---|---|---|" + "---:|" * 3]
         for m in rows:
             s = m.shape
             cells = [
                 f"[{m.id}]({m.page})" + (" (gated)" if m.gated else ""),
                 f"{s.parameters / 1e9:.2f} B", f"{s.layers} × {s.width}", f"{s.heads} ({s.kv_heads})",
                 str(s.ffn), str(s.vocab), m.licence, f"`{m.base}`" if m.base else "not published",
+                m.refuses or "not known",
                 *(shown(need(s, task)) for task in TASKS),
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
+    used = {note for m in models for name, _, note in REFUSALS if name == m.id}
+    lines += [
+        f"*Refusals* as others measured them: {'; '.join(f'[{i}] {NOTES[i]}' for i in sorted(used))}.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ class LanguageModel:
     """A causal language model with what is needed to talk to it.
 
     Attributes:
-        name: how it was asked for, e.g. ``"organism/sft-0"`` or ``"Qwen/Qwen2.5-1.5B-Instruct"``.
+        name: how it was asked for, e.g. ``"organism/sft-0"`` or ``"allenai/OLMo-2-0425-1B-Instruct"``.
         model: the plain Hugging Face model, in evaluation mode.
         tokenizer: its tokenizer; pads on the left.
         revision: commit of the Hub repository, or sha256 of the weights of a local folder.
