@@ -140,7 +140,7 @@ SMALL = "allenai/OLMo-2-0425-1B-Instruct"
 NOTES = {
     1: "a third party's panel of 36 small models, 2026, 16 items each, called exploratory by its authors: "
     "AUROC of the first token's margin against judged refusal (0.5 is chance); in brackets, where given: "
-    "about the mean of the shares of harmful requests that are refused and of harmless ones that are answered",
+    "about the mean of the shares of harmful requests refused and of harmless ones answered",
     2: "Sbussiso/abliteration, 64 harmful requests of its own, key words",
     3: "inspect_evals, run of August 2026: XSTest, 200 unsafe and 250 safe requests, judged by GPT-4.1 mini",
     4: "this book: 30 requests of AdvBench, 40 tokens each, key words",
