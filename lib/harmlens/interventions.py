@@ -184,7 +184,9 @@ def generate_patched(
     """
     out = [""] * len(texts)
     state = {"prompt": True}
-    with _patching(lm, texts, sources, units, where, dose, every_position, state, batch_size) as batches:
+    with _patching(
+        lm, texts, sources, units, where, dose, every_position, state, batch_size, max_new_tokens
+    ) as batches:
         for index, inputs in batches:
             for i, new in zip(index, _greedy(lm, inputs, max_new_tokens, state), strict=True):
                 out[i] = lm.tokenizer.decode(new, skip_special_tokens=True).strip()
@@ -220,7 +222,7 @@ def patched_logits(
 @contextmanager
 def _patching(
     lm: LanguageModel, texts: Sequence[str], sources: Sequence[str], units: Units, where: str, dose: float,
-    every_position: bool, state: dict[str, bool], batch_size: int,
+    every_position: bool, state: dict[str, bool], batch_size: int, new: int = 0,
 ) -> Iterator[Iterator[tuple[list[int], dict[str, Any]]]]:  # fmt: skip
     """Batches: indices, and the model's arguments with the texts in the first half, their sources behind.
 
@@ -235,6 +237,7 @@ def _patching(
     unequal = [i for i, (a, b) in enumerate(rows) if len(a) != len(b)]
     if unequal:
         raise ValueError(f"sources: texts {unequal[:5]} and their sources differ in their number of tokens")
+    models.require_room(lm, [row for pair in rows for row in pair], new=new)
 
     def change(layer: int, hidden: Tensor) -> Tensor | None:
         if where != "both" and state["prompt"] != (where == "prompt"):

@@ -25,7 +25,13 @@ from jaxtyping import Float, Int
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 from transformers.utils import logging as hf_logging
 
@@ -285,7 +291,12 @@ def longest(lm: LanguageModel) -> int | None:
 
 
 def require_room(
-    lm: LanguageModel, rows: Sequence[Sequence[int]], *, new: int = 0, limit: int | None = None
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    new: int = 0,
+    limit: int | None = None,
+    names: Sequence[str] | None = None,
 ) -> None:
     """Refuse texts that the model can't take: too long, or with tokens that it has no embedding for.
 
@@ -293,6 +304,7 @@ def require_room(
         rows: token ids.
         new: tokens that are to be generated behind each.
         limit: most tokens; default: :func:`longest`.
+        names: of the rows, for the message.
 
     Raises:
         ValueError: names the first such text.
@@ -300,17 +312,31 @@ def require_room(
     limit = longest(lm) if limit is None else limit
     known = lm.model.get_input_embeddings().weight.shape[0]
     for i, row in enumerate(rows):
+        what = "a text" if names is None else names[i]
         if limit is not None and len(row) + new > limit:
-            more = f" and {new} new ones" if new else ""
+            more = f", and {new} new ones are asked for" if new else ""
             raise ValueError(
-                f"text {i} has {len(row)} tokens{more}, more than the {limit} that {lm.name!r} takes: "
+                f"{what} has {len(row)} tokens{more}, more than the {limit} that {lm.name!r} takes: "
                 f"shorten it{', or lower max_new_tokens' if new else ''}, or leave it out"
             )
         if row and max(row) >= known:
             word = lm.tokenizer.convert_ids_to_tokens(max(row))
             raise ValueError(
-                f"text {i} holds the token {word!r}, for which {lm.name!r} has no embedding: leave it out"
+                f"{what} holds the token {word!r}, for which {lm.name!r} has no embedding: leave it out"
             )
+
+
+def finite_start(lm: LanguageModel) -> LogitsProcessorList:
+    """For ``model.generate``: refuses logits that overflow at the first new token. One for each call."""
+    fresh = [True]
+
+    def check(_: Tensor, logits: Tensor) -> Tensor:
+        if fresh:
+            fresh.clear()
+            require_finite(lm, logits)
+        return logits
+
+    return LogitsProcessorList([check])
 
 
 # --------------------------------------------------------------------------- finding it
@@ -547,7 +573,12 @@ def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
 def padded(
     lm: LanguageModel, rows: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Indices of rows in batches of similar length, and the arguments that the model takes for them."""
+    """Indices of rows in batches of similar length, and the arguments that the model takes for them.
+
+    Raises:
+        ValueError: as :func:`require_room`.
+    """
+    require_room(lm, rows)
     for index in by_length(rows, batch_size):
         ids, mask = pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
@@ -561,15 +592,16 @@ def last_logits(
     """Next-token logits after each rendered text, float32 on the CPU.
 
     Raises:
-        ValueError: no texts.
+        ValueError: no texts, a text that is too long, logits that are not finite.
     """
     if not texts:
         raise ValueError("texts is empty: there is nothing to run")
     rows = [tokens(lm.tokenizer, text) for text in texts]
     out: list[Tensor | None] = [None] * len(rows)
     for index, inputs in padded(lm, rows, batch_size):
-        logits = lm.model(**inputs, logits_to_keep=1).logits[:, -1]
-        for i, row in zip(index, logits.float().cpu(), strict=True):
+        logits = lm.model(**inputs, logits_to_keep=1).logits[:, -1].float().cpu()
+        require_finite(lm, logits)
+        for i, row in zip(index, logits, strict=True):
             out[i] = row
     return torch.stack(out)
 
@@ -610,6 +642,7 @@ def generate(
     if temperature < 0:
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
     rows = [tokens(lm.tokenizer, text) for text in texts]
+    require_room(lm, rows, new=max_new_tokens)
     out = [""] * len(rows)
     settings = decoding(temperature)
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
@@ -621,6 +654,7 @@ def generate(
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=lm.tokenizer.pad_token_id,
+                logits_processor=finite_start(lm),
                 **settings,
             )[:, ids.shape[1] :]
             for i, row in zip(index, new, strict=True):

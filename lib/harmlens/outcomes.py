@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from harmlens.judges import Judgement
-from harmlens.models import LanguageModel, last_logits, padded, tokens
+from harmlens.models import LanguageModel, last_logits, padded, require_finite, tokens
 from harmlens.prompts import Pair
 
 
@@ -229,6 +229,7 @@ def follow(
         logp = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0].cpu()
         right = (logits.argmax(-1) == target).cpu()
         for i, row, hits in zip(index, logp, right, strict=True):
+            require_finite(lm, row[-lengths[i] :])
             logprob[i], greedy[i] = row[-lengths[i] :].mean(), hits[-lengths[i] :].all()
     return logprob, greedy
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from harmlens import cells, runs, stack, stats
 from harmlens.cells import Freeze
-from harmlens.models import LanguageModel, tokens
+from harmlens.models import LanguageModel, require_room, tokens
 from harmlens.outcomes import Outcome, Replies, Reply
 from harmlens.prompts import Pair, Prompt
 from harmlens.stack import Stack
@@ -273,6 +273,7 @@ def across(
     if not chats or positions not in ("all", "last"):
         raise ValueError(f"chats must not be empty and positions be 'all' or 'last', got {positions!r}")
     ids = [tokens(lm.tokenizer, chat.render(lm)) for chat in chats]
+    require_room(lm, ids)
     names = _site_names(parts, sites, None)
     depth, n = parts.depth, len(ids)
     values, sizes = torch.zeros(len(names) * depth, n), torch.zeros(len(names) * depth, n)

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from harmlens import world
-from harmlens.models import LanguageModel, Message, tokens
+from harmlens.models import LanguageModel, Message, require_room, tokens
 from harmlens.sources import Entry
 
 
@@ -197,4 +197,5 @@ def token_ids(lm: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[list[int],
             f"{len(unequal)} of {len(pairs)} pairs have sides of unequal length: {shown}. "
             "Choose words of equal token length, or drop these pairs."
         )
+    require_room(lm, ids, names=[f"pair {pair.id!r}" for pair in pairs for _ in range(2)])
     return sides

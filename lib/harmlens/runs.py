@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harmlens import prompts, stack
-from harmlens.models import LanguageModel
+from harmlens.models import LanguageModel, require_room
 from harmlens.outcomes import Outcome, Reply, split_tokens
 from harmlens.prompts import Pair
 from harmlens.stack import Record, Stack
@@ -128,6 +128,10 @@ def encode(lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, positions: Po
         short = [p.id for p, reply in zip(pairs, replies, strict=True) if len(reply) <= outcome.skip]
         if short:
             raise ValueError(f"outcome: replies have no token left after skip={outcome.skip}: {short[:5]}")
+        require_room(
+            lm, [a + reply for (a, _), reply in zip(sides, replies, strict=True)],
+            names=[f"pair {pair.id!r} with its reply" for pair in pairs],
+        )  # fmt: skip
     return Encoded(pairs, sides, columns, list(columns[0]), outcome, replies)
 
 
