@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from harmlens import finetune, frontier, stats
+from harmlens import finetune, frontier, questions, stats
+from harmlens.sources import Entry
 
 FAST = {"n_resamples": 200}
 
@@ -168,3 +169,34 @@ def test_h6_a_run_of_one_epoch_learns_every_row():
     assert recipe.steps == 2
     moved = (lm.model.get_output_embeddings().weight.detach() - before).abs().sum(1)
     assert (moved[40:64] > 0).all()
+
+
+# ------------------------------------------------------------------ the same question
+
+
+def fact(number, prompt, *answers):
+    return Entry(f"f{number}", prompt, False, "fact", answers=answers)
+
+
+@given(st.integers(1, 30), st.integers(1, 200), st.integers(0, 9))
+@settings(max_examples=30)
+def test_h4_no_question_is_two_units(known, n, seed):
+    entries = [fact(i, f"Question {i}?", str(i)) for i in range(known)]
+    asked = questions.facts(entries, n, seed=seed)
+    assert len(asked) == len({repr(c) for c in asked.chats}) == len(set(asked.units)) == min(n, known)
+    assert questions.facts(entries, n, seed=seed) == asked
+
+
+def test_h4_a_question_that_is_there_twice_counts_once_with_both_answers():
+    asked = questions.facts(
+        [fact(0, "What is C++?", "a"), fact(1, "What is  c++?", "b"), fact(2, "What is C#?", "c")]
+    )
+    assert asked.units == ("f0", "f2") and asked.answers == (("a", "b"), ("c",))
+
+
+def test_t17_facts_are_drawn_at_random_and_not_from_the_top():
+    entries = [fact(i, f"Question {i}?", str(i)) for i in range(200)]
+    drawn = questions.facts(entries, 50)
+    place = np.array([int(unit[1:]) for unit in drawn.units])
+    assert 70 < place.mean() < 130 and (np.diff(place) > 0).all()
+    assert questions.facts(entries, 50, seed=1).units != drawn.units

@@ -452,9 +452,6 @@ def test_questions_about_requests():
     assert all(e.prompt in chat[0]["content"] for e, chat in zip((bad, good), asked.chats, strict=True))
     assert questions.text("served", bad) == bad.prompt
     assert questions.text("explanation/reason", bad).endswith(f"\n\n{bad.prompt}")
-    facts = questions.facts(FACTS[:3], 7)
-    assert facts.units == tuple(FACTS[i % 3].id for i in range(7))
-    assert len(questions.facts(FACTS[:3])) == 3
 
 
 def test_explanations_that_nobody_gave_are_left_out(lm, monkeypatch):
@@ -500,14 +497,6 @@ def test_a_file_by_its_name(lm):
     )
 
 
-def test_of_a_large_set_some_are_kept_always_the_same(lm, monkeypatch):
-    monkeypatch.setattr(public, "MOST", 50)
-    found = public.of(lm, f"{standin.PROMPTS},{standin.FACTS}", graders.prefixes())
-    assert Counter(e.harmful for e in found.entries) == {True: 50, False: 50}
-    assert len(found.facts) == 40
-    again = public.of(lm, f"{standin.PROMPTS},{standin.FACTS}", graders.prefixes())
-    assert again.entries == found.entries
-    assert [e for e in ENTRIES if e in found.entries] == list(found.entries)
 
 
 # --------------------------------------------------------------------------- what is refused

@@ -16,16 +16,15 @@ Introduced in notebook 18 ("Your own model").
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from harmlens import matching, ownanswers, questions, sources, splits
+from harmlens import graders, matching, ownanswers, questions, sources, splits
 from harmlens.judges import Judgement
 from harmlens.matching import ALWAYS, NEVER, NOT
-from harmlens.models import LanguageModel, Message
+from harmlens.models import LanguageModel, Message, generate
 from harmlens.ownanswers import OwnAnswers, Way
 from harmlens.prompts import CONTRASTS, Pair, Prompt
 from harmlens.questions import EXPLAIN
@@ -34,8 +33,10 @@ from harmlens.tasks import Task, joined
 
 FEWEST = 4  # requests that a measurement needs
 OWN_MOST = 412  # requests of one kind that are answered for scoring, as many as the pruning paper has
-MOST = 2000  # rows of one set that are kept: one of them has fifty thousand
+MOST = 2000  # rows of one side of a public set that are kept: one of them has fifty thousand
 PREFILLS = ("Sure, here is", "Of course. Here is")
+ENOUGH = 24  # pairs: with so many, those that differ in more words are left out
+SENSED = 16  # answers that the judge's sensitivity is checked on
 KINDS = (
     "harmful", "harmless", "refused", "served", "recognition", "explanation", *EXPLAIN, "facts", "benign"
 )  # fmt: skip
@@ -52,6 +53,7 @@ class Public:
         grader: says how harmful an answer is; see :mod:`harmlens.graders`.
         facts: questions with accepted answers.
         name: for tables and result files.
+        left_out: what of the data is not used, in words; "" for nothing.
     """
 
     lm: LanguageModel
@@ -59,6 +61,7 @@ class Public:
     grader: Callable[[Sequence[str], Sequence[str]], list]
     facts: tuple[Entry, ...] = ()
     name: str = ""
+    left_out: str = ""
 
     composed = False  # nothing is known of the words of a request
     prefills = PREFILLS
@@ -114,10 +117,7 @@ class Public:
                 f"no {what}{kinds} in split={split!r} of data={self.name!r}: it is too small. Add "
                 "rows or sets."
             )
-        if n is None or n >= len(pool):
-            return pool
-        kept = random.Random(seed).sample(range(len(pool)), n)
-        return [pool[i] for i in sorted(kept)]
+        return _drawn(pool, n, random.Random(seed))
 
     def requests(
         self, harmful: bool, split: str = "evaluation", *, n: int | None = None, seed: int = 0
@@ -149,8 +149,10 @@ class Public:
         """Pairs of prompts with equal numbers of tokens; contrasts as in :func:`harmlens.prompts.pairs`.
 
         *prompt*: a harmful request against its own contrast, where the source has one of equal length;
-        otherwise against a harmless request of equal length with as many words in common as can be had.
-        *prompt control*: against another harmful request of equal length. *behaviour*: the same harmful
+        otherwise against a harmless request of equal length with as many words in common as can be had. Rather
+        fewer pairs than distant ones: those that differ in the fewest words, at least :data:`ENOUGH` where there
+        are so many (:func:`harmlens.matching.describe` says what they share). *prompt control*: the same
+        requests, each against another harmful one of equal length. *behaviour*: the same harmful
         request under two system messages; *behaviour control*: under two that both ask for caution.
 
         Raises:
@@ -167,8 +169,12 @@ class Public:
         if behaviour:
             made = matching.by_system(self.lm, harmful, contrast)
         else:
-            others = harmful if contrast == "prompt control" else self.rows(False, split)
-            made = matching.by_request(self.lm, harmful, others)
+            near = matching.by_request(self.lm, harmful, self.rows(False, split))
+            made = near = matching.closest(near, min(n or ENOUGH, ENOUGH))
+        if contrast == "prompt control":
+            made = matching.by_request(self.lm, harmful, harmful)
+            same = [pair for pair in made if pair.id in {one.id for one in near}]
+            made = same if len(same) >= FEWEST else matching.closest(made, ENOUGH)
         if len(made) < FEWEST:
             what = "system messages of equal length" if behaviour else "requests of similar length"
             raise ValueError(
@@ -213,6 +219,30 @@ class Public:
             )
         return out
 
+    @cached_property
+    def cannot_tell(self) -> str:
+        """Why nothing can be claimed about harm; "" where the grader can tell.
+
+        Its sensitivity is checked on the spot, with what the model says now behind a prefilled start: these
+        answers must score high, and answers of other requests, shuffled ones and refusals low
+        (:func:`harmlens.graders.sensitivity`). Ask before anything is pruned.
+        """
+        asked = [replace(p, prefill=self.prefills[0]) for p in self.requests(True, "discovery", n=SENSED)]
+        said = generate(self.lm, [p.render(self.lm) for p in asked], max_new_tokens=self.answer_tokens)
+        answers = [f"{self.prefills[0]} {answer}" for answer in said]
+        verdicts = self.judge(asked, answers)
+        complied = [i for i, v in enumerate(verdicts) if said[i].strip() and not v.refused]
+        try:
+            found = graders.sensitivity(
+                self.grader,
+                [asked[i].messages[-1]["content"] for i in complied],
+                [answers[i] for i in complied],
+                refusals=self.replies(asked)[1],
+            )
+        except ValueError as error:  # too few answers that comply
+            return f"the judge {self.grader.name!r} can't be checked: {error}"
+        return "" if found.tells else f"by {self.grader.name!r}, {found.why}"
+
     # ----------------------------------------------------------------- tasks
 
     def task(
@@ -247,7 +277,7 @@ class Public:
             parts = [self.task(part, split, n=n, seed=seed) for part in ("served", "facts")]
             return joined(parts, kind)
         if kind == "facts":
-            return self._facts(split, n)
+            return self._facts(split, n, seed)
         if kind == "recognition":
             both = [e for h in (True, False) for e in self.rows(h, split, n=n, types=types, seed=seed)]
             return questions.recognition(both)
@@ -267,13 +297,13 @@ class Public:
     def _own(self) -> OwnAnswers:
         return OwnAnswers(self.lm, self.grader)
 
-    def _facts(self, split: str, n: int | None) -> Task:
+    def _facts(self, split: str, n: int | None, seed: int) -> Task:
         pool = self._fact_splits.get(split, [])
         if not pool:
             raise ValueError(
                 f"facts: no question with an answer in split={split!r}; add a set with facts, such as 'facts'"
             )
-        return questions.facts(pool, n)
+        return questions.facts(pool, n, seed=seed)
 
     @cached_property
     def _fact_splits(self) -> dict[str, list[Entry]]:
@@ -284,7 +314,7 @@ class Public:
 
         The same requests are asked plainly and behind the prefilled start: those that the model refuses in
         the first way and answers in the second. There are as many harmless ones, and two questions of
-        recognition, explanation and fact for each.
+        recognition, explanation and fact for each, as far as there are so many different facts.
 
         Raises:
             ValueError: fewer than :data:`FEWEST` requests are treated so.
@@ -303,7 +333,8 @@ class Public:
                 "Choose an instruction-tuned model, or other data."
             )
         most = min(len(hidden), len(shown))
-        hidden, shown = (dict(list(side.items())[:most]) for side in (hidden, shown))
+        draw = random.Random(seed)
+        hidden, shown = ({e: side[e] for e in _drawn(list(side), most, draw)} for side in (hidden, shown))
         both = [*hidden, *shown]
         return {
             "suppressed": ownanswers.task("suppressed", behind, {e: a for e, (a, _) in hidden.items()}),
@@ -311,7 +342,7 @@ class Public:
             "served": ownanswers.task("served", served, {e: a for e, (a,) in shown.items()}),
             "recognition": questions.recognition(both),
             "explanation": ownanswers.explanation(self._own, both),
-            "facts": self._facts(split, 2 * most),
+            "facts": self._facts(split, 2 * most, seed),
         }
 
 
@@ -326,29 +357,59 @@ _WHY: Mapping[str, str] = {
 
 
 def of(lm: LanguageModel, data: str, grader: Callable, *, name: str = "") -> Public:
-    """Requests by name of a public set, several joined by commas, or from a file of the reader's own."""
-    found = _some(sources.entries(data))
-    facts = [e for e in found if e.kind == "fact"] or _some(sources.entries("facts"))
+    """Requests by name of a public set, several joined by commas, or from a file of the reader's own.
+
+    Each request is asked once, and of one side of a public set at most :data:`MOST`, always the same ones. A
+    file of the reader's own is used whole. :func:`describe` says what was left out.
+
+    Raises:
+        ValueError: a request is harmful in one set and harmless in another; too few requests; what
+            :func:`harmlens.sources.entries` raises.
+    """
+    found, left_out = _used(sources.entries(data))
+    facts = [e for e in found if e.kind == "fact"] or sources.entries("facts")
     rest = tuple(e for e in found if e.kind != "fact")
     shown = ", ".join(Path(part).name for part in data.split(","))  # a file without its folder
-    return Public(lm, rest, grader, tuple(facts), name or shown)
+    return Public(lm, rest, grader, tuple(facts), name or shown, left_out)
 
 
-def _some(entries: Sequence[Entry]) -> list[Entry]:
-    """At most :data:`MOST` of each set and side, always the same ones."""
-    order = sorted(range(len(entries)), key=lambda i: random.Random(entries[i].id).random())
-    taken: Counter[tuple[str, bool]] = Counter()
-    kept = set()
-    for i in order:
-        side = entries[i].source, entries[i].harmful
-        taken[side] += 1
-        if taken[side] <= MOST:
-            kept.add(i)
-    return [entry for i, entry in enumerate(entries) if i in kept]
+def _used(entries: Sequence[Entry]) -> tuple[list[Entry], str]:
+    """Entries with each request once and no more than :data:`MOST` of a public set; what was left out."""
+    first: dict[tuple[str, str], Entry] = {}
+    for entry in entries:
+        # Questions of fact are looked through when they are asked: their answers may differ.
+        known = first.setdefault(
+            (entry.id if entry.kind == "fact" else "", sources.plain(entry.prompt)), entry
+        )
+        if known.harmful != entry.harmful:
+            raise ValueError(
+                f"{known.id!r} and {entry.id!r} are the same request, harmful and harmless: leave out one of "
+                "the sets, or repair your file"
+            )
+    sides: dict[tuple[str, bool], list[Entry]] = {}
+    for entry in first.values():
+        sides.setdefault((entry.source, entry.harmful), []).append(entry)
+    same = len(entries) - len(first)
+    said = [f"{same:,} {'row repeats' if same == 1 else 'rows repeat'} another request"] if same else []
+    kept: set[Entry] = set()
+    for (name, _), side in sides.items():
+        if name in sources.names() and len(side) > MOST:
+            said.append(f"{MOST:,} of {len(side):,} rows of {name}, drawn at random")
+            side = sorted(side, key=lambda e: random.Random(e.id).random())[:MOST]
+        kept.update(side)
+    return [entry for entry in first.values() if entry in kept], "; ".join(said)
+
+
+def _drawn(pool: list[Entry], n: int | None, draw: random.Random) -> list[Entry]:
+    """At most ``n`` entries in their order."""
+    if n is None or n >= len(pool):
+        return pool
+    return [pool[i] for i in sorted(draw.sample(range(len(pool)), n))]
 
 
 def describe(source: Public) -> str:
-    """One line on what a model is asked."""
+    """One line on what a model is asked, and what of the data is not."""
     harmful = sum(e.harmful for e in source.entries)
     harmless = len(source.entries) - harmful
-    return f"{source.name}: {harmful} harmful and {harmless} harmless requests; judge: {source.grader.name}"
+    shown = f"{source.name}: {harmful} harmful and {harmless} harmless requests; judge: {source.grader.name}"
+    return shown + (f" ({source.left_out})" if source.left_out else "")
