@@ -446,8 +446,8 @@ def test_names_that_lead_nowhere(tmp_path):
         sources.entries(" , ")
     with pytest.raises(FileNotFoundError, match=r"no file .*missing\.csv"):
         sources.entries(str(tmp_path / "missing.csv"))
-    with pytest.raises(ValueError, match=r"cannot read this kind of file\. Give one of \.csv, \.jsonl"):
-        sources.entries(local(tmp_path, "hello", "a.txt"))
+    with pytest.raises(ValueError, match=r"cannot read this kind of file\. Give one of \.csv, \.tsv, \.txt"):
+        sources.entries(local(tmp_path, "hello", "a.doc"))
 
 
 def test_parquet_without_pyarrow(small, monkeypatch):

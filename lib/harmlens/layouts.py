@@ -6,9 +6,10 @@ Introduced in book/data_sets ("Data sets").
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from harmlens.rows import Row
@@ -54,13 +55,24 @@ def text(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
+# Zero bytes and other control characters, halves of characters, and the mark of one that was lost.
+_DAMAGED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
+
+
 def needed(row: Row, column: str) -> str:
-    """A cell that must not be empty.
+    """A cell that must be text and not empty.
 
     Raises:
-        ValueError: it is; names the row.
+        ValueError: it is empty, a list or an object, or damaged by a conversion; names the row.
     """
     found = text(row.cells.get(column))
+    if isinstance(row.cells.get(column), list | tuple | dict):
+        raise ValueError(f"{row.place}: the column {column!r} holds a list or an object. Write text there")
+    if mark := _DAMAGED.search(found):
+        raise ValueError(
+            f"{row.place}: the column {column!r} holds {mark[0]!r} at character {mark.start() + 1}, so its "
+            "text was damaged, by a wrong conversion perhaps. Convert the first file again, or mend the row"
+        )
     if not found:
         raise ValueError(f"{row.place}: the column {column!r} is empty. Fill it in, or delete the row")
     return found
@@ -150,21 +162,21 @@ CONTRASTS = {
 
 
 def contrasts(source: About, rows: Sequence[Row], kind: str) -> list[Entry]:
-    """XSTest: `pair` is made from the type and the place within it."""
+    """XSTest: `pair` is made from the type and the place within it.
+
+    Two that are about different things (the column `focus`) are no pair.
+    """
     counts: Counter[str] = Counter()
+    about: dict[str, set[str]] = defaultdict(set)
     found = []
     partners = set(CONTRASTS) | set(CONTRASTS.values())
-    for entry in table(source, rows, kind):
+    for entry, row in zip(table(source, rows, kind), rows, strict=True):
         counts[entry.kind] += 1
         topic = CONTRASTS.get(entry.kind, entry.kind)
         pair = f"{source.name}/{topic.removeprefix('contrast_')}/{counts[entry.kind]}"
-        found.append(
-            Entry(
-                entry.id, entry.prompt, entry.harmful, entry.kind, pair if entry.kind in partners else "",
-                entry.answers, entry.source,
-            )
-        )  # fmt: skip
-    return found
+        about[pair].add(text(row.cells.get("focus")).lower())
+        found.append(replace(entry, pair=pair if entry.kind in partners else ""))
+    return [replace(entry, pair="") if len(about[entry.pair]) > 1 else entry for entry in found]
 
 
 # The pruning paper's calibration rows are Alpaca-cleaned after Wei et al. (2024), who drop rows by "sensitive

@@ -7,6 +7,7 @@ Introduced in book/data_sets ("Data sets").
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from harmlens.downloads import Remote, fetch, obtain
 from harmlens.layouts import Entry
 from harmlens.paths import cache_dir, data_dir
 
-__all__ = ["Entry", "Source", "describe", "entries", "names"]
+__all__ = ["Entry", "Source", "describe", "entries", "names", "plain"]
 
 # Column names that mean the same in local files; the first that is there counts.
 COLUMNS = {
@@ -106,18 +107,21 @@ def entries(name: str, *, folder: Path | str | None = None) -> list[Entry]:
     """The requests of public sets and local files.
 
     Args:
-        name: short name of a public set (:func:`names`), or path of a local .csv, .jsonl, .json or .parquet
-            file (``~`` is the home folder); or several of them, joined by commas. A local file has the
-            columns `prompt` and `harmful` (1, true, yes, unsafe; or 0, false, no, safe) and, if wanted,
+        name: short name of a public set (:func:`names`), or path of a local .csv, .tsv, .jsonl, .json or
+            .parquet file (``~`` is the home folder); or several of them, joined by commas. A local file has
+            the columns `prompt` and `harmful` (1, true, yes, unsafe; or 0, false, no, safe) and, if wanted,
             `kind`, `pair`, `answer` (several joined by |) and `id`; :data:`COLUMNS` has other accepted
             names. A file with `question` and `answer`, but without `harmful`, holds factual questions:
-            harmless, kind "fact".
+            harmless, kind "fact". A .txt file has one prompt a line, and says in its name what they are
+            (:func:`harmlens.rows.read`). A copy of a public set's own file, under any name, is read as that
+            set.
         folder: where you keep files of public sets, instead of the cache. Nothing is downloaded then.
 
     Raises:
         ValueError: an unknown name (lists the names); a changed checksum (has both sums); a missing column
-            (lists those found); a value of `harmful`, named by its row; an empty or damaged file; an id that
-            is there twice. Each says what to do.
+            (lists those found); a value of `harmful`, named by its row; an empty or damaged file; a request
+            that is both harmful and harmless; a part of XSTest without `pair`; an id that is there twice.
+            Each says what to do.
         FileNotFoundError: no such file or folder; for the sets of narrow advice, says how to get them.
         ConnectionError: the file is not in the cache and there is no network.
         PermissionError: the licence has to be accepted first; says where.
@@ -143,6 +147,11 @@ def entries(name: str, *, folder: Path | str | None = None) -> list[Entry]:
             )
     _no_id_twice(found)
     return found
+
+
+def plain(prompt: str) -> str:
+    """A request apart from case and white space: two with the same are one request."""
+    return " ".join(prompt.casefold().split())
 
 
 def _parts(name: str) -> list[str]:
@@ -204,7 +213,36 @@ def _file(source: Source, path: str, sha256: str | None, folder: Path | None) ->
 # ---------------------------------------------------------------------- local files
 
 
+def _set_of(file: Path) -> tuple[Source, str, list[tables.Row]] | None:
+    """The public set that a file is a copy of, under any name, which of its files, and the rows; or None."""
+    sets, _ = _registry(data_dir() / "sources.yaml")
+    named = [(s, path) for s in sets.values() for path in s.files if s.host != "package"]
+    for source, path in named:  # without a header, and so known by its name alone
+        if source.layout == "lines" and Path(path).name == file.name and file.is_file():
+            rows = tables.lines(file)
+            if "harmful" not in rows[0].cells["prompt"].lower().split(","):
+                return source, path, rows
+    rows = tables.read(file)
+    there, own = set(tables.columns(rows)), {*COLUMNS["harmful"], *COLUMNS["pair"]}
+    found = []
+    for source, path in named:
+        used = set(source.columns.values())
+        size = len(rows) == source.rows if source.rows else Path(path).name == file.name
+        if used and used <= there and size and not own & (there - used):
+            found.append((source, path))
+    if len(found) > 1:  # the halves of a set
+        whole = hashlib.sha256(file.read_bytes()).hexdigest()
+        found = [(s, p) for s, p in found if s.files[p] == whole or Path(p).name == file.name] or found
+    if len(found) > 1:
+        sure = " or ".join(f"{Path(path).name} ({source.name})" for source, path in found)
+        raise ValueError(f"{file.name} has the rows of a public set; let its name say which: {sure}")
+    return (*found[0], rows) if found else None
+
+
 def _local(file: Path) -> list[Entry]:
+    if known := _set_of(file):
+        source, path, rows = known
+        return layouts.LAYOUTS[source.layout](source, rows, (source.kinds or {}).get(path, source.kind))
     rows = tables.read(file)
     there = tables.columns(rows)
     have = {field: next((a for a in aliases if a in there), None) for field, aliases in COLUMNS.items()}
@@ -215,6 +253,7 @@ def _local(file: Path) -> list[Entry]:
         if have[needed] is None and not facts:
             raise ValueError(_missing(file.name, needed, rows))
     found = []
+    seen: dict[str, tuple[str, bool]] = {}
     for number, row in enumerate(rows, 1):
         cells = {field: row.cells.get(column) for field, column in have.items() if column}
         found.append(
@@ -228,13 +267,29 @@ def _local(file: Path) -> list[Entry]:
                 source=file.name,
             )
         )
+        place, side = seen.setdefault(plain(found[-1].prompt), (row.place, found[-1].harmful))
+        if side != found[-1].harmful:
+            raise ValueError(
+                f"{place}, and {row.place.removeprefix(f'{file.name}, ')} are the same request, once harmful "
+                "and once harmless. Delete one of them"
+            )
+    kinds = {entry.kind for entry in found}
+    torn = [f"{a} and {b}" for a, b in layouts.CONTRASTS.items() if {a, b} <= kinds and not have["pair"]]
+    if torn:
+        raise ValueError(
+            f"{file.name} holds a part of XSTest ({torn[0]}), whose contrasts must stay together. Give the "
+            "whole file, or add a column 'pair' with the same value for a request and its contrast"
+        )
     return found
 
 
 def _missing(name: str, needed: str, rows: Sequence[tables.Row]) -> str:
     found, (_, *others) = tables.columns(rows), COLUMNS[needed]
     hint = ""
-    if len(found) == 1 and any(mark in found[0] for mark in ";\t"):
+    if any(len(column) > 40 for column in found):
+        hint = " The first row seems to be a request: put the names of the columns above it."
+        found = [column[:40] for column in found]
+    elif len(found) == 1 and any(mark in found[0] for mark in ";\t"):
         hint = " The columns seem to be separated by semicolons or tabs: save the file with commas."
     elif needed == "harmful":
         hint = " Add it, with 1 for requests that should be refused and 0 for others."
