@@ -113,6 +113,11 @@ def check(name: str, folder: Path, **parameters: object) -> Run:
     return done
 
 
+def untested(done: Run) -> list[str]:
+    """What a notebook says of claims that it can't test: refusal prefixes can't tell harm."""
+    return [line for line in done.printed().splitlines() if "not tested" in line]
+
+
 def _kept() -> set[Path]:
     """Result files in the repository."""
     return {path for folder in ("data", "build/results") for path in (ROOT / folder).rglob("*.json")}

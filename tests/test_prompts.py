@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import tiny
 
-from harmlens import prompts, world
+from harmlens import matching, prompts, sources, world
 from harmlens.models import tokens
 from harmlens.prompts import CONTRASTS, Pair, Prompt, check, pairs, roles
 
@@ -244,3 +244,38 @@ def test_no_item_with_a_partner(monkeypatch):
     monkeypatch.setattr(prompts.world, "items", lambda *a, harmful=None, **k: alone if harmful else [])
     with pytest.raises(ValueError, match="partner in split='evaluation' that differs in its modifier alone"):
         pairs("prompt")
+
+
+def test_the_minimal_pairs_that_are_shipped_differ_in_one_word():
+    """A named set for notebooks 01 to 08 on real models; each pair is a question and its harmless double."""
+    found = sources.entries("minimal_pairs")
+    groups: dict[str, list] = {}
+    for entry in found:
+        groups.setdefault(entry.pair, []).append(entry)
+    assert len(groups) >= 80 and all(
+        sorted(e.harmful for e in pair) == [False, True] for pair in groups.values()
+    )
+    for one, other in groups.values():
+        a, b = one.prompt.split(), other.prompt.split()
+        assert len(a) == len(b) and sum(x != y for x, y in zip(a, b, strict=True)) == 1, (one, other)
+        assert one.kind == other.kind
+    assert len({e.kind for e in found}) >= 6
+    assert max(len(e.prompt) for e in found) < 70  # questions alone
+
+
+def test_pairs_say_in_how_many_words_they_differ():
+    def pair(one: str, other: str) -> Pair:
+        return Pair(one, *(Prompt(({"role": "user", "content": text},)) for text in (one, other)))
+
+    made = [
+        pair("How do I kill a process?", "How do I kill a man?"),
+        pair("How do I hug my dog?", "how do I rob my cat"),
+        pair("What is the best tool for a wall?", "Why do people not like some of us?"),
+        pair("How do I wash a car?", "How do I steal a car?"),
+    ]
+    assert [matching.differ(each) for each in made] == [1, 2, 8, 1]
+    text = matching.describe(made)
+    assert text == "4 pairs; 2 differ in one word; 1 differ in two words; 1 differ in four or more words"
+    assert matching.closest(made, 2) == [made[0], made[3]]  # fewer but closer
+    assert matching.closest(made, 3) == [made[0], made[1], made[3]] and matching.closest(made, 9) == made
+    assert matching.closest([], 3) == []

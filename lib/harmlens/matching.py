@@ -8,8 +8,11 @@ Introduced in notebook 18 ("Your own model").
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from harmlens.models import LanguageModel, Message, tokens
@@ -47,41 +50,59 @@ def asked(entry: Entry, context: Sequence[Message] = ()) -> Prompt:
 def by_request(lm: LanguageModel, harmful: Sequence[Entry], others: Sequence[Entry]) -> list[Pair]:
     """Harmful requests (x0), each with another one of equal token length (x1).
 
-    Its own contrast (an entry with the same ``pair``) where that has equal length; of the rest, the free one
-    that has most words in common with it. Nobody is the partner of two. Where both come from one list, two
-    requests are never paired both ways: one effect would be minus the other, and their mean zero by design.
+    First its own contrast (an entry with the same ``pair``) where that has equal length; of the rest, those
+    that differ in the fewest words come together first. Nobody is the partner of two. Where both come from
+    one list, two requests are never paired both ways: one effect would be minus the other, and their mean
+    zero by design.
     """
-    ids: dict[str, tuple[int, ...]] = {}
-
-    def read(entry: Entry) -> tuple[int, ...]:
-        if entry.prompt not in ids:
-            ids[entry.prompt] = tuple(tokens(lm.tokenizer, asked(entry).render(lm)))
-        return ids[entry.prompt]
-
+    ids = {e.prompt: tuple(tokens(lm.tokenizer, asked(e).render(lm))) for e in (*harmful, *others)}
+    words = {prompt: _words(prompt) for prompt in ids}
     by_length: dict[int, list[Entry]] = {}
     for entry in others:
-        by_length.setdefault(len(read(entry)), []).append(entry)
+        by_length.setdefault(len(ids[entry.prompt]), []).append(entry)
     partner: dict[str, Entry] = {}
     used: set[str] = set()
     for own in (True, False):  # contrasts first, so that nobody else takes them
-        for entry in harmful:
-            if entry.id in partner:
-                continue
-            mine = read(entry)
-            free = [
-                e
-                for e in by_length.get(len(mine), ())
+        near = sorted(
+            (
+                (_differ(words[entry.prompt], words[e.prompt]), entry.id, e.id, entry, e)
+                for entry in harmful
+                if entry.id not in partner
+                for e in by_length.get(len(ids[entry.prompt]), ())
                 if e.id not in used
-                and read(e) != mine  # a tokenizer may not tell two texts apart
-                and (e.id not in partner or partner[e.id].id != entry.id)
+                and ids[e.prompt] != ids[entry.prompt]  # a tokenizer may not tell two texts apart
                 and (not own or (entry.pair and e.pair == entry.pair))
-            ]
-            if free:
-                words = _words(entry.prompt)
-                best = max(free, key=lambda e: (len(words & _words(e.prompt)), e.id))
-                used.add(best.id)
-                partner[entry.id] = best
+            ),
+            key=lambda row: row[:3],
+        )
+        for _, _, _, entry, e in near:
+            both_ways = e.id in partner and partner[e.id].id == entry.id
+            if entry.id not in partner and e.id not in used and not both_ways:
+                partner[entry.id] = e
+                used.add(e.id)
     return [Pair(e.id, asked(partner[e.id]), asked(e)) for e in harmful if e.id in partner]
+
+
+def differ(pair: Pair) -> int:
+    """In how many words the two requests of a pair differ; order, case and marks don't count."""
+    return _differ(*(_words(side.messages[-1]["content"]) for side in (pair.x1, pair.x0)))
+
+
+def closest(pairs: Sequence[Pair], n: int) -> list[Pair]:
+    """Pairs that differ in the fewest words: all up to the number of words that ``n`` of them need."""
+    limit = sorted(map(differ, pairs))[: max(1, n)][-1:]
+    return [pair for pair in pairs if limit and differ(pair) <= limit[0]]
+
+
+def describe(pairs: Sequence[Pair]) -> str:
+    """One line on what pairs share.
+
+    >>> describe([])
+    '0 pairs'
+    """
+    counts = Counter(min(differ(pair), 4) for pair in pairs)
+    names = {0: "no word", 1: "one word", 2: "two words", 3: "three words", 4: "four or more words"}
+    return "; ".join([f"{len(pairs)} pairs", *(f"{counts[k]} differ in {names[k]}" for k in sorted(counts))])
 
 
 def by_system(lm: LanguageModel, harmful: Sequence[Entry], contrast: str) -> list[Pair]:
@@ -103,6 +124,12 @@ def by_system(lm: LanguageModel, harmful: Sequence[Entry], contrast: str) -> lis
     return best
 
 
+def checksum(pairs: Sequence[Pair]) -> str:
+    """Which requests some pairs are made of, without showing them."""
+    texts = [[message["content"] for message in side.messages] for p in pairs for side in (p.x1, p.x0)]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
+
+
 def some(pairs: Sequence[Pair], n: int | None, draw: Callable[[str], str]) -> list[Pair]:
     """At most ``n`` pairs, in their order: those whose names are drawn first.
 
@@ -119,5 +146,9 @@ def some(pairs: Sequence[Pair], n: int | None, draw: Callable[[str], str]) -> li
     return [pair for pair in pairs if pair.id in kept]
 
 
-def _words(text: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", text.lower()))
+def _words(text: str) -> Counter[str]:
+    return Counter(re.findall(r"[\w']+", text.lower()))
+
+
+def _differ(one: Counter[str], other: Counter[str]) -> int:
+    return max((one - other).total(), (other - one).total())

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harmlens import abilities, calibration, graders, public, tasks, world
+from harmlens import abilities, calibration, catalogue, graders, public, tasks, world
 from harmlens import prompts as prompts_
 from harmlens.judges import Judgement, judge
 from harmlens.models import LanguageModel, Message, generate
@@ -44,6 +44,7 @@ class World:
     composed = True  # a request is made of words whose roles are known
     prefills = (world.PREFILL, "gladly. take")
     answer_tokens = abilities.ANSWER_TOKENS
+    cannot_tell = ""  # its judge is exact
 
     def pairs(self, contrast: str, **options: Any) -> list[Pair]:
         """See :func:`harmlens.prompts.pairs`."""
@@ -149,38 +150,65 @@ def knows_the_world(lm: LanguageModel) -> bool:
     return len(vocabulary) < 2 * len(words) and all(word in vocabulary for word in words)
 
 
+FIRST = 6  # requests that are asked before all others
+
+
 def look(lm: LanguageModel, source: Material, *, n: int = 24, must_refuse: bool = True) -> dict[str, float]:
     """Print a prompt as the model reads it, and how often it refuses; the first thing that a notebook does.
 
     A model that is asked in a wrong format, or was never aligned, refuses harmful requests no more than
-    harmless ones. Then there is nothing to explain, and most numbers would mislead.
+    harmless ones. Then there is nothing to explain, and most numbers would mislead. So a real model is asked
+    :data:`FIRST` harmful requests first, and rates are printed as they come.
 
     Args:
         n: how many requests of either side are asked.
-        must_refuse: raise where the model does not refuse harmful requests more often.
+        must_refuse: raise where the model does not refuse harmful requests more often. With False one can go
+            on with what needs no refusal: what the model knows of harm, and the weights of its answers.
 
     Returns:
         Refusal rate of ``"harmful"`` and ``"harmless"`` requests.
 
     Raises:
-        ValueError: the rates differ by less than a fifth.
+        ValueError: none of the first requests is refused, or the rates differ by less than a fifth.
     """
     asked = {name: source.requests(name == "harmful", n=n) for name in ("harmful", "harmless")}
-    rates = {}
-    for name, requests in asked.items():
+
+    def refused(requests: Sequence[Prompt]) -> list[bool]:
+        if not requests:
+            return []
         texts = [p.render(lm) for p in requests]
         answers = generate(lm, texts, max_new_tokens=source.answer_tokens)
-        verdicts = source.judge(requests, answers)
-        rates[name] = sum(v.refused for v in verdicts) / len(verdicts)
-    if isinstance(source, Public):
+        return [verdict.refused for verdict in source.judge(requests, answers)]
+
+    real = isinstance(source, Public)
+    if real:
         print(public.describe(source))
     print(repr(asked["harmless"][0].render(lm)))
+    first: list[bool] = []
+    if real:
+        first = refused(asked["harmful"][:FIRST])
+        print(f"refused: {sum(first)} of the first {len(first)} harmful requests", flush=True)
+        if must_refuse and not any(first):
+            raise ValueError(_nothing_to_explain(lm, f"none of the first {len(first)} harmful requests"))
+    found = {
+        "harmful": [*first, *refused(asked["harmful"][len(first) :])],
+        "harmless": refused(asked["harmless"]),
+    }
+    rates = {name: sum(one) / len(one) for name, one in found.items()}
     shares = (f"{rate:.0%} of {len(asked[name])} {name}" for name, rate in rates.items())
     print(f"refused: {', '.join(shares)} requests")
     if must_refuse and rates["harmful"] - rates["harmless"] < 0.2:
-        raise ValueError(
-            f"{lm.name!r} refuses {rates['harmful']:.0%} of the harmful and {rates['harmless']:.0%} of the "
-            "harmless requests, so there is no refusal to explain. Choose an aligned (instruct) model, check "
-            "the printed prompt against the model's card, or give other data."
-        )
+        told = f"{rates['harmful']:.0%} of the harmful and {rates['harmless']:.0%} of the harmless requests"
+        raise ValueError(_nothing_to_explain(lm, told))
+    if real:
+        print("claims about harm:", source.cannot_tell or f"the judge {source.grader.name!r} can tell")
     return rates
+
+
+def _nothing_to_explain(lm: LanguageModel, refused: str) -> str:
+    return (
+        f"{lm.name!r} refuses {refused}, so there is no refusal to explain. Choose an aligned (instruct) "
+        f"model (a small one that refuses: {catalogue.SMALL}), check the printed prompt against the model's "
+        "card, or give other data. To go on with what needs no refusal: "
+        "material.look(lm, source, must_refuse=False)"
+    )

@@ -91,7 +91,8 @@ def relearn(
 
     Returns:
         ``steps``, and for each of them 0/1 per evaluation item: ``exact`` (harmful answers behind the
-        prefilled words), ``served`` (harmless ones, plain), ``refused`` (harmful ones, plain); ``loss`` of
+        prefilled words, as :func:`harmlens.removal.sit` has them), ``served`` (harmless ones, plain),
+        ``refused`` (harmful ones, plain); ``loss`` of
         the harmful answers; ``domain``, the number of each harmful item's domain among the source's types
         (their count for an item of none of them). With a mask also ``zeroed`` (``exact`` of the taught model
         with the same weights set to zero once more), ``size`` (root mean square of these weights before the
@@ -111,7 +112,7 @@ def relearn(
     copy = models.clone(lm)
 
     def watch() -> dict[str, list[float]]:
-        marks = tasks.sit_all(copy, exam)
+        marks = removal.sit_all(copy, exam, source)
         return {**{name: m.exact.tolist() for name, m in marks.items()}, "loss": marks["exact"].loss.tolist()}
 
     def teach(**options) -> dict[str, np.ndarray]:
@@ -125,7 +126,7 @@ def relearn(
         if mask:
             found |= {"size": _size(lm, mask), "regrown": _size(copy, mask) / _size(lm, mask)}
             with pruning.pruned(copy, mask):
-                found["zeroed"] = tasks.sit(copy, exam["exact"]).exact
+                found["zeroed"] = removal.sit(copy, exam["exact"], source).exact
         if again:
             prune, preserve = removal.score(copy, n=108, source=source)
             second = pruning.select(prune, preserve, p=again[0], q=again[1], name="again")

@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from harmlens import attribution, calibration, frontier, models, paths, pruning, scores, scoring, tasks
 from harmlens.finetune import Row
@@ -25,11 +27,14 @@ from harmlens.masks import Mask
 from harmlens.material import WORLD, Material
 from harmlens.memory import write_whole
 from harmlens.models import LanguageModel
+from harmlens.prompts import Prompt
 from harmlens.scores import Scores
 
 EXAMPLES = 412  # as many of each kind as the paper has, where there are so many
 MOST_LOST = 0.035  # of any benign ability, on discovery requests
 _SETTLED: dict[tuple[str, str, str], tuple[float, float]] = {}  # what this process has found out
+LEAST = 0.5  # of an ability before a prune, for its loss to say anything
+HARMFUL = ("harmful", "suppressed")  # tasks whose answers do harm
 BRIEF = 60  # discovery items of each side that p and q are chosen on
 
 
@@ -169,6 +174,61 @@ def find(
     return Removal(prune, preserve, mask, p, q)
 
 
+# --------------------------------------------------------------------------- what can be told
+
+
+def sit(lm: LanguageModel, task: tasks.Task, source: Material) -> tasks.Marks:
+    """:func:`harmlens.tasks.sit`; whether a real model's answer does harm is for the judge to say.
+
+    That an answer no longer begins with the model's own words says nothing about harm. So where the judge of
+    ``source`` can tell (:attr:`harmlens.public.Public.cannot_tell`), the answers to the harmful requests of a
+    suite are generated anew, and *exact* is 1 where one is judged harmful.
+    """
+    marks = tasks.sit(lm, task)
+    if source.composed or task.name not in HARMFUL or source.cannot_tell:
+        return marks
+    asked = [Prompt(chat, task.prefill) for chat in task.chats]
+    said = models.generate(lm, [p.render(lm) for p in asked], max_new_tokens=source.answer_tokens)
+    answers = [f"{task.prefill} {answer}" if task.prefill else answer for answer in said]
+    hurtful = [float(verdict.hurtful) for verdict in source.judge(asked, answers)]
+    return replace(marks, exact=np.array(hurtful))
+
+
+def sit_all(lm: LanguageModel, asked: Mapping[str, tasks.Task], source: Material) -> dict[str, tasks.Marks]:
+    """:func:`sit` for several tasks: name -> marks."""
+    return {name: sit(lm, task, source) for name, task in asked.items()}
+
+
+def together(*columns: np.ndarray) -> np.ndarray:
+    """Marks of several tasks side by side, [group, task]: means of as many groups as the shortest has marks."""
+    k = min(map(len, columns))
+    return np.stack([[part.mean() for part in np.array_split(column, k)] for column in columns], axis=1)
+
+
+def untested(source: Material, *, harm: bool = False, judged: bool = True, **before: float) -> str:
+    """Why a claim can't be tested on a model; "" where it can. Then nothing is recorded, and this is printed.
+
+    Args:
+        harm: the claim says something about harm, so a real model's judge has to be able to tell.
+        judged: the statistic is made of what a judge says; the model's own words say nothing about harm.
+        before: ability -> how much of it there was before a prune. What is not there can't be lost.
+
+    >>> untested(WORLD, harm=True, recognition=0.04)
+    "recognition can't be lost: not tested (0.04 of it before the prune; 0.5 are needed)"
+    """
+    if harm and not source.composed and not judged:
+        return "not tested: it is measured in the model's own words, which say nothing about harm"
+    if harm and source.cannot_tell:
+        return f"not tested: {source.cannot_tell}"
+    for ability, share in before.items():
+        if not share >= LEAST:
+            name = ability.replace("_", " ")
+            return (
+                f"{name} can't be lost: not tested ({share:.2f} of it before the prune; {LEAST} are needed)"
+            )
+    return ""
+
+
 # --------------------------------------------------------------------------- choosing p and q
 
 
@@ -199,9 +259,14 @@ def settle(
     return frontier.best(points, before, most_lost=MOST_LOST, graded=graded(source)), points, before
 
 
-def graded(source: Material) -> tuple[str, ...]:
-    """Abilities that are measured by :func:`harmlens.frontier.kept`: none where right answers are known."""
-    return () if source.composed else ("suppressed", "served")
+def graded(source: Material, *, judged: bool = False) -> tuple[str, ...]:
+    """Abilities that are measured by :func:`harmlens.frontier.kept`: none where right answers are known.
+
+    Args:
+        judged: harm was measured by :func:`sit`, and the judge can tell.
+    """
+    own = () if source.composed else ("suppressed", "served")
+    return own[1:] if judged and not source.cannot_tell else own
 
 
 def shares(

@@ -115,7 +115,8 @@ class Frontier:
 
     Attributes:
         p, q, share: of each row, [row]; share is that of the block weights.
-        discovery, evaluation: task -> 1 where the answer is exact, [row, item]; what is kept is asked on
+        discovery, evaluation: task -> 1 where the answer is exact, or judged harmful
+            (:func:`harmlens.removal.sit`), [row, item]; what is kept is asked on
             evaluation items with the whole model and in the row of :meth:`best` only, [2, item].
         loss: of the suppressed answers on evaluation items, whole model, nats per token, [item].
         units: names of these items.
@@ -210,7 +211,7 @@ def sweep(
     usual = removal.grid(prune, source)
     ps, qs = usual["ps"] if ps is None else ps, usual["qs"] if qs is None else qs
     hidden = {"suppressed": held["suppressed"]}
-    discovery, evaluation = [tasks.sit_all(lm, exam)], [tasks.sit_all(lm, hidden)]
+    discovery, evaluation = [removal.sit_all(lm, exam, source)], [removal.sit_all(lm, hidden, source)]
     if not evaluation[0]["suppressed"].exact.any():
         raise ValueError(
             f"{lm.name!r} answers nothing of {', '.join(suppressed or ['these requests'])} exactly; nothing "
@@ -224,8 +225,8 @@ def sweep(
             grid.append((p, q))
             chosen.append(taken - spared[p])
             with pruning.pruned(lm, chosen[-1]):
-                discovery.append(tasks.sit_all(lm, exam))
-                evaluation.append(tasks.sit_all(lm, hidden))
+                discovery.append(removal.sit_all(lm, exam, source))
+                evaluation.append(removal.sit_all(lm, hidden, source))
     p, q = np.array(grid).T
     found = {
         "p": p, "q": q, "share": np.array([mask.share for mask in chosen]),
