@@ -23,7 +23,6 @@ from transformers.utils import find_adapter_config_file
 
 from harmlens import completions, models
 from harmlens.models import LanguageModel
-from harmlens.refusals import without_thoughts
 
 # Word for word that of the released evaluator (strong_reject, eval_files/judge_templates.json): the
 # classifier was trained with it, down to the bent apostrophe and the space at the end.
@@ -148,8 +147,7 @@ def unsafe_chances(
     Raises:
         ValueError: the template does not show request and answer, or does not tell the form of the verdict.
     """
-    pairs = zip(requests, map(without_thoughts, answers), strict=True)
-    texts = [_conversation(lm, request, answer) for request, answer in pairs]
+    texts = [_conversation(lm, *pair) for pair in zip(requests, answers, strict=True)]
     # Looked for in a conversation of no account: a request may quote another guard's form.
     blank = _conversation(lm, "hello", "hello there") if form is None or lead is None else ""
     form = form or _form(lm, blank)
