@@ -148,16 +148,19 @@ def readme_block(url: str, root: Path = ROOT) -> str:
 
 
 def setup_source(url: str) -> str:
-    """The set-up cell. torch and numpy are held as they are, or the installation stops: a runtime whose torch
-    was replaced behind its back fails later, and in ways that nobody can read."""
+    """The set-up cell: at most ten lines, and nothing is left in the namespace but what it imports.
+
+    torch and numpy are held as they are, or the installation stops: a runtime whose torch was replaced behind
+    its back fails later, and in ways that nobody can read.
+    """
     return (
-        "# In Google Colab this installs the package; anywhere else it does nothing.\n"
+        "# In Colab this installs the package and keeps torch and numpy; anywhere else it does nothing.\n"
         "import sys\n\n"
         'if "google.colab" in sys.modules:\n'
         "    from importlib.metadata import version\n"
-        "    from pathlib import Path\n\n"
-        '    held = "".join(f"{name}=={version(name)}\\n" for name in ("torch", "numpy"))\n'
-        '    Path("held.txt").write_text(held)  # these two stay as they are\n'
+        "    from pathlib import Path\n"
+        '    print("About a minute. Red lines about other packages and notes on restarting are harmless.")\n'
+        '    Path("held.txt").write_text("\\n".join(f"{p}=={version(p)}" for p in ("torch", "numpy")))\n'
         f'    %pip install -q -c held.txt "{NAME}[colab] @ git+{url}"\n'
         f"    import {NAME}  # fails here if the installation did; pip's message stands above"
     )
