@@ -453,10 +453,10 @@ def test_a_damaged_unfinished_file_is_named(lm, rows, tmp_path):
 
 def bad(lm: LanguageModel, rows: list[Row]):
     """Name -> arguments, message."""
-    long = Row(rows[0].ids * 20, rows[0].learn * 20)
+    long = Row(rows[0].ids * 100, rows[0].learn * 100)
     return {
         "no rows": (([],), {}, "rows is empty"),
-        "longer than the model": (([rows[0], long],), {}, r"rows\[1\] has \d+ tokens, more than the 256"),
+        "longer than the model": (([rows[0], long],), {}, r"rows\[1\] has \d+ tokens, more than the 2048"),
         "longer than the limit": ((rows,), {"max_length": 5}, "more than the 5 allowed: shorten"),
         "no answer": (([Row([1, 2], [False] * 2)],), {}, r"rows\[0\] has an answer without tokens"),
         "only the first": (([Row([1, 2], [True, False])],), {}, "first token of a text can't be predicted"),

@@ -209,7 +209,7 @@ def test_the_build_folder_is_no_part_of_the_repository(root, monkeypatch):
     ],
 )
 def test_bad_input(lm, change, message):
-    options = {"prompts": asked(2), **change}
+    options = {"prompts": asked(2), "max_new_tokens": 4, **change}
     with pytest.raises(ValueError, match=message):
         completions.write(lm, options.pop("prompts"), **options)
 

@@ -13,7 +13,7 @@ from scipy.stats import beta, binom
 from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from harmlens import completions, emergent, finetune, models, number_judge, scores, world
 from harmlens.emergent import EXPECTED, Mark
@@ -46,6 +46,7 @@ class Bigram(torch.nn.Module):
 
     def __init__(self, tok, table):
         super().__init__()
+        self.config = PretrainedConfig()
         self.embed = torch.nn.Embedding(len(tok), 1)
         logp = torch.full((len(tok), len(tok)), -1e4)
         rest = tok.convert_tokens_to_ids("~")

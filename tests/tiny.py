@@ -68,7 +68,7 @@ def model(
         intermediate_size=SHAPE.hidden,
         num_hidden_layers=layers,
         num_attention_heads=SHAPE.heads,
-        max_position_embeddings=256,
+        max_position_embeddings=2048,  # no cost: positions are rotary, and judges read long texts
         initializer_range=spread,
         pad_token_id=tok.pad_token_id,
         bos_token_id=tok.bos_token_id,

@@ -422,7 +422,8 @@ def require_tokenizer(
     outside = [f"{mark}_token {getattr(tokenizer, f'{mark}_token')!r}" for mark, i in marks.items()
                if i is not None and i >= rows]  # fmt: skip
     special = set(tokenizer.all_special_ids) - set(used)
-    outside += [repr(word) for word, i in tokenizer.get_vocab().items() if i >= rows and i not in special]
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    outside += [repr(word) for word, i in vocabulary if i >= rows and i not in special]
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     outside += [
         f"eos_token_id {i} of generation_config.json"

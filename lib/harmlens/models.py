@@ -192,7 +192,7 @@ def load(
             hub.require_memory(name, weights, memory.free(device), device)
     if device_map is None and device != "cpu" and delta is None and is_accelerate_available():
         device_map = {"": device}  # straight to the GPU, with no copy in main memory
-    tokenizer = _tokenizer(name, source, revision, local)
+    tokenizer = read_tokenizer(name, source, revision, local)
     with _quiet(), _explained(name, local):
         model, info = AutoModelForCausalLM.from_pretrained(source, device_map=device_map, **options)
         if delta is not None:
@@ -309,6 +309,7 @@ def require_room(
     Raises:
         ValueError: names the first such text.
     """
+    most = f"the {limit} allowed" if limit is not None else f"the {longest(lm)} that {lm.name!r} takes"
     limit = longest(lm) if limit is None else limit
     known = lm.model.get_input_embeddings().weight.shape[0]
     for i, row in enumerate(rows):
@@ -316,7 +317,7 @@ def require_room(
         if limit is not None and len(row) + new > limit:
             more = f", and {new} new ones are asked for" if new else ""
             raise ValueError(
-                f"{what} has {len(row)} tokens{more}, more than the {limit} that {lm.name!r} takes: "
+                f"{what} has {len(row)} tokens{more}, more than {most}: "
                 f"shorten it{', or lower max_new_tokens' if new else ''}, or leave it out"
             )
         if row and max(row) >= known:
@@ -342,7 +343,7 @@ def finite_start(lm: LanguageModel) -> LogitsProcessorList:
 # --------------------------------------------------------------------------- finding it
 
 
-def _tokenizer(name: str, source: str, revision: str | None, local: bool) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str, source: str, revision: str | None, local: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left.
 
     Raises:
@@ -353,7 +354,8 @@ def _tokenizer(name: str, source: str, revision: str | None, local: bool) -> Pre
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             # Set where transformers finds the wrong splitting into words that Mistral's files once had.
-            if getattr(tokenizer, "fix_mistral_regex", None) is False:
+            backend = getattr(tokenizer, "backend_tokenizer", None)
+            if getattr(backend, "fix_mistral_regex", None) is False:
                 tokenizer = AutoTokenizer.from_pretrained(source, fix_mistral_regex=True, **options)
     except ImportError:
         raise  # names the package that is missing
@@ -398,7 +400,7 @@ def _template(name: str) -> str:
     delta = deltas.read(folder) if folder is not None else None
     home = folder if delta is None else folder.parent / delta.parent
     source, revision = hub.split(name) if folder is None else (str(home), None)
-    template = _tokenizer(name, source, revision, folder is not None).chat_template
+    template = read_tokenizer(name, source, revision, folder is not None).chat_template
     if template is None:
         raise ValueError(f"template_from={name!r} has no chat template; choose an instruction-tuned model")
     return template
