@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from harmlens import completions, models
@@ -85,7 +84,7 @@ def load(name: str, revision: str | None = None) -> LanguageModel:
     base = models.load(json.loads(Path(found).read_text(encoding="utf-8"))["base_model_name_or_path"])
     base.model.load_adapter(name, adapter_kwargs={"revision": revision} if revision else None)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
+        tokenizer = models.read_tokenizer(name, name, revision, Path(name).is_dir())
     except (OSError, ValueError):  # it came without one
         tokenizer = base.tokenizer
     if tokenizer.pad_token_id is None:
