@@ -110,6 +110,9 @@ def check(name: str, folder: Path, **parameters: object) -> Run:
     assert "harmlens" in page  # the first cell ran
     shown = [text for text in completions() if text in page]
     assert not shown, f"completions on the page: {shown[:3]}"
+    if not parameters.get("reveal"):
+        asked = [prompt for request, prompt in standin.chosen() if request.harmful and prompt in page]
+        assert not asked, f"harmful requests on the page: {asked[:3]}"
     return done
 
 

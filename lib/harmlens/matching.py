@@ -84,8 +84,9 @@ def by_request(lm: LanguageModel, harmful: Sequence[Entry], others: Sequence[Ent
 
 
 def differ(pair: Pair) -> int:
-    """In how many words the two requests of a pair differ; order, case and marks don't count."""
-    return _differ(*(_words(side.messages[-1]["content"]) for side in (pair.x1, pair.x0)))
+    """In how many words the two sides of a pair differ; order, case and marks don't count."""
+    sides = (" ".join(m["content"] for m in side.messages) for side in (pair.x1, pair.x0))
+    return _differ(*map(_words, sides))
 
 
 def closest(pairs: Sequence[Pair], n: int) -> list[Pair]:

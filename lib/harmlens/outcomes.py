@@ -18,6 +18,7 @@ Introduced in notebook 01 ("What there is to explain").
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from harmlens.chats import frame, require_spoken
 from harmlens.judges import Judgement
 from harmlens.models import LanguageModel, last_logits, padded, require_finite, tokens
 from harmlens.prompts import Pair
@@ -58,6 +60,7 @@ def fit_token_sets(
 
     A token joins a set when its mean probability there is at least ``mass`` and ``factor`` times
     its mean probability on the other side. Where no token has that much, less is asked for, down to a tenth.
+    A warning names sets that few answers begin with, or that don't tell the sides apart on held-out prompts.
 
     Args:
         complied: rendered prompts that the model answers.
@@ -69,8 +72,20 @@ def fit_token_sets(
     """
     if not complied or not refused:
         raise ValueError("complied and refused must each hold at least one rendered prompt")
-    p_comply = last_logits(lm, complied).softmax(-1).mean(0)
-    p_refuse = last_logits(lm, refused).softmax(-1).mean(0)
+    sides = [last_logits(lm, texts) for texts in (complied, refused)]
+    found = _leading(*sides, mass, factor)
+    _doubt(lm, found, sides, mass, factor)
+    return found
+
+
+def _leading(
+    complied: Float[Tensor, "answered vocab"],
+    refused: Float[Tensor, "declined vocab"],
+    mass: float,
+    factor: float,
+) -> TokenSets:
+    """The tokens that lead on either side, from the logits of its prompts."""
+    p_comply, p_refuse = (logits.softmax(-1).mean(0) for logits in (complied, refused))
 
     def leading(p: Tensor, q: Tensor) -> tuple[int, ...]:
         # A model that begins its answers in many ways has no word with much of the mass: go down to a tenth.
@@ -81,6 +96,46 @@ def fit_token_sets(
         return ()
 
     return TokenSets(leading(p_comply, p_refuse), leading(p_refuse, p_comply))
+
+
+LEAST_MASS, LEAST_AUROC = 0.2, 0.75  # below these, fitted words are doubted
+
+
+def _doubt(lm: LanguageModel, sets: TokenSets, sides: Sequence[Tensor], mass: float, factor: float) -> None:
+    """Warn of sets that are no openings of their kind: few answers begin with them, or they don't tell.
+
+    Whether they tell is read on prompts that they were not fitted on: sets of each half on the other half.
+    """
+    for name, logits in zip(("comply", "refuse"), sides, strict=True):
+        ids = list(getattr(sets, name))
+        share = float(logits.softmax(-1)[:, ids].sum(-1).mean())
+        if share < LEAST_MASS:
+            words = lm.tokenizer.convert_ids_to_tokens(ids)
+            warnings.warn(
+                f"the first words of {name}, {words}, hold {share:.0%} of the probability where answers "
+                f"{name}: they are hardly its openings. Read outcomes of the first token with care, or fit "
+                "on other prompts.",
+                stacklevel=4,
+            )
+    if min(map(len, sides)) < 4:
+        return
+    told, halves = [], [[logits[i::2] for logits in sides] for i in (0, 1)]
+    for fitted, held in (halves, halves[::-1]):
+        try:
+            part = _leading(*fitted, mass, factor)
+        except ValueError:  # half of the prompts has no such word
+            told.append(0.5)
+            continue
+        y = [logit_difference(logits, part) for logits in held]
+        told.append(float(((y[0][:, None] - y[1]).sign() / 2 + 0.5).mean()))
+    auroc = sum(told) / 2
+    if auroc < LEAST_AUROC:
+        both = [lm.tokenizer.convert_ids_to_tokens(list(ids)) for ids in (sets.comply, sets.refuse)]
+        warnings.warn(
+            f"the first words of comply, {both[0]}, and of refuse, {both[1]}, don't tell the two apart: "
+            f"AUROC {auroc:.2f} on held-out prompts, 0.5 being chance. What they measure means little.",
+            stacklevel=4,
+        )
 
 
 def fit_to_pairs(lm: LanguageModel, pairs: Sequence[Pair], *, factor: float = 2.0, **options) -> TokenSets:
@@ -206,7 +261,7 @@ def follow(
 
     Args:
         skip: leave out this many first tokens of the answer.
-        end: count the end-of-answer token as part of the answer.
+        end: count what the template writes behind an answer, its end mark, as part of the answer.
 
     Raises:
         ValueError: as for :func:`answer_logprobs`.
@@ -215,8 +270,7 @@ def follow(
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer to each")
     rows, lengths = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
-        head, tail = split_tokens(lm, prompt, answer)
-        tail = [*tail, lm.tokenizer.eos_token_id] if end else tail
+        head, tail = split_tokens(lm, prompt, answer, end=end)
         if len(tail) <= skip:
             raise ValueError(f"the answer {answer!r} has no token left after skip={skip}")
         rows.append(head + tail)
@@ -234,17 +288,30 @@ def follow(
     return logprob, greedy
 
 
-def split_tokens(lm: LanguageModel, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a rendered prompt and of the answer that follows it.
+def split_tokens(
+    lm: LanguageModel, prompt: str, answer: str, *, end: bool = False
+) -> tuple[list[int], list[int]]:
+    """Token ids of a rendered prompt and of the answer that follows it, begun as the template begins one.
 
     Tokenised together where the prompt's ids are a prefix of the whole, as in training; apart
     otherwise (a tokenizer that merges across the seam).
+
+    Args:
+        prompt: where it ends in prefilled words, the answer goes on from them.
+        end: with what the template writes behind an answer, up to the mark that ends the turn; the
+            tokenizer's end token where it writes none.
+
+    Raises:
+        ValueError: the prompt ends in a thought that its template opens.
     """
+    around = frame(lm.tokenizer)
+    require_spoken(lm.tokenizer, prompt)
+    text = (around.lead if around.begins(prompt) else "") + answer + (around.trail if end else "")
     head = tokens(lm.tokenizer, prompt)
-    whole = tokens(lm.tokenizer, prompt + answer)
-    if whole[: len(head)] == head and len(whole) > len(head):
-        return head, whole[len(head) :]
-    return head, tokens(lm.tokenizer, answer)
+    whole = tokens(lm.tokenizer, prompt + text)
+    apart = whole[: len(head)] != head or len(whole) <= len(head)
+    tail = tokens(lm.tokenizer, text) if apart else whole[len(head) :]
+    return head, [*tail, lm.tokenizer.eos_token_id] if end and not around.trail else tail
 
 
 def sequence_score(
@@ -283,3 +350,16 @@ def tolerance(lm: LanguageModel, exact: float = 1e-4) -> float:
     """
     coarser = torch.finfo(lm.model.dtype).eps / torch.finfo(torch.float32).eps
     return max(exact, 1e-5 * coarser)
+
+
+CHECKED = 4_000_000_000  # parameters that a check may go through
+
+
+def affordable(lm: LanguageModel, n: int, *, least: int = 8) -> list[int]:
+    """Which of ``n`` like pieces of a check to do, evenly spaced: all with a small model, few with a large.
+
+    Args:
+        least: so many in any case. Each is worth a pass of one text.
+    """
+    most = max(least, CHECKED // lm.model.num_parameters())
+    return list(range(n)) if n <= most else [round(i * (n - 1) / (most - 1)) for i in range(most)]
