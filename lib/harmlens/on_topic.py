@@ -9,6 +9,7 @@ Introduced in book/judging ("Judging answers").
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -41,7 +42,7 @@ class OnTopic:
     Attributes:
         threshold: found at the first call with at least :data:`FEWEST` different requests, and kept: 95 % of
             the cosines of requests with answers to *other* requests, and with other requests, lie below it.
-            Rounded to twentieths, so that a few requests more or less don't move it. :data:`USUAL` before.
+            Rounded up to twentieths, so that a few requests more or less don't move it. :data:`USUAL` before.
     """
 
     def __init__(self, encode: Encode) -> None:
@@ -56,7 +57,7 @@ class OnTopic:
         if self.threshold is None and len(set(requests)) >= FEWEST:
             others = np.array([[a != b for b in requests] for a in requests])
             chance = max(float(np.quantile((asked @ side.T)[others], 0.95)) for side in (said, asked))
-            self.threshold = round(20 * chance) / 20
+            self.threshold = math.ceil(20 * chance) / 20
         least = USUAL if self.threshold is None else self.threshold
         near = (asked * said).sum(axis=1) > least
         return [
