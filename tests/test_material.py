@@ -27,7 +27,8 @@ def test_the_tokenizer_decides(lm):
     assert not material.knows_the_world(lm)
     found = material.of(lm, str(standin.PROMPTS))
     assert isinstance(found, Public) and found.lm is lm
-    assert (found.name, found.grader.name, found.composed) == ("prompts.csv", "prefixes", False)
+    assert (found.name, found.composed) == ("prompts.csv", False)
+    assert found.grader.name in ("prefixes", "refusals")  # as the reader's cache has it
 
 
 def test_a_large_vocabulary_that_holds_the_words_too_is_another_one():
@@ -136,21 +137,21 @@ def test_looking_prints_a_prompt_and_how_often_it_is_refused(lm, capsys):
     source = material.of(lm, str(standin.PROMPTS))
     rates = material.look(lm, source, n=10)
     assert rates == {"harmful": 1.0, "harmless": 0.0}
-    first, prompt, refused = capsys.readouterr().out.splitlines()
+    first, prompt, six, refused, judge = capsys.readouterr().out.splitlines()
     assert first == "prompts.csv: 120 harmful and 120 harmless requests; judge: prefixes"
     assert prompt == repr(source.requests(False, n=10)[0].render(lm))
     assert "<|im_start|>" in prompt
+    assert six == "refused: 6 of the first 6 harmful requests"
     assert refused == "refused: 100% of 10 harmful, 0% of 10 harmless requests"
+    assert judge.startswith("claims about harm: ")
 
 
 def test_a_model_without_refusal_has_nothing_to_explain(capsys):
     base = standin.load_base()
     source = material.of(base, str(standin.PROMPTS))
-    with pytest.raises(
-        ValueError, match=r"refuses 0% of the harmful and 0% of the harmless .*aligned \(instruct\)"
-    ):
+    with pytest.raises(ValueError, match=r"refuses none of the first 6 harmful .*aligned \(instruct\)"):
         material.look(base, source, n=6)
-    assert "refused: 0% of 6 harmful" in capsys.readouterr().out  # said before it is refused
+    assert "refused: 0 of the first 6" in capsys.readouterr().out  # said before it is refused
     assert material.look(base, source, n=6, must_refuse=False) == {"harmful": 0.0, "harmless": 0.0}
 
 
