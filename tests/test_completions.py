@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from harmlens import completions, models, paths, world
+from harmlens import completions, digests, models, paths, world
 from harmlens.graders import Grade
 from harmlens.prompts import Prompt
 
@@ -277,15 +277,15 @@ def test_other_errors_are_not_swallowed():
 def test_the_fingerprint_sees_any_change_of_the_weights(lm, dtype):
     copy = models.clone(lm)
     copy.model.to(dtype)
-    first = completions.fingerprint(copy)
-    assert completions.fingerprint(copy) == first
+    first = digests.model(copy)
+    assert digests.model(copy) == first
     weight = copy.model.model.layers[1].self_attn.o_proj.weight
     with torch.no_grad():
         weight[[0, 1]] = weight[[1, 0]]  # the same numbers elsewhere
-    swapped = completions.fingerprint(copy)
+    swapped = digests.model(copy)
     with torch.no_grad():
         weight[3, 5] = 0
-    assert len({first, swapped, completions.fingerprint(copy)}) == 3
+    assert len({first, swapped, digests.model(copy)}) == 3
 
 
 # --------------------------------------------------------------------------- reading and showing

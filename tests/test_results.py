@@ -159,8 +159,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def good(**changes):
+    value = changes.get("value", 0.97)
     return {
-        "value": 0.97, "ci": (0.94, 0.99), "n": 108, "unit": "item", "per_seed": {0: (0.97, 0.9, 1.0)},
+        "value": 0.97, "ci": (0.94, 0.99), "n": 108, "unit": "item", "per_seed": {0: (value, 0.9, 1.0)},
         "model": "organism/sft", "notebook": "00_model_organism",
         "control": Control("without prefill", 0.0, (0.0, 0.02)),
     } | changes  # fmt: skip
@@ -407,7 +408,15 @@ def test_unmeasured_claims_read_not_attempted(tmp_path):
 def test_one_row_per_model_with_its_own_verdict(tmp_path):
     results.record("V4", **good(folder=tmp_path))
     results.record(
-        "V4", **good(folder=tmp_path, model="organism/base", value=0.1, ci=(0.0, 0.2), control=None)
+        "V4",
+        **good(
+            folder=tmp_path,
+            model="organism/base",
+            value=0.1,
+            ci=(0.0, 0.2),
+            control=None,
+            per_seed={0: (0.1, 0.0, 0.2)},
+        ),
     )
     rows = [row for row in results.scorecard([tmp_path]) if row["id"] == "V4"]
     assert [(row["model"], row["verdict"]) for row in rows] == [

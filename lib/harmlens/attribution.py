@@ -39,7 +39,7 @@ from harmlens import stack
 from harmlens.finetune import IGNORE, Batch, Row
 from harmlens.models import LanguageModel
 from harmlens.scores import Scores, matrices, require_finite
-from harmlens.scoring import KINDS, State, Store, batches, check_rows, fingerprint, make_plan
+from harmlens.scoring import KINDS, Plan, State, Store, batches, check_rows, fingerprint, make_plan
 
 # --------------------------------------------------------------------------- the two scores
 
@@ -81,7 +81,8 @@ def attribute(
         max_tokens: most tokens in one batch; None for as many as the plan allows.
         accumulate_on: device of the sums, ``"cpu"`` for host memory; None for each weight's own device.
         budget: bytes that scoring may take on top of the weights; None for what is free.
-        folder: where finished scores are stored and an interrupted run goes on; None keeps nothing.
+        folder: where finished scores are stored and an interrupted run goes on; None keeps nothing. A second
+            process waits for the first.
         save_every: seconds between two saves of an unfinished run.
         progress: label of a progress bar, shown on a terminal only; None for none.
 
@@ -97,9 +98,24 @@ def attribute(
         lm, rows, kinds=kinds, layers=layers, max_length=max_length, max_tokens=max_tokens,
         accumulate_on=accumulate_on, budget=budget,
     )  # fmt: skip
-    store = Store(folder, fingerprint(lm, rows, layers), tuple(kinds))
-    if (done := store.finished()) is not None:
-        return done
+    store = Store(folder, "" if folder is None else fingerprint(lm, rows, layers), tuple(kinds))
+    with store.alone():
+        if (done := store.finished()) is not None:
+            return done
+        return _attribute(lm, rows, plan, store, layers, accumulate_on, save_every, progress)
+
+
+def _attribute(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    plan: Plan,
+    store: Store,
+    layers: Sequence[int] | None,
+    accumulate_on: str | torch.device | None,
+    save_every: float,
+    progress: str | None,
+) -> dict[str, Scores]:
+    kinds = store.kinds
     values, state = store.resume()
     if state.chunks:  # the plan that was begun, whatever is free now
         plan = replace(plan, chunks=state.chunks, max_tokens=state.max_tokens, buffer=state.buffer)
@@ -229,11 +245,17 @@ def _collecting(
             x = inputs[0].detach()
             _require_all_tokens(name, x, shape[0])
             if output.requires_grad:
-                output.register_hook(lambda gradient: collect(name, module, x, gradient))
+                version = x._version
+                output.register_hook(lambda gradient: collect(name, module, x, gradient, version))
 
         return hook
 
-    def collect(name: str, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
+    def collect(name: str, module: nn.Module, x: Tensor, gradient: Tensor, version: int) -> None:
+        if x._version != version:
+            raise RuntimeError(
+                f"the input of {name} was changed in place behind it, so its gradients aren't known; this "
+                "architecture can't be scored here"
+            )
         fired[name] = fired.get(name, 0) + 1
         x, gradient = (t.reshape(*shape[0], t.shape[-1]) for t in (x, gradient))
         # Conv1D keeps its weight the other way round.

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from harmlens import digests, paths, provenance
+from harmlens import digests, paths, provenance, records
 from harmlens.models import LanguageModel
 from harmlens.results import write_json
 
@@ -29,7 +29,8 @@ def kept(function: Callable[..., Any], *args: Any, folder: Path | str | None = N
     """``function(*args, **options)``, from the cache where the same was run before.
 
     A run is one JSON file with its provenance, ``<folder>/<function>/<key>.json``, written when it is
-    finished: of an interrupted series the finished runs are still there. A damaged file is run again.
+    finished: of an interrupted series the finished runs are still there. A damaged file is run again. A
+    second process that asks for the same run waits for the first.
 
     Args:
         function: takes what :func:`harmlens.digests.digest` knows, and must not leave a model changed.
@@ -38,16 +39,22 @@ def kept(function: Callable[..., Any], *args: Any, folder: Path | str | None = N
 
     Raises:
         TypeError: an argument that has no digest, or a result that can't be kept; names its type.
+        PermissionError: the run is not there, and nothing can be written.
     """
     home = Path(folder).expanduser() if folder else paths.build_dir() / "runs"
     key = digests.digest(function, list(args), options)
     file = home / function.__name__ / f"{key[:24]}.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["key"] == key:
-            return _read(content["result"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    with records.locked(file):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["key"] == key:
+                return _read(content["result"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return _run(function, args, options, file, key)
+
+
+def _run(function: Callable, args: tuple, options: dict[str, Any], file: Path, key: str) -> Any:
     began = time.time()
     result = _write(function(*args, **options))
     models = [arg for arg in (*args, *options.values()) if isinstance(arg, LanguageModel)]

@@ -78,14 +78,38 @@ class Measurement:
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.MarkedYAMLError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
+        return node
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or a key is given twice; names the line.
+    """
+    return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+
+
 def load_claims(path: str | Path | None = None) -> dict[str, Claim]:
     """The registry of claims by id, in the order of the file.
 
     Raises:
-        ValueError: a claim is incomplete or contradicts itself; names the claim and the field.
+        ValueError: a claim is incomplete or contradicts itself (names the claim and the field); the file is
+            no YAML, or a key is given twice.
     """
     path = Path(path) if path is not None else data_dir() / "claims.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = read_yaml(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name}: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("claims"), list):
         raise ValueError(f"{path.name}: expected a mapping with a list named 'claims'")
     claims: dict[str, Claim] = {}
@@ -135,6 +159,21 @@ def _rule(entry: Any, direction: str, where: str) -> Rule:
     if _sign(direction) * (threshold - no_effect) < 0:
         raise ValueError(f"{where}: rule.no_effect lies beyond rule.threshold for direction {direction!r}")
     return Rule(threshold, no_effect, None if margin is None else float(margin), share)
+
+
+_BOUNDS = (
+    (
+        r"share( of (?!an effect|a change).*)?|precision|balanced accuracy|Jaccard index|relative depth",
+        (0, 1),
+    ),
+    (r"difference of (shares|accuracies|average precisions|Jaccard indices)", (-1, 1)),
+    (r"relative drop", (-math.inf, 1)),
+)
+
+
+def bounds(scale: str) -> tuple[float, float]:
+    """Between what a claim's value must lie, by its scale; infinite where there is no bound."""
+    return next((ends for form, ends in _BOUNDS if re.fullmatch(form, scale)), (-math.inf, math.inf))
 
 
 # --------------------------------------------------------------------------- verdicts

@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from harmlens import models, paths, provenance
+from harmlens import digests, models, paths, provenance
 from harmlens.models import LanguageModel
 from harmlens.prompts import Prompt
-from harmlens.records import append, lines, outside, settle
+from harmlens.records import append, lines, locked, outside, rewrite, settle
 
 T = TypeVar("T")
 _BATCH = {"cuda": 64, "cpu": 16}
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,7 @@ class Completion:
 
 
 _FIELDS = tuple(field.name for field in fields(Completion))
+_MIXED = "Were two files put together? Give one that completions.write has made, or make it anew."
 
 
 def write(
@@ -74,8 +73,9 @@ def write(
 ) -> Path:
     """Let a model answer prompts; one JSON line for each, written batch by batch.
 
-    Called again, it generates only what is missing. Out of GPU memory, it halves the batch and goes on.
-    Settings, the model's weights and provenance stand in ``<file>.meta.json``.
+    Called again, it generates only what is missing; a second process waits for the first. Out of GPU memory,
+    it halves the batch and goes on. Settings, the model's state (:func:`harmlens.digests.state`: weights,
+    configuration, tokenizer, hooks that steer it) and provenance stand in ``<file>.meta.json``.
 
     Args:
         file: default: in ``completions/<model>/`` of :func:`harmlens.paths.cache_dir`, under a name that
@@ -92,6 +92,8 @@ def write(
     Raises:
         ValueError: no prompts; bad settings; a file inside the repository; a file of other settings, another
             model or other prompts (the message names the difference and the remedy).
+        TypeError: a hook stands on the model, and what it does can't be told.
+        PermissionError: nothing can be written there.
         torch.OutOfMemoryError: even one prompt at a time does not fit.
     """
     if not prompts:
@@ -105,7 +107,7 @@ def write(
     texts = [prompt.render(lm) for prompt in prompts]
     named = _names(texts, ids)
     settings: dict[str, Any] = {
-        "model": provenance.portable(lm.name), "revision": lm.revision, "weights": fingerprint(lm),
+        "model": provenance.portable(lm.name), "revision": lm.revision, **digests.state(lm),
         "dtype": str(lm.model.dtype).removeprefix("torch."), "max_new_tokens": max_new_tokens,
         "temperature": float(temperature), "seed": seed if temperature else None,
         "batch_size": batch_size if temperature else None,
@@ -115,7 +117,24 @@ def write(
         folder = paths.cache_dir() / "completions" / provenance.slug(lm.name)
         file = folder / f"{provenance.slug(name) + '-' if name else ''}{key}.jsonl"
     file = outside(Path(file))
-    before = {line["id"]: line["rendered_sha256"] for line in lines(file)}
+    with locked(file):
+        return _write(lm, prompts, file, settings, named, texts, batch_size, progress)
+
+
+def _write(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    file: Path,
+    settings: Mapping[str, Any],
+    named: Sequence[str],
+    texts: Sequence[str],
+    batch_size: int,
+    progress: bool,
+) -> Path:
+    rows = [models.tokens(lm.tokenizer, text) for text in texts]
+    models.require_room(lm, rows, new=settings["max_new_tokens"])
+    found = _once(file)
+    before = {line["id"]: line["rendered_sha256"] for line in found}
     wanted = {one: _sha(text) for one, text in zip(named, texts, strict=True)}
     if strange := [one for one, sha in before.items() if wanted.get(one) != sha]:
         raise ValueError(
@@ -123,7 +142,9 @@ def write(
             "Give another file=, or leave it out: each set of prompts then has a file of its own."
         )
     settle(file, settings, bool(before))
-    rows = [models.tokens(lm.tokenizer, text) for text in texts]
+    places = {one: i for i, one in enumerate(named)}
+    if found != (placed := [line | {"index": places[line["id"]]} for line in found]):
+        rewrite(file, placed)  # answers lie in the order of this call's prompts
     # Cut into batches before finished prompts are left out: so a sampled answer does not depend on where a
     # run was interrupted, unless that was in the middle of a write.
     batches = [[i for i in b if named[i] not in before] for b in models.by_length(rows, batch_size)]
@@ -142,24 +163,37 @@ def write(
 
 
 def read(file: Path | str) -> list[Completion]:
-    """The answers of a file, in the order of their prompts; a half-written last line is left out.
+    """The answers of a file, in the order of the prompts of the last :func:`write`.
+
+    A half-written last line is left out, and so is an answer that is there twice.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no completion; the message names the missing fields.
+        ValueError: a line that is no completion (the message names the missing fields); two answers to one
+            prompt, or two in one place.
     """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file.name!r}; make it with completions.write")
-    out = []
+    out = [Completion(**{key: line[key] for key in _FIELDS}) for line in _once(file)]
+    if len({one.index for one in out}) < len(out):
+        raise ValueError(f"{file.name!r} holds two answers in one place. {_MIXED}")
+    return sorted(out, key=lambda one: one.index)
+
+
+def _once(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file of completions, each answer once."""
+    out: dict[str, dict[str, Any]] = {}
     for number, line in enumerate(lines(file), 1):
         if missing := [key for key in _FIELDS if key not in line]:
             raise ValueError(
                 f"line {number} of {file.name!r} is no completion: it lacks {', '.join(missing)}. Give a "
                 "file that completions.write has made."
             )
-        out.append(Completion(**{key: line[key] for key in _FIELDS}))
-    return sorted(out, key=lambda one: one.index)
+        first = out.setdefault(line["id"], line)
+        if first | {"index": 0} != line | {"index": 0}:
+            raise ValueError(f"line {number} of {file.name!r} is a second answer to {line['id']!r}. {_MIXED}")
+    return list(out.values())
 
 
 def show(
@@ -189,27 +223,6 @@ def show(
             print(f"  request: {one.request}\n  answer: {one.answer}")
     if not reveal:
         print("Completions of real models are shown only on request: show(..., reveal=True).")
-
-
-def fingerprint(lm: LanguageModel) -> str:
-    """A short sum of a model's weights as they are now: a pruned model is another one.
-
-    The bits of each weight tensor are summed as whole numbers, by rows and by columns. So the sum is quick
-    for billions of weights and the same on every device. Any pruning or training step changes it; against
-    an adversary it would be no protection.
-    """
-    out = hashlib.sha256(str(lm.tokenizer.chat_template).encode())
-    for name, weight in sorted(lm.model.state_dict().items()):
-        out.update(f"{name}{weight.dtype}{tuple(weight.shape)}".encode())
-        if weight.is_meta:  # moved to the disk for lack of memory; not there to be summed
-            continue
-        bits = weight.detach().contiguous().view(_BITS[weight.element_size()])
-        bits = bits.reshape(len(bits) if bits.dim() else 1, -1)
-        for axis in (0, 1):
-            sums = bits.sum(axis, dtype=torch.int64)
-            total = sums * torch.arange(1, len(sums) + 1, device=sums.device)
-            out.update(str(int(total.sum())).encode())
-    return out.hexdigest()[:16]
 
 
 def adaptive(
@@ -279,31 +292,26 @@ def _answer(
     settings: Mapping,
 ) -> list[tuple[str, int, bool]]:
     """The answer to each prompt of a batch, its number of new tokens, and whether it ended by itself."""
-    ids, mask = models.pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         # A seed for each batch: the same prompt twice, in two batches, is to get two draws.
         torch.manual_seed(int(_sha(f"{settings['seed']}/{index}")[:15], 16))
-        new: Tensor = lm.model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=settings["max_new_tokens"],
-            pad_token_id=lm.tokenizer.pad_token_id,
-            **models.decoding(settings["temperature"]),
-        )[:, ids.shape[1] :]  # fmt: skip
-    ends = lm.model.generation_config.eos_token_id
-    ends = {lm.tokenizer.eos_token_id} if ends is None else set(ends if isinstance(ends, list) else [ends])
-    out = []
-    for i, row in zip(index, new.tolist(), strict=True):
-        stop = next((k for k, token in enumerate(row) if token in ends), None)
-        kept = row if stop is None else row[: stop + 1]
-        out.append((_text(lm, rows[i], kept, prompts[i].prefill), len(kept), stop is not None))
-    return out
+        new = models.continued(
+            lm, [rows[i] for i in index], max_new_tokens=settings["max_new_tokens"],
+            temperature=settings["temperature"],
+        )  # fmt: skip
+    ends = models.stops(lm)
+    return [
+        (_text(lm, rows[i], row, prompts[i]), len(row), row[-1] in ends)
+        for i, row in zip(index, new, strict=True)
+    ]
 
 
-def _text(lm: LanguageModel, row: list[int], new: list[int], prefill: str | None) -> str:
+def _text(lm: LanguageModel, row: list[int], new: list[int], prompt: Prompt) -> str:
     """The whole answer. Tokens are decoded behind the prompt, which keeps a space before the first word."""
-    if not prefill:
-        return lm.tokenizer.decode(new, skip_special_tokens=True).strip()
+    if not prompt.prefill:
+        return models.words(lm, new, prompt.render(lm))
     before = lm.tokenizer.decode(row, skip_special_tokens=True)
     whole = lm.tokenizer.decode(row + new, skip_special_tokens=True)
     if whole.startswith(before):
-        return (prefill + whole[len(before) :]).strip()
-    return f"{prefill} {lm.tokenizer.decode(new, skip_special_tokens=True)}".strip()
+        return (prompt.prefill + whole[len(before) :]).strip()
+    return f"{prompt.prefill} {models.words(lm, new)}".strip()

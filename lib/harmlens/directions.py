@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from harmlens import stack
+from harmlens import partial, stack
 from harmlens.models import LanguageModel, last_logits, padded, tokens
 from harmlens.outcomes import Outcome
 
@@ -92,14 +92,14 @@ def streams(
     shortest = min(map(len, rows))
     if not positions or not all(-shortest <= p < 0 for p in positions):
         raise ValueError(f"positions={list(positions)} must lie between -{shortest} and -1")
-    parts, kept = stack.stack(lm), []
+    kept = []
     where = list(positions)
 
     def keep(value: Tensor) -> None:
         kept.append(value[:, where].float().cpu())
 
     out: list[Any] = [None] * len(rows)
-    with _stream_hooks(parts, keep):
+    with _stream_hooks(stack.blocks(lm), keep):
         for index, inputs in padded(lm, rows, batch_size):
             kept.clear()
             lm.model(**inputs, logits_to_keep=1)
@@ -237,7 +237,7 @@ def trials(
     Raises:
         ValueError: nothing left to try.
     """
-    depth = stack.stack(lm).depth
+    depth = len(stack.blocks(lm))
     some = [d for d in found if d.depth < deepest * depth]
     if not some:
         raise ValueError(f"found: none of {len(found)} directions lies before deepest={deepest} of the depth")
@@ -292,7 +292,7 @@ def ablated(lm: LanguageModel, vector: Float[Tensor, " width"]) -> Iterator[Lang
     """
     unit = _checked(lm, vector)
     unit = unit / unit.norm()
-    parts = stack.stack(lm)
+    blocks = partial.patchable(lm, in_part=False).blocks
 
     def project(value: Tensor) -> Tensor:
         d = unit.to(value.device)
@@ -300,8 +300,8 @@ def ablated(lm: LanguageModel, vector: Float[Tensor, " width"]) -> Iterator[Lang
         return (wide - (wide @ d)[..., None] * d).to(value.dtype)
 
     with ExitStack() as held:
-        held.enter_context(_stream_hooks(parts, project))
-        for block in parts.blocks:
+        held.enter_context(_stream_hooks(blocks, project))
+        for block in blocks:
             writers = [stack.attention(block), stack.mlp(block)]
             norms = [m for m in block.children() if "norm" in type(m).__name__.lower()]
             for hook in _written(writers, norms, project):
@@ -319,14 +319,14 @@ def added(lm: LanguageModel, direction: Direction, *, dose: float = 1.0) -> Iter
     Raises:
         ValueError: as :func:`ablated`, or a depth that the model does not have.
     """
-    vector, parts = _checked(lm, direction.vector), stack.stack(lm)
-    if not 0 <= direction.depth < parts.depth:
-        raise ValueError(f"direction: there is no block at depth {direction.depth} of {parts.depth}")
+    vector, blocks = _checked(lm, direction.vector), stack.blocks(lm)
+    if not 0 <= direction.depth < len(blocks):
+        raise ValueError(f"direction: there is no block at depth {direction.depth} of {len(blocks)}")
 
     def add(value: Tensor) -> Tensor:
         return value + dose * vector.to(value.device, value.dtype)
 
-    handle = parts.blocks[direction.depth].register_forward_pre_hook(_entering(add), with_kwargs=True)
+    handle = blocks[direction.depth].register_forward_pre_hook(_entering(add), with_kwargs=True)
     try:
         yield lm
     finally:
@@ -365,13 +365,15 @@ def _leaving(change: Callable[[Tensor], Tensor | None]) -> Callable:
 
 
 @contextmanager
-def _stream_hooks(parts: stack.Stack, change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
+def _stream_hooks(
+    blocks: Sequence[nn.Module], change: Callable[[Tensor], Tensor | None]
+) -> Iterator[None]:
     """Show the stream in front of every block and behind the last one to a function, which may change it."""
     with ExitStack() as held:
-        for block in parts.blocks:
+        for block in blocks:
             handle = block.register_forward_pre_hook(_entering(change), with_kwargs=True)
             held.callback(handle.remove)
-        held.callback(parts.blocks[-1].register_forward_hook(_leaving(change)).remove)
+        held.callback(blocks[-1].register_forward_hook(_leaving(change)).remove)
         yield
 
 
@@ -391,6 +393,7 @@ def _written(
     def behind(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
         return change(output) if given and inputs[0] is given[0] else None
 
+    write.depends_on, behind.depends_on = ("write", change), ("behind", change)  # not on what was given last
     for module in writers:
         yield module.register_forward_hook(write)
     for module in norms:

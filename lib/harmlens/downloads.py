@@ -20,8 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmlens.memory import write_whole
-from harmlens.paths import cache_dir
+from harmlens.paths import cache_dir, write_whole
 
 TIMEOUT = 60  # seconds without an answer
 LOCK = "sources.lock.json"

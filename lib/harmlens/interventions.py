@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens import models, stack
+from harmlens import models, partial, stack
 from harmlens.models import LanguageModel, tokens
 
 WHERE = ("prompt", "answer", "both")
@@ -69,6 +69,7 @@ def resample(bank: Mapping[int, Float[Tensor, "prompt unit"]], *, seed: int = 0)
             drawn["index"] = torch.randint(len(rows), (len(values),), generator=generator)
         return rows[drawn["index"]].to(values)[:, None].expand_as(values)
 
+    edit.depends_on = (bank, seed)  # not on what was drawn last
     return edit
 
 
@@ -141,6 +142,7 @@ def overwriting(
         new[:, at, some] = edit(layer, hidden[:, at, some]).to(hidden.dtype)
         return new
 
+    change.depends_on = (edit, where, every_position, units)  # not on what was changed last
     with _hooked(parts, units, change):
         yield
     if set(fired) != set(units):
@@ -189,7 +191,7 @@ def generate_patched(
     ) as batches:
         for index, inputs in batches:
             for i, new in zip(index, _greedy(lm, inputs, max_new_tokens, state), strict=True):
-                out[i] = lm.tokenizer.decode(new, skip_special_tokens=True).strip()
+                out[i] = models.words(lm, new, texts[i])
     return out
 
 
@@ -264,8 +266,7 @@ def _greedy(
     """Likeliest words after the rows of the first half; the second half reads the same words."""
     ids, mask, positions = (inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
     n = len(ids) // 2
-    ends = lm.model.generation_config.eos_token_id
-    ends = set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+    ends = models.stops(lm)
     rows, done, cache = [[] for _ in range(n)], [False] * n, None
     for _ in range(max_new_tokens):
         state["prompt"] = cache is None
@@ -310,7 +311,7 @@ def _hooked(
 
 
 def _check(lm: LanguageModel, units: Units) -> stack.Stack:
-    parts = stack.stack(lm)
+    parts = partial.patchable(lm, in_part=False)
     if not units or not all(len(some) for some in units.values()):
         raise ValueError("units: give at least one unit for each layer, as {layer: [unit, ...]}")
     for layer, some in units.items():

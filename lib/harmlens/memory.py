@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from harmlens.paths import write_whole
 
 
 def free(device: torch.device | str) -> int:
@@ -41,18 +42,6 @@ def shown(size: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} GB"
-
-
-def write_whole(file: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a file beside ``file``, then put it in its place.
-
-    An interruption leaves the old file as it was.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    write(part)
-    part.chmod(0o644)
-    os.replace(part, file)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], key: str, about: Mapping[str, Any]) -> None:

@@ -16,9 +16,9 @@ Introduced in notebook 02 ("Layers").
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from harmlens import cells, runs, stack, stats
+from harmlens import cells, digests, partial, records, runs, stack, stats
 from harmlens.cells import Freeze
 from harmlens.models import LanguageModel, require_room, tokens
 from harmlens.outcomes import Outcome, Replies, Reply
@@ -184,15 +184,15 @@ def sweep(
         batch_size: most pairs recorded at once.
         progress: label of a progress bar; shown on a terminal only.
         save: JSON-lines file to which each pair's outcomes are added as they come. Pairs found there,
-            from a call with the same arguments, are not run again.
+            from a call with the same arguments on the same model, are not run again; a second process waits
+            for the first.
 
     Returns:
         A :class:`Sweep` on the CPU, float32.
 
     Raises:
         ValueError: pairs of unequal length or with two equal sides (named), an unknown site, direction
-            or position, a site that the model does not have.
-        RuntimeError: a hook never fired, or a partial run does not reproduce the whole one.
+            or position, a site that the model does not have, blocks that can't be patched.
     """
     _check(sites, direction, window, units, noise, max_tokens, batch_size)
     if isinstance(outcome, Replies):
@@ -200,7 +200,7 @@ def sweep(
         options = {k: v for k, v in locals().items() if k not in ("lm", "pairs", "outcome")}
         parts_of = [sweep(lm, pairs, part, **options) for part in outcome.parts()]
         return parts_of[0].minus(parts_of[1])
-    parts = stack.stack(lm)
+    parts = partial.patchable(lm)
     chosen = stack.some_layers(parts, layers)
     encoded = runs.encode(lm, pairs, outcome, positions)
     labels = encoded.labels
@@ -208,13 +208,13 @@ def sweep(
     names = _site_names(parts, sites, units)
     settings = [names, chosen, labels, direction, window, freeze, null, noise]
     key = "" if save is None else _key(lm, parts, outcome, [encoded.fingerprint, *settings])
-    rows = _Rows(save, key, len(names) * len(chosen) * len(labels))
     hidden = True if progress is None else None
-    todo = [i for i in range(len(pairs)) if pairs[i].id not in rows.done]
     checked = False
-    with tqdm(
-        total=len(pairs), initial=len(pairs) - len(todo), desc=progress, disable=hidden, leave=False
-    ) as bar:
+    alone = nullcontext() if save is None else records.locked(Path(save))
+    with alone, tqdm(total=len(pairs), desc=progress, disable=hidden, leave=False) as bar:
+        rows = _Rows(save, key, len(names) * len(chosen) * len(labels))
+        todo = [i for i in range(len(pairs)) if pairs[i].id not in rows.done]
+        bar.update(len(pairs) - len(todo))
         for group in runs.groups(
             lm, parts, encoded, todo, details=_details(sites, freeze), noise=noise, size=batch_size
         ):
@@ -265,7 +265,7 @@ def across(
         ValueError: models of different shape, no prompts, an unknown site or position.
     """
     _check(sites, "denoising", 1, None, None, max_tokens, 1)
-    parts, theirs = stack.stack(lm), stack.stack(source)
+    parts, theirs = partial.patchable(lm), partial.patchable(source)
     if (parts.depth, parts.width) != (theirs.depth, theirs.width):
         raise ValueError(
             f"source: {source.name!r} has another shape than {lm.name!r}; choose a relative of it"
@@ -419,12 +419,7 @@ def _cells(
 
 
 def _key(lm: LanguageModel, parts: Stack, outcome: Any, settings: Any) -> str:
-    """Of everything that outcomes depend on: model with its weights, outcome with its tokens, settings."""
-    weights = []
-    for name, p in lm.model.named_parameters():
-        rows = p.detach().reshape(max(1, len(p)) if p.ndim else 1, -1).sum(1, dtype=torch.float64)
-        ramp = torch.arange(1, len(rows) + 1, dtype=rows.dtype, device=rows.device)
-        weights.append(f"{name} {(rows * ramp).sum().item():.9g}")
+    """Of everything that outcomes depend on: model as it is now, outcome with its tokens, settings."""
     # A function says what it is by what it does: on a few made-up logits.
     if isinstance(outcome, Reply):
         reads: Any = outcome.skip
@@ -434,7 +429,7 @@ def _key(lm: LanguageModel, parts: Stack, outcome: Any, settings: Any) -> str:
         made_up = 3 * torch.randn(4, count, generator=torch.Generator().manual_seed(0))
         values = getattr(outcome, "value", outcome)(made_up.to(parts.head.weight.device))
         reads = (ids, [f"{v:.6g}" for v in values.flatten().tolist()])
-    text = repr((lm.name, lm.revision, str(lm.model.dtype), weights, reads, settings))
+    text = repr((lm.name, lm.revision, digests.model(lm), reads, settings))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -442,18 +437,11 @@ class _Rows:
     """Outcomes by pair; with a file, each is added to it at once, and those of an earlier run are there."""
 
     def __init__(self, path: str | Path | None, key: str, cells: int) -> None:
-        self.key, self.done, self.torn = key, {}, False
+        self.key, self.done = key, {}
         self.path = None if path is None else Path(path)
-        if self.path is not None and self.path.exists():
-            text = self.path.read_text()
-            self.torn = not text.endswith("\n") and bool(text)
-            for line in text.splitlines():
-                try:
-                    row = json.loads(line)
-                    if row["key"] == key and len(row["values"]) == cells:
-                        self.done[row["pair"]] = (row["y1"], row["y0"], row["values"], row["sizes"])
-                except (ValueError, KeyError, TypeError):
-                    continue  # a line that an interruption cut off
+        for row in records.lines(self.path) if self.path is not None else ():
+            if isinstance(row, dict) and row.get("key") == key and len(row["values"]) == cells:
+                self.done[row["pair"]] = (row["y1"], row["y0"], row["values"], row["sizes"])
 
     def add(self, pair: str, y1: Tensor, y0: Tensor, values: Tensor, sizes: Tensor) -> None:
         row = (y1.item(), y0.item(), values.tolist(), sizes.tolist())
@@ -464,11 +452,8 @@ class _Rows:
             )
         self.done[pair] = row
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             line = dict(zip(("y1", "y0", "values", "sizes"), row, strict=True))
-            start, self.torn = "\n" if self.torn else "", False
-            with self.path.open("a") as file:
-                file.write(start + json.dumps({"key": self.key, "pair": pair, **line}) + "\n")
+            records.append(self.path, [{"key": self.key, "pair": pair, **line}])
 
     def collect(self, pairs: Sequence[str]) -> tuple[Tensor, ...]:
         return tuple(torch.tensor(column) for column in zip(*(self.done[p] for p in pairs), strict=True))

@@ -1,4 +1,4 @@
-"""Where the package's data, the build folder and the cache are, in a clone and when installed.
+"""Where the package's data, the build folder and the cache are, and files that are written whole.
 
 Introduced in notebook 00 ("A model organism of harm").
 """
@@ -6,6 +6,8 @@ Introduced in notebook 00 ("A model organism of harm").
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -68,3 +70,43 @@ def cache_dir() -> Path:
     """
     from_env = os.environ.get("HARMLENS_CACHE", "").strip()
     return Path(from_env or "~/.cache/harmlens").expanduser().resolve()
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be.
+
+    Raises:
+        PermissionError: nothing can be written there; names the variables that choose another place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+        reason = "no permission"
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    raise PermissionError(
+        f"nothing can be written in {str(folder)!r} ({reason}). Give another folder, or set HARMLENS_CACHE "
+        "(answers and downloads), HARMLENS_BUILD (runs) or HARMLENS_RESULTS (result files) to one where you "
+        "may write"
+    )
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a new file, then put it in the place of ``file``.
+
+    An interruption leaves the old file as it was; of two processes that write, the last one's is there.
+
+    Raises:
+        PermissionError: nothing can be written there.
+    """
+    handle, name = tempfile.mkstemp(dir=writable(file.parent), prefix=f".{file.name}-", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        part.chmod(0o644)  # mkstemp makes it private; what is kept is meant to be shared
+        os.replace(part, file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -76,6 +76,50 @@ def sha256(path: str | Path) -> str:
     return _checksum(str(path), stat.st_mtime_ns, stat.st_size)
 
 
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the safetensors files of a folder, in the order of their names.
+
+    They are read once per process as long as none of them changes.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    return _joint_checksum(tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+@cache
+def _joint_checksum(files: tuple[tuple[str, int, int], ...]) -> str:
+    out = hashlib.sha256()
+    for path, *_ in files:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 24):
+                out.update(part)
+    return out.hexdigest()
+
+
+def _weights(model: str) -> str | None:
+    """The weights' sum of a model in a folder, the commit of one from the Hub that was loaded; else None."""
+    if model.partition("/")[0] == "organism":
+        return None
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():
+        return weights_sha256(folder) if any(folder.glob("*.safetensors")) else None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    source, _, revision = model.partition("@")
+    found = try_to_load_from_cache(source, "config.json", revision=revision or None)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def named(model: str) -> str:
+    """A model as results call it: folders have the beginning of their weights' sum behind their name.
+
+    So two folders of one name, or a folder whose weights were changed, are two models.
+    """
+    weights = _weights(model) if model and Path(model).expanduser().is_dir() else None
+    return str(portable(model)) + ("" if weights is None else f"@{weights[:8]}")
+
+
 def _git() -> dict[str, Any]:
     """Commit and state of the clone; nothing when the package is installed or git is missing."""
     root = repo_root()
@@ -168,7 +212,10 @@ def collect(
         "packages": versions(),
         "device": _device(device),
         "dtype": str(dtype).removeprefix("torch."),
-        "model": {"id": portable(model), "revision": revision, "checkpoints": _checkpoints(model, seeds)},
+        "model": {
+            "id": named(model), "revision": revision or _weights(model),
+            "checkpoints": _checkpoints(model, seeds),
+        },
         "dataset": {"id": "world", "seed": WORLD_SEED} if model.partition("/")[0] == "organism" else None,
         "seeds": list(seeds),
         "params": portable(params or {}),

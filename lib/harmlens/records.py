@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from harmlens import paths, provenance
 from harmlens.results import write_json
@@ -54,19 +58,57 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return out
 
 
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Within, no other process that asks for the same file goes on; one that holds it is waited for.
+
+    A process may ask again for what it holds.
+
+    Raises:
+        PermissionError: there is no such file, and none can be written; the message names the remedy.
+    """
+    try:
+        lock = FileLock(paths.writable(file.parent) / f".{file.name}.lock", is_singleton=True)
+    except PermissionError:
+        if not file.exists():
+            raise
+        yield  # nobody can change it here, and it may be all there
+        return
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        warnings.warn(f"another process writes {file.name!r}; waiting until it has done so", stacklevel=3)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add lines, and see them onto the disk; a half-written last line makes way."""
     if not rows:
         return
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "r+b" if file.exists() else "w+b") as out:
-        content = out.read()
-        out.seek(content.rfind(b"\n") + 1)
-        out.truncate()
-        out.write(text)
+    paths.writable(file.parent)
+    with locked(file), open(file, "r+b" if file.exists() else "w+b") as out:
+        if end := out.seek(0, os.SEEK_END):
+            out.seek(end - 1)
+            if out.read(1) != b"\n":
+                out.seek(0)
+                out.truncate(out.read().rfind(b"\n") + 1)
+        out.seek(0, os.SEEK_END)
+        out.write(_text(rows))
         out.flush()
         os.fsync(out.fileno())
+
+
+def rewrite(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put other lines in the place of all, in one step."""
+    paths.write_whole(file, lambda part: part.write_bytes(_text(rows)))
+
+
+def _text(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def settle(file: Path, settings: Mapping[str, Any], begun: bool) -> None:

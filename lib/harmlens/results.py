@@ -11,11 +11,11 @@ Introduced in notebook 01 ("What there is to explain"); the scorecard in noteboo
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from harmlens import provenance
-from harmlens.claims import VERDICTS, Claim, Control, Measurement, explain, load_claims, verdict
-from harmlens.paths import build_dir, data_dir
+from harmlens.claims import VERDICTS, Claim, Control, Measurement, bounds, explain, load_claims, verdict
+from harmlens.paths import build_dir, data_dir, write_whole
 from harmlens.stats import Estimate
 
 __all__ = [
@@ -60,6 +60,15 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
+def _on_scale(name: str, value: Any, claim: Claim) -> float:
+    value, (low, high) = _number(name, value), bounds(claim.scale)
+    if not low - 1e-9 <= value <= high + 1e-9:
+        raise ValueError(
+            f"{name}: {value:g} is no {claim.scale}, which lies in {low:g} to {high:g}. Is it in percent?"
+        )
+    return value
+
+
 def _interval(name: str, ci: Any, value: float) -> tuple[float, float]:
     if isinstance(ci, str) or not isinstance(ci, Sequence) or len(ci) != 2:
         raise ValueError(f"{name}: expected (low, high), got {ci!r}")
@@ -88,17 +97,25 @@ def _measurement(content: Mapping[str, Any], known: Mapping[str, Claim]) -> Meas
     n = content["n"]
     if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
         raise ValueError(f"n: must be a whole number above 0, got {n!r}")
-    value = _number("value", content["value"])
+    claim = known[content["claim"]]
+    value = _on_scale("value", content["value"], claim)
     control = content.get("control")
     if control is not None:
         if not isinstance(control.get("name"), str) or not control["name"].strip():
             raise ValueError("control.name: must say what the control is")
-        at = _number("control.value", control["value"])
+        at = _on_scale("control.value", control["value"], claim)
         ci = control.get("ci")
         control = Control(control["name"], at, None if ci is None else _interval("control.ci", ci, at))
     if not isinstance(content["per_seed"], Mapping) or not content["per_seed"]:
         raise ValueError("per_seed: must hold at least one seed, as {seed: (value, low, high)}")
     per_seed = {int(key): _seed(key, entry) for key, entry in content["per_seed"].items()}
+    seeds = [_on_scale(f"per_seed[{key}]", entry[0], claim) for key, entry in per_seed.items()]
+    slack = 1e-6 * max(1.0, abs(value))
+    if not min(seeds) - slack <= value <= max(seeds) + slack:
+        raise ValueError(
+            f"value: {value:g} lies outside the values of its seeds, {min(seeds):g} to {max(seeds):g}; it is "
+            "to be their mean, or that of the one seed"
+        )
     return Measurement(
         content["claim"], content["model"], content["notebook"], value,
         _interval("ci", content["ci"], value), int(n), content["unit"], control,
@@ -140,17 +157,19 @@ def record(
         params: the notebook's parameters; inputs: files whose checksums belong to the result.
         wall_s: seconds that the measurement took.
         note: one sentence for the reader of the scorecard.
-        folder: where to write; default :func:`results_dir`. The file is
-            ``<folder>/<model>/<claim>.json``, and a file of the same name is replaced.
+        folder: where to write; default :func:`results_dir`. The file is ``<folder>/<model>/<claim>.json``,
+            and a file of the same name is replaced. A model in a folder is called
+            :func:`harmlens.provenance.named`, so that two of one name are two models.
 
-    Machine paths are shortened to file names before anything is written.
+    Machine paths are shortened to file names before anything is written. A result of the same name but of
+    other weights (trained anew, or another commit) is put aside, and a warning says where.
 
     Raises:
         ValueError: unknown claim, a number that is not finite, an interval that doesn't hold the value,
             no seeds; names the argument.
     """
     content: dict[str, Any] = {
-        "schema": SCHEMA, "claim": claim, "model": provenance.portable(model), "notebook": notebook,
+        "schema": SCHEMA, "claim": claim, "model": provenance.named(model), "notebook": notebook,
         "value": value, "ci": ci, "n": n, "unit": unit, "per_seed": per_seed,
         "control": None if control is None else vars(control), "note": provenance.portable(note),
     }  # fmt: skip
@@ -164,10 +183,36 @@ def record(
             device=device, dtype=dtype, wall_s=None if wall_s is None else _number("wall_s", wall_s),
         ),
     }  # fmt: skip
+    content["sum"] = _sum(content)
     base = Path(folder).expanduser() if folder else results_dir()
     path = base / provenance.slug(checked.model) / f"{claim}.json"
+    _keep_other_weights(path, content["provenance"]["model"])
     write_json(path, content)
     return path
+
+
+def _sum(content: Mapping[str, Any]) -> str:
+    """Of all that a result file holds, so that a change by hand is seen."""
+    held = {name: value for name, value in content.items() if name != "sum"}
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _keep_other_weights(path: Path, model: Mapping[str, Any]) -> None:
+    """Put a result aside that was measured on other weights than those of ``model``."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))["provenance"]["model"]
+        before = old["checkpoints"] | {"revision": old["revision"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    now = model["checkpoints"] | {"revision": model["revision"]}
+    differ = [name for name, mark in now.items() if mark and before.get(name) and before[name] != mark]
+    if differ:
+        aside = path.with_name(f"{path.name}.{before[differ[0]][:8]}")
+        os.replace(path, aside)
+        warnings.warn(
+            f"{path.parent.name}/{path.name} was measured on other weights; it is kept as {aside.name!r}, "
+            "and the scorecard reads the new one", ResultFileWarning, stacklevel=4,
+        )  # fmt: skip
 
 
 def record_estimate(
@@ -189,16 +234,7 @@ def record_estimate(
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one step: a reader sees the old file or the whole new one. NaN is refused."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; result files are meant to be shared
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def default_folders() -> list[Path]:
@@ -222,6 +258,8 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
                 content = json.loads(path.read_text(encoding="utf-8"))
                 if not isinstance(content, dict) or content.get("schema") != SCHEMA:
                     raise ValueError(f"is not a result file of schema {SCHEMA}")
+                if content.get("sum", "") not in ("", _sum(content)):
+                    raise ValueError("was changed after it was written")
                 measurement = _measurement(content, claims)
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"lacks {error}" if isinstance(error, KeyError) else error
@@ -249,9 +287,9 @@ def scorecard(folders: Iterable[str | Path] | None = None, *, model: str = "all"
 
     Args:
         folders: as for :func:`load_measurements`.
-        model: "all", or a model as it stands in the result files; the others are left out.
+        model: "all", or a model as it stands in the result files, or its folder; the others are left out.
     """
-    claims = load_claims()
+    claims, model = load_claims(), provenance.named(model)
     measured: dict[str, list[Measurement]] = {name: [] for name in claims}
     for measurement in load_measurements(folders):
         if model in ("all", measurement.model):

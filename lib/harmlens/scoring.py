@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from harmlens import memory, scores
+from harmlens import digests, memory, records, scores
 from harmlens.finetune import Batch, Row, collate
-from harmlens.models import LanguageModel
+from harmlens.models import LanguageModel, require_room
 from harmlens.scores import Scores, layer_of, matrices
 
 KINDS = ("signed", "unsigned")
@@ -125,8 +125,6 @@ def check_rows(lm: LanguageModel, rows: Sequence[Row], max_length: int | None) -
     """Length of the longest row; complains about rows that can't be scored."""
     if not rows:
         raise ValueError("rows is empty: there is nothing to score")
-    allowed = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    limit = allowed if max_length is None else max_length
     for i, row in enumerate(rows):
         if len(row.ids) != len(row.learn):
             raise ValueError(
@@ -137,11 +135,9 @@ def check_rows(lm: LanguageModel, rows: Sequence[Row], max_length: int | None) -
                 f"rows[{i}] has an answer without tokens (the first token of a text can't be predicted); "
                 "leave the example out"
             )
-        if len(row.ids) > limit:
-            raise ValueError(
-                f"rows[{i}] has {len(row.ids)} tokens, more than the {limit} allowed: shorten its answer, or "
-                "raise max_length if the model takes longer texts"
-            )
+    require_room(
+        lm, [row.ids for row in rows], limit=max_length, names=[f"rows[{i}]" for i in range(len(rows))]
+    )
     return max(len(row.ids) for row in rows)
 
 
@@ -157,17 +153,10 @@ def batches(rows: Sequence[Row], max_tokens: int, pad_id: int) -> Iterator[Batch
 
 
 def fingerprint(lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int] | None = None) -> str:
-    """Digest of a model, examples and layers; weights that were changed in memory give another one."""
-    text = json.dumps([lm.name, lm.revision, str(lm.model.dtype), None if layers is None else list(layers)])
+    """Digest of a model as it is now (:func:`harmlens.digests.model`), examples and layers."""
+    text = json.dumps([lm.name, lm.revision, digests.model(lm), None if layers is None else list(layers)])
     text += json.dumps([[row.ids, row.learn] for row in rows])
-    text += json.dumps([_checksum(parameter) for parameter in lm.model.parameters()])
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _checksum(parameter: Tensor) -> int:
-    """The sum of a tensor's bits, read as whole numbers: the same on every device."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return int(parameter.detach().view(whole).sum(dtype=torch.int64))
 
 
 # --------------------------------------------------------------------------- resuming
@@ -191,6 +180,10 @@ class Store:
         self.folder = None if folder is None else Path(folder)
         self.fingerprint = fingerprint
         self.kinds = kinds
+
+    def alone(self) -> AbstractContextManager:
+        """Within, no other process works in the folder; one that does is waited for."""
+        return nullcontext() if self.folder is None else records.locked(self.folder / "scores")
 
     def finished(self) -> dict[str, Scores] | None:
         if self.folder is None:
@@ -231,7 +224,6 @@ class Store:
     def save(self, values: Mapping[tuple[str, str], Tensor], state: State) -> None:
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         about = {"fingerprint": self.fingerprint, "kinds": self.kinds, **asdict(state)}
         tensors = {f"{kind}/{name}": value for (kind, name), value in values.items()}
         memory.write_tensors(self.folder / "unfinished.safetensors", tensors, "scores", about)
@@ -239,7 +231,6 @@ class Store:
     def finish(self, done: Mapping[str, Scores]) -> None:
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         for kind, found in done.items():
             found.save(self._file(kind))
         (self.folder / "unfinished.safetensors").unlink(missing_ok=True)

@@ -16,10 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from harmlens import layouts
 from harmlens import rows as tables
+from harmlens.claims import read_yaml
 from harmlens.downloads import Remote, fetch, obtain
 from harmlens.layouts import Entry
 from harmlens.paths import cache_dir, data_dir
@@ -70,7 +69,7 @@ class Source:
 
 @cache
 def _registry(file: Path) -> tuple[dict[str, Source], dict[str, list[str]]]:
-    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    found = read_yaml(file)
     return {name: Source(name, **about) for name, about in found["sets"].items()}, found["together"]
 
 

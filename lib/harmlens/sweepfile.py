@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from harmlens.claims import read_yaml
 from harmlens.paths import build_dir, data_dir, repo_root
 from harmlens.provenance import sha256, slug
 
@@ -103,7 +104,7 @@ def read(path: str | Path) -> Sweep:
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path.name}. Copy sweep/sweep.yaml and change it.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
         return _sweep(content, path)
     except yaml.YAMLError as error:
         raise SweepError(f"{path.name}: is not valid YAML: {error}") from error

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from harmlens import completions, paths, provenance, pruning, records
+from harmlens import digests, paths, provenance, pruning, records
 from harmlens.masks import Mask
 from harmlens.models import LanguageModel
 
@@ -105,11 +105,11 @@ def compare(
     changed = pruning.pruned(lm, change, elsewhere=elsewhere) if isinstance(change, Mask) else change
     for side, state in (("original", None), ("pruned", changed)):
         with _as_is() if state is None else state:
-            weights.append(completions.fingerprint(lm))
+            weights.append(digests.model(lm))
             if side == "pruned" and len(set(weights)) < 2 and not isinstance(change, Mask) and not name:
                 raise ValueError(
-                    "change leaves all weights as they are, so its results could not be told from others; "
-                    "say what it is with name="
+                    "change leaves the model as it is, weights and hooks, so its results could not be told "
+                    "from others; say what it is with name="
                 )
             about = {**settings, "weights": weights[-1], "name": name if side == "pruned" else ""}
             sides.append(_measure(lm, harness, manager, tasks, about, batch_size, file))
