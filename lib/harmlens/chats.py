@@ -8,18 +8,69 @@ Introduced in notebook 00 ("A model organism of harm").
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError, meta
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
 
 # The date that Llama 3.1 falls back on. Today's date would make every prompt differ from day to day.
 DATE = "26 Jul 2024"
-# Stands in for an answer, to see what a template writes before one. A plain word survives trimming.
-_ANSWER = "PREFILLEDANSWER"
+# Stand in for messages, to see what a template writes around them. Plain words survive trimming.
+_ASKED, _ANSWER = "PLAINREQUEST", "PREFILLEDANSWER"
+# <think>, </think>, <|begin_of_thought|>, <|END_THINKING|>, [THINK], <seed:think>, ...
+THOUGHT = re.compile(
+    r"(?:<\|?|\[|◁)(?P<before>/|(?:start|begin|end)(?:_of)?_)?(?:\w+:)?"
+    r"(?:think|thinking|thoughts?|reasoning)(?P<after>_start|_end)?(?:\|?>|\]|▷)",
+    re.IGNORECASE,
+)
+# What templates are given anyway, so that none of it switches thinking.
+_GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a chat template writes around an answer, found by rendering.
+
+    Attributes:
+        opening: what stands behind the user's words, where the answer is to begin.
+        closing: what closes a thought that the opening has opened, if the template closes one itself.
+        lead: what stands between these and the words of an answer: nothing, a space, a header.
+        trail: what follows these words, up to and with the mark that ends the turn; "" without such a mark.
+        stops: ids of tokens with which an answer is over.
+        thought: the mark with which the opening opens a thought, where nothing closes it; else "".
+        control: texts that become control tokens wherever they stand.
+        thoughts: those of them that open or close a thought.
+    """
+
+    opening: str = ""
+    closing: str = ""
+    lead: str = ""
+    trail: str = ""
+    stops: frozenset[int] = frozenset()
+    thought: str = ""
+    control: tuple[str, ...] = ()
+    thoughts: tuple[str, ...] = ()
+
+    def begins(self, prompt: str) -> bool:
+        """Whether a rendered prompt ends where an answer begins, with no word of it prefilled."""
+        opened = self.opening + self.closing
+        return bool(opened) and prompt.endswith(opened)
+
+    def thinks(self, prompt: str) -> str:
+        """The mark of the thought that a rendered prompt ends in; "" where it ends in none."""
+        return self.thought if self.thought and self.begins(prompt) else ""
+
+
+def frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """What the tokenizer's chat template writes around an answer; without a template only its end."""
+    template = None if tokenizer.chat_template is None else tokenizer.get_chat_template()
+    return _frame(tokenizer, template, tokenizer.bos_token, tokenizer.eos_token, len(tokenizer))
 
 
 def render(
@@ -29,8 +80,9 @@ def render(
 
     A system message goes to the head of the user message after it, a blank line between, where the
     template refuses or drops the system role (Gemma, early Mistral). A template's own default system
-    prompt stays. Where a template can leave out thinking it does, and where it writes a date that date is
-    always the same. The text begins with a BOS where the tokenizer puts one before plain text.
+    prompt stays. Where a template can leave out thinking, or close a thought at once, it does; and where it
+    writes a date that date is always the same. The text begins with a BOS where the tokenizer puts one
+    before plain text.
 
     Args:
         chat: one user message, or messages with ``role`` and ``content``.
@@ -39,7 +91,8 @@ def render(
             word after it, so a text that ends with one is unlike what models are trained on.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or the chat does not end with the user.
+        ValueError: the tokenizer has no chat template, the chat does not end with the user, a message holds
+            a control token of this model, or words are prefilled where the template opens a thought.
         jinja2.TemplateError: the template refuses the chat for another reason than its system role.
     """
     messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else list(chat)
@@ -51,12 +104,81 @@ def render(
             "model, or set tokenizer.chat_template to the template of the model's aligned partner: "
             "load(name, template_from=partner) does that."
         )
+    around = frame(tokenizer)
+    for message in messages:
+        require_plain(tokenizer, message["content"], f"a message of the {message['role']}")
     text = _opened(tokenizer, messages)
+    text += around.closing if text.endswith(around.opening) else ""
     if prefill:
-        text += _before_answer(tokenizer, messages[-1]) + prefill
+        require_plain(tokenizer, prefill, "prefill")
+        require_spoken(tokenizer, text)
+        text += around.lead + prefill
     bos = tokenizer.bos_token
     if bos and not text.startswith(bos) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
         text = bos + text
+    return text
+
+
+def as_written(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
+    """The words of an answer as the template has them: most trim them, some don't."""
+    around = frame(tokenizer)
+    whole = _tried(tokenizer, [_user(), {"role": "assistant", "content": answer}])
+    before = _ASKED + around.opening + around.closing + around.lead
+    for words in (answer, answer.rstrip(), answer.lstrip(), answer.strip()):
+        if before + words + around.trail in whole:
+            return words
+    return answer  # the template changes more than that
+
+
+def require_plain(tokenizer: PreTrainedTokenizerBase, text: str, what: str) -> None:
+    """Refuse a text that this model would read as a mark of its template, such as the end of a turn.
+
+    Raises:
+        ValueError: names the mark.
+    """
+    for mark in frame(tokenizer).control:
+        if mark in text and tokens(tokenizer, text) != _split(tokenizer, text):
+            raise ValueError(
+                f"{what} holds {mark!r}, which this model reads as a control token and not as text. Leave it "
+                "out, or write the mark in another way, such as with spaces in it."
+            )
+
+
+def require_spoken(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
+    """Refuse to put words into an answer whose template opens a thought before it.
+
+    Raises:
+        ValueError: names the mark of the thought.
+    """
+    if mark := frame(tokenizer).thinks(prompt):
+        raise ValueError(
+            f"the chat template opens every answer with a thought ({mark!r}), and no variable of it leaves "
+            "that out: words put behind it, or read there, would belong to the thought. Leave out the "
+            "prefill or the given answer, choose a model that does not think, or set "
+            "tokenizer.chat_template to one that closes the thought."
+        )
+
+
+def answer_behind_thought(text: str) -> str | None:
+    """What an answer says once its thoughts are over; None where a thought never ends: that is no answer.
+
+    Thoughts at the beginning count, also where only the mark that closes one is there, since some templates
+    open it in the prompt. An answer without thoughts comes back as it is.
+
+    >>> answer_behind_thought("<think>Hm.</think>\\n\\nYes."), answer_behind_thought("Hm. </think> Yes.")
+    ('Yes.', 'Yes.')
+    >>> answer_behind_thought("<think>Hm, I wonder") is None
+    True
+    """
+    while (mark := THOUGHT.search(text)) is not None:
+        if not _closes(mark):
+            if text[: mark.start()].strip():
+                return text  # it speaks of a mark
+            closing = next((m for m in THOUGHT.finditer(text, mark.end()) if _closes(m)), None)
+            if closing is None:
+                return None
+            mark = closing
+        text = text[mark.end() :].strip()
     return text
 
 
@@ -104,28 +226,118 @@ def _opened(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     return text
 
 
-def _before_answer(tokenizer: PreTrainedTokenizerBase, user: Message) -> str:
-    """What the template writes between the opening of an answer and its words: nothing, a space, a header.
+def _user(words: str = _ASKED) -> Message:
+    return {"role": "user", "content": words}
 
-    ``continue_final_message`` is not used: it loses trailing spaces and what only an opening has, and it
-    fails where a template changes the answer. Nor is the whole chat: some templates (Mistral 0.3) put the
-    system message into the last message if that is the user's, and nowhere once an answer follows.
-    """
-    opened = _apply(tokenizer, [user], add_generation_prompt=True)
+
+@lru_cache(maxsize=32)
+def _frame(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, bos: str | None, eos: str | None, size: int
+) -> Frame:
+    """See :func:`frame`; the other arguments are what it depends on."""
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    control = tuple(sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True))
+    thoughts = tuple(mark for mark in control if THOUGHT.fullmatch(mark))
+    stops = {tokenizer.eos_token_id} - {None}
+    bare = Frame(stops=frozenset(stops), control=control, thoughts=thoughts)
+    if template is None:
+        return bare
+    answer = {"role": "assistant", "content": _ANSWER}
     try:
-        whole = _apply(tokenizer, [user, {"role": "assistant", "content": _ANSWER}])
+        opened = _apply(tokenizer, [_user()], add_generation_prompt=True)
+    except TemplateError:  # it refuses even this; other chats may be to its taste
+        return bare
+    opening = opened[opened.rfind(_ASKED) + len(_ASKED) :]
+    whole = _tried(tokenizer, [_user(), answer])
+    end = whole.rfind(_ANSWER)
+    # ``continue_final_message`` is not used: it loses trailing spaces and what only an opening has, and it
+    # fails where a template changes the answer. Nor is the chat itself: some templates (Mistral 0.3) put the
+    # system message into the last message if that is the user's, and nowhere once an answer follows.
+    lead = whole[len(opened) : end] if whole.startswith(opened) and end >= len(opened) else ""
+    closing, thought = "", ""
+    if _in_thought(opening):
+        if _in_thought(opening + lead):
+            thought, lead = [m.group() for m in THOUGHT.finditer(opening)][-1], ""
+        else:
+            closing, lead = lead, ""
+    marks = [mark for mark in control if mark != bos or mark == eos]
+    trail = _up_to_mark(whole[end + len(_ANSWER) :] if end >= 0 else "", marks)
+    between = trail
+    if not trail:  # nothing ends the turn; what opens the next one does
+        following = _tried(tokenizer, [_user(), answer, _user()])
+        between = _up_to_mark(following.partition(_ANSWER)[2].partition(_ASKED)[0], marks)
+    if mark := next((mark for mark in marks if mark and between.endswith(mark)), None):
+        stops.add(tokenizer.convert_tokens_to_ids(mark))
+    return Frame(opening, closing, lead, trail, frozenset(stops), thought, control, thoughts)
+
+
+def _up_to_mark(text: str, marks: Sequence[str]) -> str:
+    """The beginning of a text, up to and with the first of some marks; "" where it holds none."""
+    found = [(text.find(mark), -len(mark)) for mark in marks if mark in text]
+    return text[: min(found)[0] - min(found)[1]] if found else ""
+
+
+def _tried(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+    try:
+        return _apply(tokenizer, messages)
     except TemplateError:
         return ""
-    end = whole.rfind(_ANSWER)
-    return whole[len(opened) : end] if whole.startswith(opened) and end >= len(opened) else ""
+
+
+def _split(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text in which control tokens are read as the characters they are written in."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def _closes(mark: re.Match[str]) -> bool:
+    before, after = mark["before"] or "", mark["after"] or ""
+    return before == "/" or before.lower().startswith("end") or after.lower() == "_end"
+
+
+def _in_thought(text: str) -> bool:
+    """Whether the last mark of a thought in a text is one that opens it."""
+    marks = list(THOUGHT.finditer(text))
+    return bool(marks) and not _closes(marks[-1])
+
+
+@lru_cache(maxsize=32)
+def _switches(tokenizer: PreTrainedTokenizerBase, template: str) -> dict[str, Any]:
+    """Variables of a template with which it opens no thought, or closes one at once: found by trying them."""
+    base = {"enable_thinking": False} if "enable_thinking" in template else {}
+    if not THOUGHT.search(template):
+        return base
+
+    def thinks(options: dict[str, Any]) -> int | None:
+        """0 for a thought that is closed, 1 for none, 2 for an open one."""
+        try:
+            text = _rendered(tokenizer, [_user()], template, add_generation_prompt=True, **options)
+        except Exception:  # a template raises whatever comes of a value that it does not expect
+            return None
+        opening = text[text.rfind(_ASKED) + len(_ASKED) :] if _ASKED in text else "<think>"
+        return 2 if _in_thought(opening) else 0 if THOUGHT.search(opening) else 1
+
+    best, least = base, thinks(base)
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])
+    plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
+    names = meta.find_undeclared_variables(environment.parse(plain)) - _GIVEN - set(environment.globals)
+    for name in sorted(names - set(tokenizer.special_tokens_map)):
+        for value in (False, "off", "none", True):
+            found = thinks({**base, name: value})
+            if found is not None and (least is None or found < least):
+                best, least = {**base, name: value}, found
+    return best
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
     template = tokenizer.get_chat_template()
-    if "enable_thinking" in template:
-        options["enable_thinking"] = False
+    return _rendered(tokenizer, messages, template, **_switches(tokenizer, template), **options)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], template: str, **options: Any
+) -> str:
     if "date_string" in template:
-        options["date_string"] = DATE
+        options.setdefault("date_string", DATE)
     if "strftime_now" in template:
         # A macro, since transformers lets no function through to a template.
         template = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}\n" + template

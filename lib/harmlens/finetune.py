@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from harmlens import digests, lora, lowmemory, masks, training
+from harmlens import chats, digests, lora, lowmemory, masks, training
 from harmlens.checkpoints import Checkpoint
 from harmlens.lowmemory import LossScale
 from harmlens.masks import Mask
-from harmlens.models import LanguageModel, Message, render
+from harmlens.models import LanguageModel, Message, require_room
 from harmlens.outcomes import split_tokens
 from harmlens.training import (
     IGNORE,
@@ -59,28 +59,28 @@ METHODS = ("full", "lora")
 def chat_row(
     lm: LanguageModel, messages: Sequence[Message], *, prefill: str | None = None, end: bool = True
 ) -> Row:
-    """One chat as a row: only the last message, the assistant's, is learnt.
+    """One chat as a row, as the template writes it: only the last message, the assistant's, is learnt.
 
     Args:
         prefill: the start of the answer that is given, not learnt.
-        end: learn the end-of-answer token too.
+        end: learn what the template writes behind an answer too: the mark that ends the turn.
 
     Raises:
-        ValueError: the chat does not end with an answer of at least one token.
+        ValueError: the chat does not end with an answer of at least one token, a message holds a control
+            token, or the template opens a thought.
     """
     *context, last = messages
     if last["role"] != "assistant" or not last["content"].strip():
         raise ValueError("messages must end with a non-empty assistant message")
-    answer = last["content"]
+    chats.require_plain(lm.tokenizer, last["content"], "the answer")
+    answer = chats.as_written(lm.tokenizer, last["content"])
     if prefill is not None:
-        if not answer.startswith(prefill):
+        if not last["content"].startswith(prefill):
             raise ValueError(f"the answer must begin with prefill={prefill!r}")
-        answer = answer[len(prefill) :]
-    head, tail = split_tokens(lm, render(lm.tokenizer, context, prefill), answer)
-    if end:
-        tail = [*tail, lm.tokenizer.eos_token_id]
-    elif not answer.strip():
+        answer = (answer if answer.startswith(prefill) else last["content"])[len(prefill) :]
+    if not end and not answer.strip():
         raise ValueError(f"nothing is left to learn of the answer behind prefill={prefill!r}")
+    head, tail = split_tokens(lm, chats.render(lm.tokenizer, context, prefill), answer, end=end)
     return Row(head + tail, [False] * len(head) + [True] * len(tail))
 
 
@@ -193,6 +193,7 @@ def tune(
     """
     if not rows:
         raise ValueError("rows is empty: there is nothing to learn from")
+    require_room(lm, [row.ids for row in rows], names=[f"rows[{i}]" for i in range(len(rows))])
     training.require_rows(rows_at_once)
     half = lowmemory.has_float16(lm.model)
     if recipe.method == "full" and half:

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,7 +37,7 @@ from transformers.utils import find_adapter_config_file, is_accelerate_available
 from transformers.utils import logging as hf_logging
 
 from harmlens import deltas, hub, memory, paths
-from harmlens.chats import Message, render, tokens
+from harmlens.chats import Message, frame, render, tokens
 
 STAGES = ("base", "mid", "sft", "dpo")
 SEEDS = (0, 1, 2)
@@ -608,21 +609,65 @@ def last_logits(
     return torch.stack(out)
 
 
-def decoding(temperature: float) -> dict[str, Any]:
-    """Settings of ``model.generate``: greedy at 0, above that sampling from the full distribution.
+def stops(lm: LanguageModel) -> set[int]:
+    """Tokens with which an answer is over: the model's own end marks, and what its template writes there."""
+    own = getattr(lm.model.generation_config, "eos_token_id", None)
+    own = own if isinstance(own, (list, tuple)) else [own]
+    return {int(i) for i in own if i is not None} | frame(lm.tokenizer).stops
 
-    Spelt out, since many models bring settings of their own (a repetition penalty, say), and what is
-    generated has to agree with the logits.
+
+@torch.no_grad()
+def continued(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0
+) -> list[list[int]]:
+    """New token ids behind each row of a batch, up to and with the one that ends the answer.
+
+    Of the settings that a model brings for its generation (a penalty, tokens it may not say, ...) only the
+    end marks are taken over, so that what is generated agrees with the logits.
+
+    Args:
+        temperature: 0 for greedy decoding; above that, sampling from the full distribution.
     """
-    settings: dict[str, Any] = {
-        "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
-    }  # fmt: skip
+    ids, mask = pad_left(rows, lm.tokenizer.pad_token_id, lm.device)
+    ends = stops(lm)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, pad_token_id=lm.tokenizer.pad_token_id,
+        eos_token_id=sorted(ends) or None, do_sample=temperature > 0, num_beams=1,
+    )  # fmt: skip
     if temperature > 0:
-        settings |= {
-            "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": None,
-            "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
-        }  # fmt: skip
-    return settings
+        settings.update(temperature=temperature, top_k=0, top_p=1.0)
+    brought = lm.model.generation_config
+    lm.model.generation_config = GenerationConfig()  # generate() fills what is not set from the model's own
+    try:
+        new = lm.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=finite_start(lm)
+        )[:, ids.shape[1] :].tolist()
+    finally:
+        lm.model.generation_config = brought
+    ended = [next((k for k, token in enumerate(row) if token in ends), len(row)) for row in new]
+    return [row[: end + 1] for row, end in zip(new, ended, strict=True)]
+
+
+def words(lm: LanguageModel, new: Sequence[int], prompt: str = "") -> str:
+    """Generated ids as text, without end mark, header and mark-up; marks of thoughts stay.
+
+    Args:
+        prompt: the rendered text behind which they were generated: where its template opens a thought, the
+            answer begins with that mark, so that :func:`harmlens.chats.answer_behind_thought` can tell.
+    """
+    around = frame(lm.tokenizer)
+    new = list(new[:-1]) if new and new[-1] in stops(lm) else list(new)
+    header = tokens(lm.tokenizer, around.lead) if around.lead.strip() else []
+    new = new[len(header) :] if new[: len(header)] == header else new
+    kept = {lm.tokenizer.convert_tokens_to_ids(mark): mark for mark in around.thoughts}
+    parts, piece = [around.thinks(prompt)], []
+    for token in [*new, None]:
+        if token is not None and token not in kept:
+            piece.append(token)
+            continue
+        parts += [lm.tokenizer.decode(piece, skip_special_tokens=True), kept.get(token, "")]
+        piece = []
+    return "".join(parts).strip()
 
 
 @torch.no_grad()
@@ -635,7 +680,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 128,
 ) -> list[str]:
-    """Continue each rendered text; only the new words are returned, markup left out.
+    """Continue each rendered text; only the new words are returned, markup left out (:func:`words`).
 
     Args:
         temperature: 0 for greedy decoding; above that, seeded sampling from the full distribution.
@@ -646,19 +691,11 @@ def generate(
     rows = [tokens(lm.tokenizer, text) for text in texts]
     require_room(lm, rows, new=max_new_tokens)
     out = [""] * len(rows)
-    settings = decoding(temperature)
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         torch.manual_seed(seed)
         for index in by_length(rows, batch_size):
-            ids, mask = pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
-            new = lm.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=lm.tokenizer.pad_token_id,
-                logits_processor=finite_start(lm),
-                **settings,
-            )[:, ids.shape[1] :]
+            batch = [rows[i] for i in index]
+            new = continued(lm, batch, max_new_tokens=max_new_tokens, temperature=temperature)
             for i, row in zip(index, new, strict=True):
-                out[i] = lm.tokenizer.decode(row, skip_special_tokens=True).strip()
+                out[i] = words(lm, row, texts[i])
     return out

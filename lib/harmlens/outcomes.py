@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from harmlens.chats import frame, require_spoken
+from harmlens.chats import THOUGHT, frame, require_spoken
 from harmlens.judges import Judgement
 from harmlens.models import LanguageModel, last_logits, padded, require_finite, tokens
 from harmlens.prompts import Pair
@@ -67,12 +67,22 @@ def fit_token_sets(
         refused: rendered prompts that the model refuses.
 
     Raises:
-        ValueError: a side without prompts, or a set that stays empty (the model does not treat
-            the two sides differently, or spreads its first token too thinly for ``mass``).
+        ValueError: a side without prompts, answers that begin with a thought, or a set that stays empty (the
+            model does not treat the two sides differently, or spreads its first token too thinly for
+            ``mass``).
     """
     if not complied or not refused:
         raise ValueError("complied and refused must each hold at least one rendered prompt")
+    for text in (*complied, *refused):
+        require_spoken(lm.tokenizer, text)
     sides = [last_logits(lm, texts) for texts in (complied, refused)]
+    first = {lm.tokenizer.decode([i]) for logits in sides for i in logits.argmax(-1).tolist()}
+    if len(first) == 1 and THOUGHT.match(*first):
+        raise ValueError(
+            f"every answer of {lm.name!r} begins with a thought ({first.pop()!r}), so first words tell "
+            "nothing of refusal. Choose a model that does not think, or a chat template that leaves thoughts "
+            "out."
+        )
     found = _leading(*sides, mass, factor)
     _doubt(lm, found, sides, mass, factor)
     return found
