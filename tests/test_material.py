@@ -56,7 +56,8 @@ def test_a_judge(lm):
         material.of(lm, "no_such_set")
 
 
-def test_default_sets_are_asked_for_where_nothing_is_given(lm, monkeypatch):
+def test_default_sets_are_asked_for_where_nothing_is_given(lm, monkeypatch, tmp_path):
+    monkeypatch.setenv("HARMLENS_CACHE", str(tmp_path))
     asked = []
     monkeypatch.setattr(material.public, "of", lambda lm, data, grader: asked.append((data, grader.name)))
     material.of(lm)

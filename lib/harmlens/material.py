@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harmlens import abilities, calibration, catalogue, graders, public, tasks, world
+from harmlens import abilities, calibration, catalogue, graders, public, sources, tasks, world
 from harmlens import prompts as prompts_
 from harmlens.judges import Judgement, judge
 from harmlens.models import LanguageModel, Message, generate
@@ -126,8 +126,9 @@ def of(lm: LanguageModel, data: str = "", judge: str = "") -> Material:
         data: ``""`` for the fictional world where the model's tokenizer knows its words, and for
             :data:`DEFAULT` otherwise; names of public sets joined by commas (:mod:`harmlens.sources`); or a
             ``.csv`` or ``.jsonl`` file with columns ``prompt`` and ``harmful``.
-        judge: how answers to these are graded; ``""`` for refusal prefixes, a weak baseline
-            (:func:`harmlens.graders.of`). The fictional world has a judge of its own.
+        judge: how answers to these are graded (:func:`harmlens.graders.of`); ``""`` for a weak baseline,
+            "refusals" where the answers that it learns from can be had (with public sets they are loaded),
+            else "prefixes". The fictional world has a judge of its own.
 
     Raises:
         ValueError: ``judge`` for the fictional world, or what :func:`harmlens.sources.entries` raises.
@@ -138,7 +139,13 @@ def of(lm: LanguageModel, data: str = "", judge: str = "") -> Material:
                 f"judge={judge!r}: answers about the fictional world are judged exactly; leave it out"
             )
         return WORLD
-    return public.of(lm, data or DEFAULT, graders.of(judge))
+    return public.of(lm, data or DEFAULT, graders.of(judge, download=_loads(data or DEFAULT)))
+
+
+def _loads(data: str) -> bool:
+    """Whether a reader asks for sets that are loaded from elsewhere."""
+    here = {row["name"] for row in sources.describe() if row["pinned"] in ("shipped", "your copy")}
+    return any(part.strip() in {*sources.names()} - here for part in data.split(","))
 
 
 def knows_the_world(lm: LanguageModel) -> bool:

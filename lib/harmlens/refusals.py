@@ -25,7 +25,7 @@ _AI = r"(?:ai|artificial intelligence|language model|assistant|chatbot)\b"
 _HELP = (
     "(?:help|assist|provide|give|offer|share|answer|comply|fulfil|support|generate|create|write|produce|tell|"
     "discuss|engage|participate|complete|respond|advise|teach|explain|recommend|encourage|condone|promote|"
-    "suggest|advocate|in good conscience|satisfy|endorse|facilitate)"
+    "suggest|advocate|in good conscience|satisfy|endorse|facilitate|do (?:it|that|this|so))"
 )
 _UNABLE = (
     f"(?:(?:i|we) {_ADVERBS}(?:cannot|can not|can't|can no longer|could not|couldn't|will not|won't|"
