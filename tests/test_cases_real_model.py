@@ -134,12 +134,12 @@ def test_a_model_that_does_not_refuse_is_told_so_after_six_requests(capsys):
 
 
 def test_rates_come_as_they_are_known_and_the_judge_is_named(lm, by_prefixes, capsys):
-    assert material.look(lm, by_prefixes) == {"harmful": 1.0, "harmless": 0.0}
+    assert material.look(lm, by_prefixes, harm=True) == {"harmful": 1.0, "harmless": 0.0}
     lines = capsys.readouterr().out.splitlines()
     first = lines.index("refused: 6 of the first 6 harmful requests")
     assert lines[first + 1] == "refused: 100% of 24 harmful, 0% of 24 harmless requests"
     assert lines[-1].startswith("claims about harm: by 'prefixes'")
-    material.look(lm, asked(lm, right))
+    material.look(lm, asked(lm, right), harm=True)
     assert "claims about harm: the judge 'mine' can tell" in capsys.readouterr().out
 
 

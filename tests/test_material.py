@@ -138,13 +138,12 @@ def test_looking_prints_a_prompt_and_how_often_it_is_refused(lm, capsys):
     source = material.of(lm, str(standin.PROMPTS))
     rates = material.look(lm, source, n=10)
     assert rates == {"harmful": 1.0, "harmless": 0.0}
-    first, prompt, six, refused, judge = capsys.readouterr().out.splitlines()
+    first, prompt, six, refused = capsys.readouterr().out.splitlines()
     assert first == "prompts.csv: 120 harmful and 120 harmless requests; judge: prefixes"
     assert prompt == repr(source.requests(False, n=10)[0].render(lm))
     assert "<|im_start|>" in prompt
     assert six == "refused: 6 of the first 6 harmful requests"
     assert refused == "refused: 100% of 10 harmful, 0% of 10 harmless requests"
-    assert judge.startswith("claims about harm: ")
 
 
 def test_a_model_without_refusal_has_nothing_to_explain(capsys):

@@ -160,7 +160,9 @@ def knows_the_world(lm: LanguageModel) -> bool:
 FIRST = 6  # requests that are asked before all others
 
 
-def look(lm: LanguageModel, source: Material, *, n: int = 24, must_refuse: bool = True) -> dict[str, float]:
+def look(
+    lm: LanguageModel, source: Material, *, n: int = 24, must_refuse: bool = True, harm: bool = False
+) -> dict[str, float]:
     """Print a prompt as the model reads it, and how often it refuses; the first thing that a notebook does.
 
     A model that is asked in a wrong format, or was never aligned, refuses harmful requests no more than
@@ -169,6 +171,7 @@ def look(lm: LanguageModel, source: Material, *, n: int = 24, must_refuse: bool 
 
     Args:
         n: how many requests of either side are asked.
+        harm: something is to be claimed about harm: say whether the judge of a real model can tell it.
         must_refuse: raise where the model does not refuse harmful requests more often. With False one can go
             on with what needs no refusal: what the model knows of harm, and the weights of its answers.
 
@@ -207,7 +210,7 @@ def look(lm: LanguageModel, source: Material, *, n: int = 24, must_refuse: bool 
     if must_refuse and rates["harmful"] - rates["harmless"] < 0.2:
         told = f"{rates['harmful']:.0%} of the harmful and {rates['harmless']:.0%} of the harmless requests"
         raise ValueError(_nothing_to_explain(lm, told))
-    if real:
+    if real and harm:
         print("claims about harm:", source.cannot_tell or f"the judge {source.grader.name!r} can tell")
     return rates
 
