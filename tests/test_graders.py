@@ -134,7 +134,7 @@ def test_a_judge_without_grades_is_refused():
 
 
 def test_a_judge_that_is_not_there_says_what_to_do(monkeypatch):
-    def load(name, revision):
+    def load(name):
         raise OSError("no network")
 
     monkeypatch.setattr(judge_models, "load", load)
@@ -146,9 +146,7 @@ def test_a_judge_that_is_not_there_says_what_to_do(monkeypatch):
 
 def test_a_judge_is_loaded_at_its_first_use_and_once(monkeypatch):
     loaded = []
-    monkeypatch.setattr(
-        judge_models, "load", lambda name, revision: loaded.append(name) or grown(*map(str, GRADES))
-    )
+    monkeypatch.setattr(judge_models, "load", lambda name: loaded.append(name) or grown(*map(str, GRADES)))
     grader = graders.of("strongreject")
     assert loaded == []
     grader(["q"], ["a"])
