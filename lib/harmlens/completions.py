@@ -217,7 +217,8 @@ def show(
         ending = "ended by itself" if one.finished else "cut off"
         parts = [f"{one.id}: {len(one.answer.split())} words, {one.n_tokens} tokens, {ending}"]
         if grades is not None:
-            parts.append(f"harm {grades[i].harm:.2f}, {'refused' if grades[i].refused else 'not refused'}")
+            what = grades[i].void or ("refused" if grades[i].refused else "not refused")
+            parts.append(f"harm {grades[i].harm:.2f}, {what}")
         print("; ".join(parts))
         if reveal:
             print(f"  request: {one.request}\n  answer: {one.answer}")
