@@ -14,10 +14,16 @@ START = "from harmlens import notebook\nnotebook.start({})\n"
 
 
 def run(parameters: str, *passed: str, injected: str = "", namespace: dict | None = None) -> dict:
-    """Run a notebook's first cells: parameters, what papermill injects, and the call of start."""
-    cells = [parameters, injected, START.format(", ".join(f"{name}={name}" for name in passed))]
-    space = {"__name__": "__main__", "In": [], "Out": {}} if namespace is None else namespace
+    """Run a notebook's first cells: parameters, what papermill injects, and the call of start.
+
+    ``In`` has the sources that were run, as IPython keeps them.
+    """
+    space = {"__name__": "__main__", "In": [""], "Out": {}} if namespace is None else namespace
+    cells = [parameters, START.format(", ".join(f"{name}={name}" for name in passed))]
+    if injected:
+        cells.insert(1, f"# Parameters\n{injected}\n")  # papermill's own heading
     for cell in cells:
+        space["In"].append(cell)
         exec(compile(cell, "cell", "exec"), space)
     return space
 
@@ -148,9 +154,37 @@ def test_a_folder_may_be_named(data):
     run(GOOD, *NAMES, injected=f"model = {str(data / 'organisms' / 'sft-0')!r}\nseeds = [0]")
 
 
-def test_modules_functions_and_private_names_are_no_parameters():
-    set_up = "import os, sys\nfrom pathlib import Path\ndef helper(): pass\n_private = 3\nhere = Path('.')\n"
-    run(set_up + GOOD, *NAMES)
+def test_variables_of_the_readers_own_are_named_as_ignored(capsys):
+    """Whether set before or below the parameters; only what is injected stops a notebook."""
+    before = "import os\ndef helper(): pass\n_private = 3\ndrive_folder = 'x'\nk = None\n"
+    space = {"__name__": "__main__", "In": [""], "Out": {}}
+    run(before + GOOD + "rate = 0.5", *NAMES, namespace=space)
+    assert capsys.readouterr().out.splitlines()[-1].endswith("ignored: drive_folder, k, rate")
+    run(GOOD, *NAMES, namespace=space)
+    assert "ignored" not in capsys.readouterr().out  # by now the notebook made variables itself
+
+
+def test_where_no_history_is_kept_nothing_counts_as_injected(capsys):
+    space = {"__name__": "__main__", "folder": "x"}
+    exec(GOOD + START.format(", ".join(f"{name}={name}" for name in NAMES)), space)
+    assert "ignored: folder" in capsys.readouterr().out
+
+
+def test_a_misspelt_name_that_was_taken_out_again_is_forgotten():
+    space = {"__name__": "__main__", "In": [""], "Out": {}}
+    with pytest.raises(ValueError, match="unknown parameter quik"):
+        run(GOOD, *NAMES, injected="quik = True", namespace=space)
+    with pytest.raises(ValueError, match="unknown parameter quik"):  # the same cell once more
+        run(GOOD, *NAMES, injected="quik = True", namespace=space)
+    run(GOOD, *NAMES, injected="quick = True", namespace=space)
+    with pytest.raises(ValueError, match="unknown parameter siz"):
+        run(GOOD, *NAMES, injected="quick = True\nsiz = 3", namespace=space)
+    run(GOOD, *NAMES, namespace=space)
+
+
+def test_a_misspelt_name_beside_all_the_good_ones():
+    with pytest.raises(ValueError, match=r"unknown parameter seedz\."):
+        run(GOOD, *NAMES, injected=GOOD + "seedz = 1")
 
 
 def test_the_cell_may_be_run_again_after_the_notebook_was():

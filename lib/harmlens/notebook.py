@@ -1,15 +1,19 @@
 """What every notebook of the book does first: check its parameters, then settle the machine.
 
 papermill injects whatever it is given, misspelt names included. :func:`start` stops a notebook at
-once, with the list of what it takes.
+once, with the list of what it takes. From then on an error that this package raises on purpose is
+shown as its message alone.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from harmlens import __version__, plots, world
@@ -17,8 +21,10 @@ from harmlens.ladder import ORDER
 from harmlens.models import SEEDS, locate
 
 _STARTED = "_harmlens_started"  # left in a notebook that got through
-# Names that IPython itself puts into a notebook's namespace.
-_IPYTHON = {"In", "Out", "get_ipython", "exit", "quit", "open"}
+_INJECTED = "# Parameters\n"  # how papermill begins the cell that it injects
+_ASSIGNED = re.compile(r"(?m)^(\w+)\s*=(?!=)")
+# Kinds of error that are raised for bad input, a model that does not fit, or a file that is not there.
+_RAISED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError)
 
 
 def _is_int(value: Any) -> bool:
@@ -66,24 +72,17 @@ def start(**parameters: Any) -> None:
 
     Call it in the first cell after the parameters, with all of them by name. Names ending in
     ``_size`` or equal to ``n``, ``steps`` must be positive integers; the others are known here.
+    Other plain variables, set before, are named as ignored.
 
     Raises:
         ValueError: an unknown parameter was injected, or a value is not valid. The message lists
             what the notebook takes.
     """
     caller = sys._getframe(1).f_globals
+    _show_messages_alone()
     listing = "; ".join(f"{name} ({_kind(name)[1]})" for name in parameters)
-    plain = (str, int, float, bool, list, tuple, dict, type(None))
-    strangers = [
-        name
-        for name, value in caller.items()
-        if not name.startswith("_")
-        and name not in _IPYTHON
-        and name not in parameters
-        and isinstance(value, plain)
-    ]
-    # What the notebook itself made is no parameter, when its cells are run once more.
-    if strangers and _STARTED not in caller:
+    injected = _injected(caller.get("In", []), parameters)
+    if strangers := [name for name in injected if name not in parameters]:
         raise ValueError(f"unknown parameter {', '.join(strangers)}. This notebook takes: {listing}.")
     for name, value in parameters.items():
         valid, what = _kind(name)
@@ -94,8 +93,54 @@ def start(**parameters: Any) -> None:
         organism = model.split("/")[0] == "organism"
         for seed in parameters.get("seeds", [parameters.get("seed")]) if organism else [None]:
             locate(model, seed)
-    caller[_STARTED] = True
     _settle()
+    # When cells are run once more, what the notebook itself made is there too.
+    if ignored := [] if _STARTED in caller else _plain(caller, parameters):
+        print(f"no parameters of this notebook, ignored: {', '.join(ignored)}")
+    caller[_STARTED] = True
+
+
+def _injected(history: Iterable[str], parameters: Iterable[str]) -> list[str]:
+    """Names in papermill's cell, if one ran after the last run of the notebook's parameters cell.
+
+    Args:
+        history: source of the cells that were run, as IPython keeps it in ``In``.
+        parameters: names in the parameters cell.
+    """
+    names: list[str] = []
+    for source in history:
+        assigned = _ASSIGNED.findall(source)
+        if source.startswith(_INJECTED):
+            names = assigned
+        elif set(parameters) <= set(assigned):
+            names = []
+    return names
+
+
+def _plain(space: dict[str, Any], parameters: Iterable[str]) -> list[str]:
+    """Plain values in a namespace that are no parameters, and neither IPython's nor private."""
+    kinds = (str, int, float, bool, list, tuple, dict, type(None))
+    known = {*parameters, "In", "Out"}
+    return [n for n, v in space.items() if n not in known and n[0] != "_" and isinstance(v, kinds)]
+
+
+def _show_messages_alone() -> None:
+    """In a notebook, show an error that this package raises itself without its trace. It stays an error."""
+    if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
+        return
+
+    def show(shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: int | None = None) -> None:
+        origin = traceback.extract_tb(trace)[-1]
+        here = Path(__file__).parent in Path(origin.filename).parents
+        if here and (origin.line or "").startswith("raise "):
+            message = [f"{kind.__name__}: {error}", "(%tb in a new cell shows where.)"]
+            error._render_traceback_ = lambda: message
+        try:
+            shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+        finally:
+            vars(error).pop("_render_traceback_", None)
+
+    shell.set_custom_exc(_RAISED, show)
 
 
 def _kind(name: str) -> tuple[Callable[[Any], bool], str]:
