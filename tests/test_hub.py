@@ -53,6 +53,8 @@ def test_causal_models_pass(architecture):
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, r"no causal.*\(BertForMaskedLM\)"),
         ({"model_type": "vit"}, r"no causal language model \(vit\)"),
         ({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}, "no causal"),
+        ({"model_type": "qwen3_5", "architectures": ["Qwen3_5ForConditionalGeneration"]},
+         r"reads pictures or sound beside text \(Qwen3_5For.*only text models are read"),
     ],
 )  # fmt: skip
 def test_what_is_refused_from_its_config(config, said):
@@ -209,6 +211,11 @@ def test_what_the_hub_says_is_explained(cause, said):
     assert type(error) is OSError
     assert re.search(said, str(error)) and name in str(error)
     assert str(error).endswith("(Original message: transformers says something long)")
+
+
+def test_a_repository_without_a_config_is_explained():
+    error = hub.explain("a/b", OSError("a/b does not appear to have a file named config.json"))
+    assert re.search(r"no config\.json.*GGUF.*original repository.*huggingface\.co/a/b", str(error))
 
 
 def test_weights_as_pickles_are_explained():

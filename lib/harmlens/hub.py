@@ -486,6 +486,11 @@ def explain(name: str, error: BaseException) -> Exception:
             "before. Check the spelling and the network (HF_HUB_OFFLINE=1 forbids downloads); for a gated "
             f"model accept its licence on its page and log in with `hf auth login`. {said}"
         )
+    if "config.json" in str(error):
+        return OSError(
+            f"{name!r} has no config.json, so it is no whole model for transformers: GGUF files (quantised) "
+            f"and the like are not read. Load the original repository, which its page names: {page}. {said}"
+        )
     if "safetensors" in str(error):
         return OSError(
             f"{name!r} has no weights as safetensors. Other formats (.bin) are pickles, which can run code "
