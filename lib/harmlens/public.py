@@ -149,9 +149,9 @@ class Public:
         """Pairs of prompts with equal numbers of tokens; contrasts as in :func:`harmlens.prompts.pairs`.
 
         *prompt*: a harmful request against its own contrast, where the source has one of equal length;
-        otherwise against a harmless request of equal length with as many words in common as can be had. Rather
-        fewer pairs than distant ones: those that differ in the fewest words, at least :data:`ENOUGH` where there
-        are so many (:func:`harmlens.matching.describe` says what they share). *prompt control*: the same
+        otherwise against a harmless request of equal length with as many words in common as can be had.
+        Rather fewer pairs than distant ones: those that differ in the fewest words, at least :data:`ENOUGH`
+        where there are so many (:func:`harmlens.matching.describe` says how many). *prompt control*: the same
         requests, each against another harmful one of equal length. *behaviour*: the same harmful
         request under two system messages; *behaviour control*: under two that both ask for caution.
 
