@@ -16,7 +16,10 @@ from harmlens.cells import Freeze
 from harmlens.models import LanguageModel, tokens
 from harmlens.prompts import Pair
 
-_NAMES = {"gpt_neox": ("attention", "dense", "mlp", "dense_4h_to_h")}
+_NAMES = {
+    "gpt_neox": ("attention", "dense", "mlp", "dense_4h_to_h"),
+    "falcon": ("self_attention", "dense", "mlp", "dense_4h_to_h"),
+}
 
 
 class Naive:
@@ -27,11 +30,12 @@ class Naive:
             lm.model.config.model_type, ("self_attn", "o_proj", "mlp", "down_proj")
         )
         self.model = lm.model
-        self.blocks = list(lm.model.base_model.layers)
+        base = lm.model.base_model
+        self.blocks = list(base.h if hasattr(base, "h") else base.layers)
         self.attention = [getattr(block, attention) for block in self.blocks]
         self.out = [getattr(module, out) for module in self.attention]
         self.mlp = [getattr(block, mlp) for block in self.blocks]
-        self.down = [getattr(module, down) for module in self.mlp]
+        self.down = [getattr(module, down, None) for module in self.mlp]  # experts have none
 
     @torch.no_grad()
     def logits(self, ids: Tensor, hooks: Sequence[Any], noise: Tensor | None = None) -> Tensor:
@@ -55,9 +59,10 @@ class Naive:
             hooks.append(self.attention[layer].register_forward_hook(_out(kept["attn_out"])))
             hooks.append(self.mlp[layer].register_forward_hook(_out(kept["mlp_out"])))
             for name, module in (("head", self.out[layer]), ("neurons", self.down[layer])):
-                hooks.append(
-                    module.register_forward_pre_hook(lambda m, i, s=kept[name]: s.append(i[0].clone()))
-                )
+                if module is not None:
+                    hooks.append(
+                        module.register_forward_pre_hook(lambda m, i, s=kept[name]: s.append(i[0].clone()))
+                    )
         return {**kept, "logits": self.logits(ids, hooks, noise)}
 
     def patched(

@@ -339,11 +339,12 @@ def _frozen(
     with ExitStack() as held:
         if freeze.null is not None:
             moved = stack.projection(module) if freeze.site == "neurons" else module
-            held.callback(moved.register_forward_hook(null).remove)
+            held.callback(moved.register_forward_hook(null, prepend=True).remove)
         elif freeze.site == "neurons":
-            held.callback(stack.projection(module).register_forward_pre_hook(units).remove)
+            handle = stack.projection(module).register_forward_pre_hook(units, prepend=True)
+            held.callback(handle.remove)
         else:
-            held.enter_context(stack.stubbed(module, kept, as_tuple=freeze.site == "attn_out"))
+            held.enter_context(stack.stubbed(module, kept, base.outputs[module]))
         yield
 
 
@@ -375,7 +376,7 @@ def _windows(
                     new[i * n : (i + 1) * n][:, [c - start for c in where]] = value
                 return (new, *output[1:]) if isinstance(output, tuple) else new
 
-            held.callback(find(parts.blocks[layer]).register_forward_hook(hook).remove)
+            held.callback(find(parts.blocks[layer]).register_forward_hook(hook, prepend=True).remove)
         yield
 
 
@@ -384,9 +385,10 @@ def check_partial(group: Group) -> None:
     """Blocks run in part must give what the model gives as a whole; else nothing here is worth a look.
 
     Raises:
-        RuntimeError: they don't.
+        ValueError: they don't.
     """
     few, parts = group.x1.rows(slice(0, 1)), group.parts
+    hooked = bool(stack.hooks(parts.model))
     seen: list[Tensor] = []
     handle = parts.blocks[-1].register_forward_hook(lambda m, i, o: seen.append(stack.first(o)))
     try:
@@ -395,19 +397,18 @@ def check_partial(group: Group) -> None:
         handle.remove()
     # Fewer positions than were recorded, but several if the prompt's end leaves room for them.
     start = min(group.differs + 1, few.length - few.offset - group.read)
-    resid = few.resid[0][:, start:].repeat(2, 1, 1)  # several copies, as in a sweep
-    for layer in range(parts.depth):
-        resid, read = resid.to(few.resid[layer].device), group.read if layer == parts.depth - 1 else None
-        resid = partial.run_block(parts, few, layer, resid, start + few.offset, read=read)
+    ends = [seen[0], few.resid[-1]]
+    for plain in (False, True) if hooked else (False,):  # hooks may tell copies that stand beside each other
+        resid = few.resid[0][:, start:].repeat(2, 1, 1)  # several copies, as in a sweep
+        for layer in range(parts.depth):
+            resid, read = resid.to(few.resid[layer].device), group.read if layer == parts.depth - 1 else None
+            resid = partial.run_block(parts, few, layer, resid, start + few.offset, plain=plain, read=read)
+        ends += resid.split(1)
     index = torch.zeros(1, dtype=torch.long)
-    ends = (seen[0], few.resid[-1], *resid.split(1))
     whole, *others = (group.outcome(end[:, -group.read :], index) for end in ends)
     if not whole.isfinite().all():
         return  # an overflow, which is reported with the pair's name
     gap = max((other - whole).abs().max().item() for other in others)
     loose = 1e-3 if resid.dtype == torch.float32 else 0.25
     if not gap <= loose * (1 + whole.abs().max().item()):
-        raise RuntimeError(
-            f"running the blocks of {type(parts.model).__name__} in part gives an outcome that is off by "
-            f"{gap:.2g}; this architecture can't be patched here"
-        )
+        stack.refuse(parts.model, parts.blocks[0], f"run in part give an outcome that is off by {gap:.2g}")

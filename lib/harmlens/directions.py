@@ -96,6 +96,7 @@ def streams(
     where = list(positions)
 
     def keep(value: Tensor) -> None:
+        stack.require_one_stream(lm.model, value)
         kept.append(value[:, where].float().cpu())
 
     out: list[Any] = [None] * len(rows)
@@ -324,6 +325,7 @@ def added(lm: LanguageModel, direction: Direction, *, dose: float = 1.0) -> Iter
         raise ValueError(f"direction: there is no block at depth {direction.depth} of {len(blocks)}")
 
     def add(value: Tensor) -> Tensor:
+        stack.require_one_stream(lm.model, value)
         return value + dose * vector.to(value.device, value.dtype)
 
     handle = blocks[direction.depth].register_forward_pre_hook(_entering(add), with_kwargs=True)
@@ -365,9 +367,7 @@ def _leaving(change: Callable[[Tensor], Tensor | None]) -> Callable:
 
 
 @contextmanager
-def _stream_hooks(
-    blocks: Sequence[nn.Module], change: Callable[[Tensor], Tensor | None]
-) -> Iterator[None]:
+def _stream_hooks(blocks: Sequence[nn.Module], change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Show the stream in front of every block and behind the last one to a function, which may change it."""
     with ExitStack() as held:
         for block in blocks:

@@ -74,7 +74,7 @@ def groups(
     lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, direction: str, batch_size: int
 ) -> Iterator[Last]:
     """Record pairs (see :func:`harmlens.runs.groups`) and prepare each group."""
-    parts = stack.stack(lm)
+    parts = partial.patchable(lm)
     linear = stack.mlp(parts.blocks[-1])
     weight = stack.projection_weight(linear).detach().float()
     encoded = runs.encode(lm, pairs, outcome, "last")
@@ -142,7 +142,7 @@ def _form(
         return None
     ids = getattr(outcome, "ids", None)
     read = getattr(outcome, "value", outcome)
-    dtype = next(parts.norm.parameters()).dtype
+    dtype = parts.head.weight.dtype
     eps = next((getattr(parts.norm, n) for n in ("variance_epsilon", "eps") if hasattr(parts.norm, n)), 1e-6)
     # A vector of +1 and -1 has mean 0 and mean square 1, so any such norm gives back its gain there.
     signs = torch.ones(1, width, dtype=dtype, device=resid.device)

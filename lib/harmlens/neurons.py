@@ -33,7 +33,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from harmlens import lastblock, patching, runs, stack, stats
+from harmlens import lastblock, partial, patching, runs, stack, stats
 from harmlens.models import LanguageModel
 from harmlens.outcomes import Replies, Reply
 from harmlens.prompts import Pair
@@ -147,7 +147,7 @@ def set_effects(
     Raises:
         ValueError: no sets, a layer or a unit that the model does not have, a unit twice in one set.
     """
-    parts = stack.stack(lm)
+    parts = partial.patchable(lm)
     layer = parts.depth - 1 if layer in (None, -1) else layer
     if not 0 <= layer < parts.depth:
         raise ValueError(f"layer={layer} does not exist; choose 0 to {parts.depth - 1}")
@@ -264,7 +264,7 @@ def screen(
     Raises:
         ValueError: a layer that does not exist; bad pairs.
     """
-    parts = stack.stack(lm)
+    parts = partial.patchable(lm)
     chosen = stack.some_layers(parts, layers)
     if isinstance(outcome, Replies | Reply):
         raise ValueError("outcome: the screen reads the first word; use a first-token outcome such as Y1")

@@ -9,15 +9,121 @@ Introduced in notebook 02 ("Layers").
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
-from harmlens.stack import CACHE, Record, Stack, attention, first, mlp, stubbed
+from harmlens import stack
+from harmlens.models import LanguageModel
+from harmlens.stack import CACHE, Record, Stack, attention, first, mlp, refuse, stubbed
+
+_TRIED: WeakSet[nn.Module] = WeakSet()
+
+
+def patchable(lm: LanguageModel, *, in_part: bool = True) -> Stack:
+    """The parts of a model, once it is known that its blocks can be patched and ablated.
+
+    Every block needs an attention module and an MLP that write into the stream, and has to give in part, and
+    put together from its modules, what it gives as a whole. This is tried on a few tokens, once for a model,
+    and again while hooks stand on it.
+
+    Args:
+        in_part: blocks will be run in part. If not, hooks that stand on the model don't matter.
+
+    Raises:
+        ValueError: says what is in the way (:func:`harmlens.stack.refuse`); as :func:`harmlens.stack.stack`.
+    """
+    for at, block in enumerate(stack.blocks(lm)):
+        for find, what in ((attention, "attention"), (mlp, "MLP")):
+            try:
+                find(block)
+            except ValueError:
+                refuse(lm.model, block, f"have no {what} module", at)
+    standing = bool(stack.hooks(lm.model))
+    if not in_part if standing else lm.model in _TRIED:
+        return stack.stack(lm)
+    drawn = torch.randperm(
+        len(lm.model.get_input_embeddings().weight), generator=torch.Generator().manual_seed(0)
+    )
+    ids = drawn[torch.tensor([[0, 1, 2, 3], [0, 4, 5, 6]])].to(lm.device)
+    at = 0
+    try:
+        _refuse_other_inputs(lm, ids)
+        parts = stack.stack(lm)
+        run = stack.record(parts, ids)
+        for at in range(parts.depth):
+            _try(parts, run, at)
+    except (stack.Unpatchable, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        try:
+            refuse(lm.model, stack.blocks(lm)[at], f"can't be run in part ({str(error).splitlines()[0]})", at)
+        except stack.Unpatchable as told:
+            raise told from error
+    if not standing:
+        _TRIED.add(lm.model)
+    return parts
+
+
+@torch.no_grad()
+def _refuse_other_inputs(lm: LanguageModel, ids: Int[Tensor, "2 pos"]) -> None:
+    """Refuse blocks that read more of a prompt than the stream, such as embeddings for each layer."""
+    found: list[tuple[int, str]] = []
+
+    def hook(at: int) -> Callable:
+        def look(block: nn.Module, args: tuple, kwargs: dict) -> None:
+            given = dict(enumerate(args)) | kwargs
+            stack.require_one_stream(lm.model, given.pop(0 if args else "hidden_states"))
+            for name, value in given.items():
+                if isinstance(value, Tensor) and len(value) == 2 and not torch.equal(value[0], value[1]):
+                    named = list(inspect.signature(type(block).forward).parameters)[1:]
+                    found.append((at, named[name] if isinstance(name, int) else name))
+
+        return look
+
+    with ExitStack() as held:
+        for at, block in enumerate(stack.blocks(lm)):
+            held.callback(block.register_forward_pre_hook(hook(at), with_kwargs=True).remove)
+        lm.model(input_ids=ids, use_cache=False)
+    for at, name in found[:1]:
+        refuse(lm.model, stack.blocks(lm)[at], f"read more of a prompt than the stream ({name})", at)
+
+
+@torch.no_grad()
+def _try(parts: Stack, run: Record, layer: int) -> None:
+    """Refuse a block that is not the sum of its parts."""
+    block, before, after = parts.blocks[layer], run.resid[layer], run.resid[layer + 1]
+    loose = 1e-3 if after.dtype == torch.float32 else 0.1
+
+    def off(one: Tensor, other: Tensor) -> float:
+        return ((one.float() - other.float()).norm() / (1e-6 + other.float().norm())).item()
+
+    # With attention and MLP giving nothing, the stream goes through, scaled and shifted at most.
+    nothing, flipped = torch.zeros_like(run.attn[layer]), before.flip(0)
+    bare, other, between = (
+        compose(parts, run, layer, resid, attn=nothing, mlp_out=nothing)
+        for resid in (before, flipped, (before + flipped) / 2)
+    )
+    if torch.equal(bare, other):
+        refuse(parts.model, block, "have modules that give out the stream with what they write", layer)
+    if off((bare + other) / 2, between) > loose:
+        refuse(parts.model, block, "do more to the stream than attention and one MLP write", layer)
+    at = run.length - 2
+    for what, again in (
+        ("their modules", compose(parts, run, layer, before, attn=run.attn[layer], mlp_out=run.mlp[layer])),
+        ("attention and the rest", compose(parts, run, layer, before, attn=run.attn[layer])),
+        ("some positions", run_block(parts, run, layer, before[:, at - run.offset :], at)),
+    ):
+        gap = off(again, after[:, -again.shape[1] :])
+        if gap > loose:
+            refuse(parts.model, block, f"put together from {what} give something else ({gap:.2g} off)", layer)
 
 
 def run_block(
@@ -127,8 +233,9 @@ class _Call:
             else:
                 kwargs[name] = self._sliced(value, at, count)
         shape = resid.shape
-        flat = resid.reshape(shape[0] * shape[1], shape[2] * shape[3], shape[4])
-        return first(self.parts.blocks[self.layer](flat, **kwargs)).view(shape)
+        # In one piece: experts look at all positions as one row.
+        flat = resid.reshape(shape[0] * shape[1], shape[2] * shape[3], shape[4]).contiguous()
+        return first(self.parts.blocks[self.layer](flat, **kwargs)).reshape(shape)
 
     def _sliced(self, value: Any, at: int, count: int) -> Any:
         """An argument of the block for some of the positions it was recorded with."""
@@ -180,12 +287,13 @@ def compose(
     """Block ``layer`` with the attention's output given, and the MLP's too if ``mlp_out`` is.
 
     Works position by position, since attention alone looks elsewhere. Norms behind the modules are
-    the block's own.
+    the block's own. Nothing that is given is changed, though blocks may write into what they are handed.
     """
     block = parts.blocks[layer]
+    resid, attn = (t.clone(memory_format=torch.contiguous_format) for t in (resid, attn))
     kwargs = {k: None if v is CACHE or k == "attention_mask" else v for k, v in run.kwargs[layer].items()}
     with ExitStack() as held:
-        held.enter_context(stubbed(attention(block), attn, as_tuple=True))
+        held.enter_context(stubbed(attention(block), attn, run.outputs[attention(block)]))
         if mlp_out is not None:
-            held.enter_context(stubbed(mlp(block), mlp_out, as_tuple=False))
+            held.enter_context(stubbed(mlp(block), mlp_out.clone(), run.outputs[mlp(block)]))
         return first(block(resid, **kwargs))

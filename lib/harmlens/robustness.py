@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harmlens import cells, runs, stack
+from harmlens import cells, partial, runs, stack
 from harmlens.models import LanguageModel
 from harmlens.outcomes import Replies, TokenSets, logit_difference, refusal_log_odds
 from harmlens.patching import DIRECTIONS
@@ -78,7 +78,7 @@ def vary(
         raise ValueError(f"outcomes={list(outcomes)} must be a non-empty list out of {', '.join(OUTCOMES)}")
     if any(window < 1 or window % 2 == 0 for window in windows):
         raise ValueError(f"windows={list(windows)} must be odd numbers of layers")
-    parts, out = stack.stack(lm), {}
+    parts, out = partial.patchable(lm), {}
     jobs = list(product(CORRUPTIONS.items(), POSITIONS))
     hidden = True if progress is None else None
     for (corruption, noise), where in tqdm(jobs, desc=progress, disable=hidden, leave=False):

@@ -124,12 +124,14 @@ def plus(*parts: Scores) -> Scores:
 def matrices(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[str, nn.Module]:
     """The linear layers of the decoder blocks, by the name of their weight.
 
+    Norms, biases, embeddings and depthwise convolutions are not among them.
+
     Args:
         layers: blocks to look at, from 0; None for all.
 
     Raises:
-        ValueError: no such layer; blocks without linear layers, or whose experts are stacked in one
-            parameter, for which no example's gradient is known.
+        ValueError: no such layer; blocks without linear layers, or with weights of more than two axes (as
+            experts stacked in one parameter), for which no example's gradient is known.
     """
     blocks = stack.blocks(lm)
     chosen = range(len(blocks)) if layers is None else list(dict.fromkeys(layers))
@@ -144,11 +146,17 @@ def matrices(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[str
                 if name in found:
                     raise ValueError(f"{name} belongs to several layers; shared weights can't be scored")
                 found[name] = module
-        stacked = [names[id(p)] for p in blocks[layer].parameters() if p.ndim > 2]
+        # Convolutions of each channel with itself, beside linear attention, are left out as norms are.
+        stacked = [
+            f"{names[id(p)]} ({type(module).__name__})"
+            for module in blocks[layer].modules()
+            for p in module.parameters(recurse=False)
+            if p.ndim > 2 and getattr(module, "groups", 1) == 1
+        ]
         if stacked:
             raise ValueError(
-                f"{lm.name!r} keeps weights in {stacked[0]}, of more than two axes, as mixtures of experts "
-                "do; only linear layers can be scored. Choose a dense model, or layers without experts"
+                f"{lm.name!r} keeps weights of more than two axes, as mixtures of experts do: {stacked[0]}; "
+                "only linear layers can be scored. Choose a dense model, or layers without such weights"
             )
     if not found:
         raise ValueError(

@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -68,8 +68,10 @@ def stack(lm: LanguageModel) -> Stack:
             f"{lm.name!r} was loaded with attn_implementation={kind!r}, which takes no full mask, so blocks "
             "can't be run in part; load it with attn_implementation='sdpa' or 'eager'"
         )
-    base, found = lm.model.get_decoder(), blocks(lm)
+    base, found = _decoder(lm), blocks(lm)
+    width = lm.model.get_input_embeddings().weight.shape[1]
     norms = [m for m in base.children() if "norm" in type(m).__name__.lower()]
+    norms = [m for m in norms if all(p.shape == (width,) for p in m.parameters())]  # of the stream
     head = lm.model.get_output_embeddings()
     cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
     found = Stack(lm.model, base, found, norms[-1] if norms else None, head, cap, True)
@@ -82,6 +84,19 @@ def stack(lm: LanguageModel) -> Stack:
     return found if plain else Stack(*[getattr(found, f) for f in Stack.__dataclass_fields__][:-1], False)
 
 
+def _decoder(lm: LanguageModel) -> nn.Module:
+    """The module that holds the list of blocks."""
+    depth = lm.model.config.get_text_config().num_hidden_layers
+    # What models call their decoder is mostly that, but for some it is their head, or they themselves.
+    for found in (lm.model.get_decoder(), lm.model.base_model, getattr(lm.model, "model", lm.model)):
+        if any(isinstance(child, nn.ModuleList) and len(child) == depth for child in found.children()):
+            return found
+    raise ValueError(
+        f"{lm.name!r} ({type(lm.model).__name__}) has no list of {depth} decoder blocks, as a decoder-only "
+        "language model has: patching, ablation and scores can't be done; probes, completions and tuning can"
+    )
+
+
 def blocks(lm: LanguageModel) -> tuple[nn.Module, ...]:
     """The decoder blocks of a model.
 
@@ -89,13 +104,59 @@ def blocks(lm: LanguageModel) -> tuple[nn.Module, ...]:
         ValueError: the model has no list of blocks.
     """
     depth = lm.model.config.get_text_config().num_hidden_layers
-    for child in lm.model.get_decoder().children():
-        if isinstance(child, nn.ModuleList) and len(child) == depth:
-            return tuple(child)
-    raise ValueError(
-        f"{lm.name!r} ({type(lm.model).__name__}) has no list of {depth} decoder blocks; this needs a "
-        "decoder-only causal language model"
+    lists = [child for child in _decoder(lm).children() if isinstance(child, nn.ModuleList)]
+    return tuple(next(child for child in lists if len(child) == depth))
+
+
+def hooks(model: nn.Module) -> list[str]:
+    """Names of the modules on which hooks stand, such as those that steer a model."""
+    return [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
+class Unpatchable(ValueError):
+    """Blocks of a model can't be patched; see :func:`refuse`."""
+
+
+def refuse(model: nn.Module, block: nn.Module, why: str, at: int = 0) -> NoReturn:
+    """Say that blocks can't be patched: in the same words wherever it is found.
+
+    Args:
+        why: what is in the way, after "blocks of this model".
+        at: number of the block.
+
+    Raises:
+        Unpatchable: always.
+    """
+    standing = hooks(model)
+    if standing:
+        raise Unpatchable(
+            f"the model carries hooks (steering?) on {', '.join(standing[:3])}"
+            f"{', ...' if len(standing) > 3 else ''}, and with them its blocks {why}: take "
+            "them off, or leave the context that put them there, before patching"
+        )
+    listing = ", ".join(name for name, _ in block.named_children())
+    raise Unpatchable(
+        f"blocks of this model ({type(model).__name__}) {why} (block {at}: {listing}): patching and ablation "
+        "can't be done; probes, completions and tuning can"
     )
+
+
+def require_one_stream(model: nn.Module, stream: Tensor) -> None:
+    """Refuse what is not one residual stream [row, pos, width], but several side by side.
+
+    Raises:
+        Unpatchable: names the shape.
+    """
+    if stream.ndim != 3:
+        raise Unpatchable(
+            f"blocks of this model ({type(model).__name__}) carry several streams side by side (shape "
+            f"{tuple(stream.shape)}): patching, ablation, directions and probes can't be done; completions and "
+            "tuning can"
+        )
 
 
 def some_layers(parts: Stack, layers: Sequence[int] | None) -> list[int]:
@@ -139,8 +200,12 @@ def projection(module: nn.Module) -> nn.Module:
     named = [
         getattr(module, name) for name in _PROJECTION if isinstance(getattr(module, name, None), nn.Module)
     ]
-    # An unusual name: the last one declared. `record` checks that it does write the module's output.
-    linear = named[:1] or [m for m in module.children() if isinstance(m, (nn.Linear, Conv1D))]
+    # An unusual name: the last one declared. `record` checks that it does write the module's output. Beside
+    # experts it would be their router.
+    experts = any(p.ndim > 2 for p in module.parameters()) or any(
+        isinstance(m, nn.ModuleList) for m in module.children()
+    )
+    linear = named[:1] or [m for m in module.children() if isinstance(m, (nn.Linear, Conv1D)) and not experts]
     if not linear:
         raise ValueError(
             f"{type(module).__name__} has no single output projection, so it has no hidden units or heads "
@@ -166,15 +231,20 @@ def first(value: Any) -> Tensor:
 
 
 @contextmanager
-def stubbed(module: nn.Module, value: Any, *, as_tuple: bool) -> Iterator[None]:
+def stubbed(module: nn.Module, value: Any, outputs: int = 0) -> Iterator[None]:
     """Let a module give out ``value`` without computing anything.
 
-    >>> with stubbed(attention(block), zeros, as_tuple=True):  # doctest: +SKIP
+    Args:
+        outputs: length of the tuple in which it gives it out, with None for what else is in it; 0 for no
+            tuple.
+
+    >>> with stubbed(attention(block), zeros, outputs=2):  # doctest: +SKIP
     ...     block(x)
     """
     had = "forward" in module.__dict__
     before = module.__dict__.get("forward")
-    module.forward = lambda *a, **k: (value, None) if as_tuple else value
+    given = (value, *[None] * (outputs - 1)) if outputs else value
+    module.forward = lambda *a, **k: given
     try:
         yield
     finally:
@@ -206,8 +276,8 @@ def readout(
         ids: only these rows of the head (in this order), for outcomes that read a few tokens.
     """
     if parts.norm is not None:
-        resid = resid.to(next(parts.norm.parameters()).device)
-        resid = parts.norm(resid)
+        own = next(parts.norm.parameters(), None)  # some norms have no gain
+        resid = parts.norm(resid if own is None else resid.to(own.device))
     if ids is not None and parts.plain_head:
         weight, bias = parts.head.weight[list(ids)], getattr(parts.head, "bias", None)
         logits = nn.functional.linear(
@@ -216,7 +286,7 @@ def readout(
         return logits if parts.soft_cap is None else parts.soft_cap * (logits / parts.soft_cap).tanh()
     shape, flat = resid.shape[:-1], resid.reshape(-1, 1, resid.shape[-1])
     dummy = torch.zeros(len(flat), 1, dtype=torch.long, device=flat.device)
-    with stubbed(parts.base, _Hidden(flat), as_tuple=False):
+    with stubbed(parts.base, _Hidden(flat)):
         logits = parts.model(input_ids=dummy, use_cache=False).logits[:, -1].float()
     logits = logits.reshape(*shape, -1)
     return logits if ids is None else logits[..., list(ids)]
@@ -238,6 +308,7 @@ class Record:
         heads, hidden: inputs of their output projections, if recorded.
         kv: keys and values of each block at *all* positions.
         kwargs: the other arguments each block was called with.
+        outputs: in a tuple of which length each module gives out its output; 0 for none.
         length: number of positions.
     """
 
@@ -250,12 +321,13 @@ class Record:
     hidden: list[Tensor] = field(default_factory=list)
     kv: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     kwargs: list[dict[str, Any]] = field(default_factory=list)
+    outputs: dict[nn.Module, int] = field(default_factory=dict)
 
     def rows(self, which: slice) -> Record:
         """The same for some of the rows."""
         cut = {n: [t[which] for t in getattr(self, n)] for n in ("resid", "attn", "mlp", "heads", "hidden")}
         kv = [(k[which], v[which]) for k, v in self.kv]
-        return Record(self.offset, self.length, kv=kv, kwargs=self.kwargs, **cut)
+        return Record(self.offset, self.length, kv=kv, kwargs=self.kwargs, outputs=self.outputs, **cut)
 
 
 @torch.no_grad()
@@ -311,14 +383,12 @@ def record(
             found = [(getattr(piece, name)[layer][:, cut], kind) for piece, cut, kind in pieces]
             found = [value if len(value) == len(ids) else value[kind] for value, kind in found]
             getattr(out, name).append(torch.cat(found, dim=1))
+    out.outputs = pieces[0][0].outputs
     out.kv = [(kept.keys, kept.values) for kept in cache.layers]
     if counts[-1] < len(ids):
         out.kv = [(keys[at], values[at]) for keys, values in out.kv]
     if len(out.kv) != parts.depth or any(k.shape[-2] != out.length for k, _ in out.kv):
-        raise RuntimeError(
-            f"recorded the keys of {len(out.kv)} blocks out of {parts.depth}, or not of all positions, so "
-            "this architecture can't be patched here"
-        )
+        refuse(parts.model, parts.blocks[0], "don't all keep keys and values of all positions in their cache")
     return out
 
 
@@ -363,22 +433,28 @@ def _segments(counts: Sequence[int], offset: int, call: int = 256) -> list[tuple
 def _piece(
     parts: Stack, ids: Tensor, cache: DynamicCache, details: Sequence[str], noise: Tensor | None
 ) -> Record:
-    """Run a model on from what its cache holds, and record it."""
+    """Run a model on from what its cache holds, and record it.
+
+    Hooks of others that stand on the model act again when a block is called in part. So what is kept is what
+    they are given: the stream in front of them, and what a module gives out before they change it.
+    """
     out = Record(0, ids.shape[1])
     written: list[tuple[int, nn.Module, list[Tensor], list[Tensor]]] = []
     with ExitStack() as hooks:
         for layer, block in enumerate(parts.blocks):
             hooks.enter_context(
-                _hook(block.register_forward_pre_hook(_entering(out.resid), with_kwargs=True))
+                _hook(block.register_forward_pre_hook(_entering(out.resid), with_kwargs=True, prepend=True))
             )
             for module, store, inner, kept in (
                 (attention(block), out.attn, out.heads, "heads" in details),
                 (mlp(block), out.mlp, out.hidden, "hidden" in details),
             ):
-                hooks.enter_context(_hook(module.register_forward_hook(_output(store))))
+                hooks.enter_context(
+                    _hook(module.register_forward_hook(_output(store, out.outputs), prepend=True))
+                )
                 if kept:
                     last, own = projection(module), []
-                    hooks.enter_context(_hook(last.register_forward_pre_hook(_input(inner))))
+                    hooks.enter_context(_hook(last.register_forward_pre_hook(_input(inner), prepend=True)))
                     hooks.enter_context(_hook(last.register_forward_hook(_output(own))))
                     written.append((layer, module, own, store))
         hooks.enter_context(_hook(parts.blocks[-1].register_forward_hook(_output(out.resid))))
@@ -391,10 +467,11 @@ def _piece(
         len(store) for store, name in ((out.heads, "heads"), (out.hidden, "hidden")) if name in details
     ]
     if set(counts) != {parts.depth}:
-        raise RuntimeError(
-            f"recorded {counts[0]} residual streams, {counts[1]} attention and {counts[2]} MLP outputs out "
-            f"of {parts.depth}: a hook never fired, so this architecture can't be patched here"
-        )
+        refuse(
+            parts.model, parts.blocks[0],
+            f"show {counts[0]} streams, {counts[1]} attention and {counts[2]} MLP outputs of {parts.depth}, "
+            "since a hook never fired",
+        )  # fmt: skip
     for layer, module, own, store in written:
         if own[0].shape != store[layer].shape or not _close(own[0], store[layer]):
             raise ValueError(
@@ -403,10 +480,7 @@ def _piece(
             )
     end = out.resid[-1][:, -1:]
     if not _close(end if parts.norm is None else parts.norm(end), whole.last_hidden_state[:, -1:]):
-        raise RuntimeError(
-            f"{type(parts.base).__name__} does more to the residual stream behind its last block than its "
-            "final norm, so this architecture can't be patched here"
-        )
+        refuse(parts.model, parts.blocks[-1], "are followed by more than the final norm", parts.depth - 1)
     return out
 
 
@@ -423,23 +497,26 @@ def _hook(handle: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _output(store: list[Tensor]) -> Callable:
+# Copies, since blocks may go on to change a tensor in place: parallel ones add attention to the MLP's output.
+def _output(store: list[Tensor], outputs: dict[nn.Module, int] | None = None) -> Callable:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        store.append(first(output))
+        store.append(first(output).clone())
+        if outputs is not None:
+            outputs[module] = len(output) if isinstance(output, tuple) else 0
 
     return hook
 
 
 def _input(store: list[Tensor]) -> Callable:
     def hook(module: nn.Module, inputs: tuple) -> None:
-        store.append(inputs[0])
+        store.append(inputs[0].clone())
 
     return hook
 
 
 def _entering(store: list[Tensor]) -> Callable:
     def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        store.append(args[0] if args else kwargs["hidden_states"])
+        store.append((args[0] if args else kwargs["hidden_states"]).clone())
 
     return hook
 
