@@ -154,8 +154,8 @@ def require_one_stream(model: nn.Module, stream: Tensor) -> None:
     if stream.ndim != 3:
         raise Unpatchable(
             f"blocks of this model ({type(model).__name__}) carry several streams side by side (shape "
-            f"{tuple(stream.shape)}): patching, ablation, directions and probes can't be done; completions and "
-            "tuning can"
+            f"{tuple(stream.shape)}): patching, ablation, directions and probes can't be done; completions "
+            "and tuning can"
         )
 
 
