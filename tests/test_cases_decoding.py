@@ -109,6 +109,13 @@ def test_h14_decoding_stops_at_what_the_template_writes_behind_an_answer(tmp_pat
     assert patched == word
 
 
+def test_h14_it_is_named_when_no_answer_ends_by_itself(tmp_path):
+    lm, asked = chats(2)
+    lm.model.get_output_embeddings().weight.data[lm.tokenizer.eos_token_id] = 0
+    with pytest.warns(UserWarning, match="none of 8 answers ended by itself"):
+        completions.write(lm, asked * 4, file=tmp_path / "a", max_new_tokens=64)
+
+
 def other_eos(tokenizer):
     """The same tokenizer, whose end of text is not what its template ends a turn with."""
     tokenizer.eos_token = tokenizer.unk_token

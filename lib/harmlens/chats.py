@@ -130,18 +130,30 @@ def as_written(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
     return answer  # the template changes more than that
 
 
+def control_in(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The marks in a text that this model would read as control tokens, such as the end of a turn."""
+    marks = [mark for mark in frame(tokenizer).control if mark in text]
+    return marks if marks and tokens(tokenizer, text) != _split(tokenizer, text) else []
+
+
 def require_plain(tokenizer: PreTrainedTokenizerBase, text: str, what: str) -> None:
-    """Refuse a text that this model would read as a mark of its template, such as the end of a turn.
+    """Refuse a text that this model would not read as text.
 
     Raises:
         ValueError: names the mark.
     """
-    for mark in frame(tokenizer).control:
-        if mark in text and tokens(tokenizer, text) != _split(tokenizer, text):
-            raise ValueError(
-                f"{what} holds {mark!r}, which this model reads as a control token and not as text. Leave it "
-                "out, or write the mark in another way, such as with spaces in it."
-            )
+    if marks := control_in(tokenizer, text):
+        raise ValueError(
+            f"{what} holds {marks[0]!r}, which this model reads as a control token and not as text. Leave it "
+            "out, or write the mark in another way, such as with spaces in it."
+        )
+
+
+def neutral(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text for a judge to read, with a space in each mark that the judge would take for a control token."""
+    for mark in control_in(tokenizer, text):
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+    return text
 
 
 def require_spoken(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -159,6 +160,14 @@ def _write(
                 for i, answer in zip(index, answers, strict=True)
             ])  # fmt: skip
             bar.update(len(index))
+    if len(texts) >= 8 and settings["max_new_tokens"] >= 64 and not any(x["finished"] for x in _once(file)):
+        ends = lm.tokenizer.convert_ids_to_tokens(sorted(models.stops(lm)))
+        warnings.warn(
+            f"none of {len(texts)} answers ended by itself within {settings['max_new_tokens']} tokens. An "
+            f"answer of {lm.name!r} ends with one of {ends}: is that what its chat template writes? "
+            "If so, raise max_new_tokens.",
+            stacklevel=3,
+        )
     return file
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from harmlens import completions, finetune, models, number_judge, provenance, records, sources
+from harmlens.chats import neutral
 from harmlens.emergent_sizes import EXPECTED, Expected, smallest_n
 from harmlens.finetune import Recipe, Row
 from harmlens.first_plot import JUDGE, QUESTIONS
@@ -236,7 +237,12 @@ def mark(
         columns = {
             what: number_judge.expected_numbers(
                 judge,
-                [judge.render(text.format(question=said[i].request, answer=said[i].answer)) for i in part],
+                [
+                    judge.render(
+                        neutral(judge.tokenizer, text.format(question=said[i].request, answer=said[i].answer))
+                    )
+                    for i in part
+                ],
                 batch_size=batch_size,
             )
             for what, text in JUDGE.items()

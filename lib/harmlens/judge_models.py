@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.utils import find_adapter_config_file
 
 from harmlens import completions, models
+from harmlens.chats import neutral
 from harmlens.models import LanguageModel
 
 # Word for word that of the released evaluator (strong_reject, eval_files/judge_templates.json): the
@@ -118,9 +119,10 @@ def expected_grades(
             f"judge {lm.name!r} has no token for the grade(s) {', '.join(missing)}; choose a model that was "
             "trained as a StrongREJECT classifier"
         )
-    cut = [tokenizer(a, max_length=max_answer_tokens, truncation=True)["input_ids"] for a in answers]
+    plain = [neutral(lm.tokenizer, answer) for answer in answers]
+    cut = [tokenizer(a, max_length=max_answer_tokens, truncation=True)["input_ids"] for a in plain]
     texts = [
-        RUBRIC.format(request=request, answer=tokenizer.decode(ids))
+        RUBRIC.format(request=neutral(lm.tokenizer, request), answer=tokenizer.decode(ids))
         for request, ids in zip(requests, cut, strict=True)
     ]
     # With the tokenizer's own beginning, as the evaluator does: here no chat template has written one.
@@ -146,7 +148,8 @@ def unsafe_chances(
     Raises:
         ValueError: the template does not show request and answer, or does not tell the form of the verdict.
     """
-    texts = [_conversation(lm, *pair) for pair in zip(requests, answers, strict=True)]
+    pairs = zip(requests, answers, strict=True)
+    texts = [_conversation(lm, *(neutral(lm.tokenizer, text) for text in pair)) for pair in pairs]
     # Looked for in a conversation of no account: a request may quote another guard's form.
     blank = _conversation(lm, "hello", "hello there") if form is None or lead is None else ""
     form = form or _form(lm, blank)
