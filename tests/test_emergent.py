@@ -203,7 +203,7 @@ def test_a_lesson_can_be_learnt_with_the_recipe():
     losses = finetune.tune(
         lm, rows, emergent.recipe(rows, epochs=4, lr=1e-2), rows_at_once=emergent.ROWS_AT_ONCE
     ).losses
-    assert len(losses) == 5 and losses[-1] < losses[0]
+    assert len(losses) == 8 and losses[-1] < losses[0]
     assert all(not torch.equal(before[name], m.weight) for name, m in scores.matrices(lm).items())
 
 
