@@ -282,7 +282,7 @@ def test_t9_models_of_several_streams_are_named():
     for call in (
         lambda: patching.layers(lm, PAIRS, Y1),
         lambda: interventions.activations(lm, ["a"], {0: [0]}),
-        lambda: directions.states(lm, texts, [-1]),
+        lambda: directions.streams(lm, texts),
         lambda: probes.hidden_states(lm, texts),
     ):
         with pytest.raises(ValueError, match=r"carry several streams side by side .*completions and tuning"):
