@@ -38,6 +38,7 @@ from transformers.utils import logging as hf_logging
 
 from harmlens import deltas, hub, memory, paths
 from harmlens.chats import Message, frame, render, tokens
+from harmlens.provenance import weights_sha256
 
 STAGES = ("base", "mid", "sft", "dpo")
 SEEDS = (0, 1, 2)
@@ -471,14 +472,6 @@ def organism_folder(name: str, seed: int | None = None) -> Path:
     if not folder.is_dir():
         raise ValueError(f"there is no organism {stage}-{number}; available: {listing}")
     return folder
-
-
-def weights_sha256(folder: Path) -> str:
-    """sha256 over the safetensors files of a folder, in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def contents_sha256(folder: Path) -> str:
