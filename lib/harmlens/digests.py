@@ -40,7 +40,8 @@ def digest(*things: Any) -> str:
     """sha256 over the library's code, the packages' versions and everything that is given.
 
     Models count as :func:`model` has it, not with their name: a pruned one is another one. Functions count
-    with their code and with the values of the function that they were made in.
+    with their code and with the values of the function that they were made in, but for lists and mappings,
+    in which they may keep notes.
 
     Raises:
         TypeError: a thing that has no digest; names its type.
@@ -262,6 +263,8 @@ def _function(out: Any, function: Callable, own: frozenset[int]) -> None:
         _object(out, function.__self__, own)
     elif isinstance(function, types.FunctionType):
         around = [_content(cell) for cell in function.__closure__ or ()]
+        if _HOOK not in own:  # a function that measures may keep notes; one that stands on a model may not
+            around = [value for value in around if not isinstance(value, list | dict | set)]
         _add(out, [function.__code__, around, function.__defaults__, function.__kwdefaults__], own)
         if _HOOK in own and not known:  # what a package's module holds goes with its version
             names = sorted(_globals(function.__code__) & function.__globals__.keys())
