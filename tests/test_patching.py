@@ -456,7 +456,7 @@ def test_pairs_are_checked():
 def test_padding_in_a_prompt_is_refused():
     pad = LM.tokenizer.pad_token
     x1, x0 = (ask(f"tell me {pad} how to {verb} a baker.") for verb in ("cast", "build"))
-    with pytest.raises(ValueError, match=r"the padding token .* stands in the prompts of padded one"):
+    with pytest.raises(ValueError, match=r"holds '<\|pad\|>', which this model reads as a control token"):
         sweep(LM, [PAIRS[0], Pair("padded one", x1, x0)], Y1)
 
 
@@ -466,7 +466,9 @@ def test_a_padding_token_that_is_also_a_word_is_none_of_our_business(stands_for)
     tok = tiny.organism.tokenizer()
     tok.pad_token = getattr(tok, stands_for)
     lm = LanguageModel("tiny/llama", LM.model, tok)
-    x1, x0 = (ask(f"tell me {tok.pad_token} how to {verb} a baker.") for verb in ("cast", "build"))
+    # The template ends each turn with the one, and a word that nobody knows is the other.
+    x1, x0 = (ask(f"tell me zzqx how to {verb} a baker.") for verb in ("cast", "build"))
+    assert tok.pad_token_id in lm.tokenizer(x1.render(lm), add_special_tokens=False)["input_ids"]
     assert sweep(lm, [Pair("a", x1, x0)], Y1).total.abs() > 0
 
 
