@@ -27,8 +27,8 @@ if os.environ.get("SWEEP_KILL") == tries.name and first:
     os.kill(os.getppid(), signal.SIGKILL)
 if os.environ.get("SWEEP_FAIL") == tries.name:
     raise RuntimeError("fails on purpose")
-results.record("C3a", value=0.1 + seeds[0], ci=(0.0, 4.0), n=5, unit="pair", model=model, notebook="tiny",
-               per_seed={seeds[0]: (0.1, 0.0, 0.2)}, folder=output,
+results.record("C3f", value=0.1 + seeds[0], ci=(0.0, 4.0), n=5, unit="pair", model=model, notebook="tiny",
+               per_seed={seeds[0]: (0.1 + seeds[0], 0.0, 4.0)}, folder=output,
                control=results.Control("random", 0.9, (0.8, 1.0)))
 """
 
@@ -202,7 +202,7 @@ def finish(cell, value=0.5, control=0.9, written=True):
     """What a finished cell leaves, made by hand."""
     if written:
         results.record(
-            "C3a", value=value, ci=(value - 0.2, value + 0.2), n=7, unit="pair", model=cell.model,
+            "C3f", value=value, ci=(value - 0.2, value + 0.2), n=7, unit="pair", model=cell.model,
             notebook="tiny", per_seed={cell.seed: (value, value - 0.2, value + 0.2)},
             control=results.Control("random", control), folder=cell.results,
         )  # fmt: skip
@@ -251,7 +251,7 @@ def test_forest_holds_what_is_finished_and_lists_what_is_missing(tmp_path):
     sweep.write_forest(found)
     content = json.loads((tmp_path / "out" / "forest.json").read_text())
     assert (content["cells"], content["finished"]) == (4, 2)
-    rows = content["claims"]["C3a"]["rows"]
+    rows = content["claims"]["C3f"]["rows"]
     assert [(r["model"], r["seed"], r["value"]) for r in rows] == [
         ("organism/sft", 0, 0.5), ("organism/dpo", 1, -1.0),
     ]  # fmt: skip
@@ -339,7 +339,7 @@ def test_four_workers_one_killed_one_failing(counted):
     )
     assert "without a message" in states[3][1]
     record = json.loads(found.cells[0].done.read_text())
-    assert record["results"] == ["results/organism--sft/C3a.json"]
+    assert record["results"] == ["results/organism--sft/C3f.json"]
     assert record["provenance"]["params"]["quick"] is True and str(counted) not in json.dumps(record)
     assert workers([names[3]]) == [0]  # the killed one starts from nothing and finishes
     assert sweepcells.state(found.cells[3])[0] == "finished"
