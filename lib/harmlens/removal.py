@@ -200,7 +200,7 @@ def sit_all(lm: LanguageModel, asked: Mapping[str, tasks.Task], source: Material
 
 
 def together(*columns: np.ndarray) -> np.ndarray:
-    """Marks of several tasks side by side, [group, task]: means of as many groups as the shortest has marks."""
+    """Marks of tasks side by side, [group, task]: means of as many groups as the shortest has marks."""
     k = min(map(len, columns))
     return np.stack([[part.mean() for part in np.array_split(column, k)] for column in columns], axis=1)
 
