@@ -247,23 +247,23 @@ def ungated(name: str) -> str:
 
 def markdown(models: Sequence[Model] = MODELS) -> str:
     """The table of the page book/models.md: one row per model, by the smallest GPU that does everything."""
-    head = ["Model", "Parameters", "Blocks × width", "Heads (KV)", "MLP", "Vocabulary", "Licence", "Base",
-            "Refusals", *(f"{task}" for task in ("Run", "Score", "LoRA"))]  # fmt: skip
+    head = ["Model", "Parameters", "Refusals", "Run", "Score", "LoRA", "Licence", "Base", "Blocks × width",
+            "Heads (KV)", "MLP", "Vocabulary"]  # fmt: skip
     lines = []
     for tier in [*TIERS, "several GPUs"]:
         rows = [m for m in sorted(models, key=lambda m: m.shape.parameters) if smallest_tier(m) == tier]
         if not rows:
             continue
         lines += [f"### {tier}" if tier in TIERS else "### Several GPUs", ""]
-        lines += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * 5 + "---|---|---|" + "---:|" * 3]
+        lines += ["| " + " | ".join(head) + " |", "|---|---:|---|" + "---:|" * 3 + "---|---|" + "---:|" * 4]
         for m in rows:
             s = m.shape
             cells = [
                 f"[{m.id}]({m.page})" + (" (gated)" if m.gated else ""),
-                f"{s.parameters / 1e9:.2f} B", f"{s.layers} × {s.width}", f"{s.heads} ({s.kv_heads})",
-                str(s.ffn), str(s.vocab), m.licence, f"`{m.base}`" if m.base else "not published",
-                m.refuses or "not known",
+                f"{s.parameters / 1e9:.2f} B", m.refuses or "not known",
                 *(shown(need(s, task)) for task in TASKS),
+                m.licence, f"`{m.base}`" if m.base else "not published",
+                f"{s.layers} × {s.width}", f"{s.heads} ({s.kv_heads})", str(s.ffn), str(s.vocab),
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
