@@ -93,7 +93,7 @@ $(ENGINE_STAMP): sweep/requirements.txt | $(STAMP)
 	@touch $(ENGINE_STAMP)
 
 sweep: $(STAMP) $(ENGINE_STAMP)
-	@$(PY) -m harmlens.sweep run $(SWEEP) $(ARGS)
+	@$(PY) tools/sweep.py run $(SWEEP) $(ARGS)
 
 sync: $(STAMP)
 	@$(PY) tools/sync.py $(ARGS)

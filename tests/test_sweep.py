@@ -11,9 +11,10 @@ import matplotlib.pyplot as plt
 import pytest
 import yaml
 
-from harmlens import plots, results, sweep, sweepcells, sweepfile
+import sweep
+from harmlens import plots, results
 from harmlens.stats import Estimate
-from harmlens.sweepfile import SweepError
+from sweep import SweepError
 
 PARAMETERS = 'model = "organism/sft"\nseeds = [0]\nquick = False\noutput = ""'
 # Counts its own tries; then it fails, kills the process that runs it, or records a claim.
@@ -70,7 +71,7 @@ def test_cells_are_the_product_of_notebooks_models_and_seeds(tmp_path):
     cell = found.cells[3]
     assert cell.parameters == {"quick": True, "model": "organism/dpo", "seeds": [1]}
     assert cell.folder.parent == tmp_path / "out" / "cells" / "tiny" / "organism--dpo"
-    assert cell.resources == sweepfile.RESOURCES
+    assert cell.resources == sweep.Needs().model_dump()
 
 
 def test_models_without_training_seeds_give_one_cell(tmp_path):
@@ -118,38 +119,38 @@ def test_the_shipped_example_is_valid():
 
 
 INVALID = [
-    ({"models": []}, r"models: expected a list with at least one entry, got \[\]"),
-    ({"notebooks": None}, r"notebooks: expected a list .* got None"),
-    ({"seeds": []}, r"seeds: expected a list with at least one"),
+    ({"models": []}, r"models: must have at least one entry, got \[\]"),
+    ({"notebooks": None}, r"notebooks: is missing"),
+    ({"seeds": []}, r"seeds: must have at least one entry"),
     ({"seeds": [0, -1]}, r"seeds: -1 is no seed. Give integers"),
     ({"seeds": [0, 0]}, r"seeds: 0 occurs twice. Keep one"),
     ({"seeds": [7]}, r"seeds: organism/sft was not trained with seed 7. There are 0, 1, 2"),
     ({"models": ["organism/sft", "organism/sft"]}, r"models: organism/sft occurs twice"),
     ({"models": ["a/b", {"name": "L", "stages": {"x": "a/b"}}]}, r"models: a/b occurs twice"),
-    ({"models": ["organism/stf"]}, r"models: 'organism/stf': unknown stage 'stf'. Choose one of .*sft"),
+    ({"models": ["organism/stf"]}, r"models: organism/stf: unknown stage 'stf'. Choose one of .*sft"),
     ({"models": ["organism/sft-0"]}, r"unknown stage 'sft-0'.*seed goes under seeds"),
     ({"models": [{"name": "organism", "stages": ["warm"]}]}, r"unknown stage 'warm'"),
     ({"models": [{"name": "Qwen/Q", "stages": ["sft"]}]}, r"models: Qwen/Q: stages must be a mapping"),
     ({"models": ["no such folder"]}, r"models: 'no such folder' is no organism/<stage>, no folder"),
-    ({"models": [{"stages": {"a": "b/c"}}]}, r"models: expected text, or a mapping with a name"),
-    ({"models": [{"name": "a/b", "gpu": 1}]}, r"models: a/b: unknown gpu. Valid: name, stages, resources"),
+    ({"models": [{"stages": {"a": "b/c"}}]}, r"models: 0: name: is missing"),
+    ({"models": [{"name": "a/b", "gpu": 1}]}, r"models: a/b: gpu: unknown key, got 1"),
     ({"notebooks": ["99_none"]}, r"notebooks: no notebook '99_none'. Choose from 00_model_organism, 01_"),
     ({"notebooks": ["gone.ipynb"]}, r"notebooks: no file gone.ipynb"),
     ({"notebooks": ["tiny.ipynb"] * 2}, r"notebooks: tiny.ipynb occurs twice"),
     ({"notebooks": ["ladder.ipynb"], "parameters": None}, r"takes no parameter 'model'.*Remove it"),
     ({"parameters": {"quik": True}}, r"parameters: tiny takes no parameter 'quik'. It takes model, seeds"),
     ({"parameters": {"seeds": [0]}}, r"parameters: seeds is set by the sweep"),
-    ({"parameters": [1]}, r"parameters: expected a mapping"),
+    ({"parameters": [1]}, r"parameters: must be a mapping, such as"),
     ({"notebooks": [{"name": "tiny.ipynb", "parameters": {"n": 3}}]}, r"tiny.ipynb: parameters: .*'n'"),
     ({"exclude": [{"model": "organism/mid"}]}, r"exclude: .*matches no cell"),
-    ({"exclude": [{"modell": "organism/sft"}]}, r"exclude: .*give a mapping with some of notebook, model, s"),
-    ({"exclude": {"seed": 0}}, r"exclude: expected a list"),
+    ({"exclude": [{"modell": "organism/sft"}]}, r"exclude: 0: modell: unknown key"),
+    ({"exclude": {"seed": 0}}, r"exclude: input should be a valid list"),
     ({"exclude": [{"notebook": "tiny"}]}, r"exclude: leaves no cell"),
-    ({"resources": {"ram": 1}}, r"resources: unknown ram. Valid: gpu, mem_mb"),
-    ({"resources": {"mem_mb": 0}}, r"resources: mem_mb: 0 must be a whole number from 1"),
-    ({"resources": {"gpu": "all"}}, r"resources: gpu: 'all' must be a whole number from 0"),
-    ({"output": ""}, r"output: '' is no folder"),
-    ({"seed": [0]}, r"seed: unknown key. Valid keys: models, seeds"),
+    ({"resources": {"ram": 1}}, r"resources: ram: unknown key"),
+    ({"resources": {"mem_mb": 0}}, r"resources: mem_mb: .*greater than or equal to 1, got 0"),
+    ({"resources": {"gpu": "all"}}, r"resources: gpu: must be a whole number, got 'all'"),
+    ({"output": 3}, r"output: input should be a valid string, got 3"),
+    ({"seed": [0]}, r"seed: unknown key, got \[0\]. sweep/sweep.yaml shows"),
 ]
 
 
@@ -194,10 +195,6 @@ def test_key_of_a_local_model_follows_its_files(tmp_path):
     assert sweep.read(path).cells[0].key != before
 
 
-def test_parameter_names_read_the_tagged_cell_only(tmp_path):
-    assert sweepfile.parameter_names(notebook(tmp_path / "a.ipynb")) == ("model", "seeds", "quick", "output")
-
-
 def finish(cell, value=0.5, control=0.9, written=True):
     """What a finished cell leaves, made by hand."""
     if written:
@@ -212,30 +209,30 @@ def finish(cell, value=0.5, control=0.9, written=True):
 
 def test_states_of_a_cell(tmp_path):
     cells = sweep.read(described(tmp_path)).cells
-    assert sweepcells.state(cells[0]) == ("not run", "not started yet")
+    assert sweep.state(cells[0]) == ("not run", "not started yet")
     cells[0].folder.mkdir(parents=True)
     cells[0].log.write_text("started\n")
-    assert sweepcells.state(cells[0])[0] == "failed"
-    assert "killed, out of memory" in sweepcells.state(cells[0])[1]
+    assert sweep.state(cells[0])[0] == "failed"
+    assert "killed, out of memory" in sweep.state(cells[0])[1]
     cells[0].log.write_text("started\nFAILED tiny: in code cell 2\nlast words of a kernel\n")
-    assert sweepcells.state(cells[0]) == ("failed", "FAILED tiny: in code cell 2")
+    assert sweep.state(cells[0]) == ("failed", "FAILED tiny: in code cell 2")
     finish(cells[0])
-    assert sweepcells.state(cells[0]) == ("finished", "")
+    assert sweep.state(cells[0]) == ("finished", "")
     next(cells[0].results.rglob("*.json")).unlink()  # a result file that is gone has to be made again
-    assert sweepcells.state(cells[0])[0] == "failed"
+    assert sweep.state(cells[0])[0] == "failed"
     cells[1].folder.mkdir(parents=True)
     cells[1].done.write_text('{"key": "of other code", "results": []}')
-    assert sweepcells.state(cells[1])[0] == "not run"
+    assert sweep.state(cells[1])[0] == "not run"
 
 
 def test_a_cell_that_was_planned_with_other_code_is_refused(tmp_path):
     found = sweep.read(described(tmp_path))
     name = found.cells[0].folder.relative_to(found.output / "cells").as_posix()
-    assert sweepcells.find(found, name) is found.cells[0]
+    assert sweep.find(found, name) is found.cells[0]
     with pytest.raises(SweepError, match=r"planned with other code.*same version of the repository"):
-        sweepcells.find(found, "tiny/organism--sft/seed-0-0123456789ab")
+        sweep.find(found, "tiny/organism--sft/seed-0-0123456789ab")
     with pytest.raises(SweepError, match=r"no cell tiny/x/seed-0-0. .*cells lists them"):
-        sweepcells.find(found, "tiny/x/seed-0-0")
+        sweep.find(found, "tiny/x/seed-0-0")
 
 
 # --------------------------------------------------------------------------- forest
@@ -320,7 +317,7 @@ def test_four_workers_one_killed_one_failing(counted):
     names = [cell.folder.relative_to(found.output / "cells").as_posix() for cell in found.cells]
 
     def workers(which):
-        command = [sys.executable, "-m", "harmlens.sweep", "cell", str(found.source)]
+        command = [sys.executable, sweep.__file__, "cell", str(found.source)]
         started = []
         for name in which:
             log = found.output / "cells" / name / "log.txt"
@@ -331,7 +328,7 @@ def test_four_workers_one_killed_one_failing(counted):
 
     codes = workers(names)
     assert codes == [0, 1, 0, -9], [cell.log.read_text()[-500:] for cell in found.cells]
-    states = [sweepcells.state(cell) for cell in found.cells]
+    states = [sweep.state(cell) for cell in found.cells]
     assert [name for name, _ in states] == ["finished", "failed", "finished", "failed"]
     assert states[1][1] == (
         "FAILED tiny/organism--sft/seed-1: in the code cell that begins with 'import os, pathlib, signal': "
@@ -342,7 +339,7 @@ def test_four_workers_one_killed_one_failing(counted):
     assert record["results"] == ["results/organism--sft/C3f.json"]
     assert record["provenance"]["params"]["quick"] is True and str(counted) not in json.dumps(record)
     assert workers([names[3]]) == [0]  # the killed one starts from nothing and finishes
-    assert sweepcells.state(found.cells[3])[0] == "finished"
+    assert sweep.state(found.cells[3])[0] == "finished"
 
 
 def test_a_kernel_that_does_not_come_up_is_started_again(tmp_path, monkeypatch, capsys):
@@ -359,12 +356,12 @@ def test_a_kernel_that_does_not_come_up_is_started_again(tmp_path, monkeypatch, 
             raise answer
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
-    sweepcells._execute(cell, tmp_path / "out.ipynb", {"quick": True})
+    sweep._execute(cell, tmp_path / "out.ipynb", {"quick": True})
     assert len(tried) == 2 and "started again" in capsys.readouterr().out
-    for answer, times in (("Kernel died before replying to kernel_info", sweepcells.STARTS), ("else", 1)):
+    for answer, times in (("Kernel died before replying to kernel_info", sweep.STARTS), ("else", 1)):
         answers, tried = [RuntimeError(answer)], []
         with pytest.raises(RuntimeError, match=answer):
-            sweepcells._execute(cell, tmp_path / "out.ipynb", {})
+            sweep._execute(cell, tmp_path / "out.ipynb", {})
         assert len(tried) == times
 
 
@@ -398,7 +395,7 @@ def test_no_engine_and_no_profile_are_said_with_the_remedy(tmp_path, monkeypatch
     monkeypatch.delenv("HARMLENS_SNAKEMAKE", raising=False)
     monkeypatch.setattr(sweep.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sweep.shutil, "which", lambda name: None)
-    monkeypatch.setattr(sweep, "repo_root", lambda: None)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
     with pytest.raises(SweepError, match=r"snakemake was not found.*make sweep installs it"):
         sweep.engine()
 
