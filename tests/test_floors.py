@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
+import floors
 import pytest
 import torch
+from floors import MACHINES, Machine, Sizes, Work
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -14,7 +16,6 @@ from harmlens import (
     attribution,
     catalogue,
     finetune,
-    floors,
     lora,
     models,
     neurons,
@@ -24,7 +25,6 @@ from harmlens import (
     prompts,
     training,
 )
-from harmlens.floors import MACHINES, Machine, Sizes, Work
 from harmlens.models import LanguageModel
 from harmlens.shapes import Shape
 
@@ -259,7 +259,7 @@ def test_the_page_has_the_table_of_the_code(root):
     page = (root / "book" / "performance.md").read_text(encoding="utf-8")
     block = re.search(r"<!-- floors:start -->\n(.*)<!-- floors:end -->", page, re.S)
     assert block and block[1] == floors.markdown(), (
-        "python -m harmlens.floors book/performance.md brings the page in step"
+        "python tests/benchmarks/floors.py book/performance.md brings the page in step"
     )
     assert "Nothing on this page was measured on a GPU" in page
 

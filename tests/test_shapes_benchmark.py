@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 
+import floors
 import pytest
 import torch
+from floors import Machine, Sizes
 from transformers import AutoModelForCausalLM
 
-from harmlens import catalogue, floors, memory, models, prompts
-from harmlens.floors import Machine, Sizes
+from harmlens import catalogue, memory, models, prompts
 from harmlens.shapes import Shape
 
 CPU = torch.device("cpu")

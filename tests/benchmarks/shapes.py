@@ -6,7 +6,7 @@
 
 Weights are random and made on the device in half precision, so nothing is downloaded. Prompts are made of
 the words of the tests' stand-in tokenizer, whose ids all lie within the shape's vocabulary. Every step is run
-once for warming up and then timed. Beside it stands its floor (``harmlens.floors``): with the data sheet's
+once for warming up and then timed. Beside it stands its floor (``floors.py``): with the data sheet's
 speed on a GPU that is known there, elsewhere with that of a large matrix product and a large copy on the same
 device. Steps that fail, for lack of memory say, are reported, and the others are run.
 
@@ -26,7 +26,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import floors
 import torch
+from floors import MACHINES, Machine, Sizes
 from gpu import finish, rate
 from transformers import (
     AutoModelForCausalLM,
@@ -44,7 +46,6 @@ from transformers import (
 from harmlens import (
     attribution,
     finetune,
-    floors,
     lora,
     lowmemory,
     memory,
@@ -57,7 +58,6 @@ from harmlens import (
     pruning,
     training,
 )
-from harmlens.floors import MACHINES, Machine, Sizes
 from harmlens.memory import shown
 from harmlens.models import LanguageModel
 from harmlens.paths import build_dir
