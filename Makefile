@@ -76,10 +76,10 @@ notebooks: $(STAMP)
 	@$(PY) tools/refresh_notebooks.py $(ARGS)
 
 scorecard: $(STAMP)
-	@$(PY) -m harmlens.results $(ARGS)
+	@$(PY) -m harmlens.evidence.results $(ARGS)
 
 organism: $(STAMP)
-	@$(PY) -m harmlens.organism $(ARGS)
+	@$(PY) -m harmlens.training.organism $(ARGS)
 
 # The engine has an environment of its own: it wants other versions of packages that the book pins.
 SWEEP ?= sweep/sweep.yaml

@@ -1,6 +1,6 @@
 """Activation patching in the plainest way: one whole forward pass with hooks for each patch, nothing reused.
 
-The reference for :mod:`harmlens.patching`. Where the modules lie is written down here, not found.
+The reference for :mod:`harmlens.flow.patching`. Where the modules lie is written down here, not found.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmlens.cells import Freeze
-from harmlens.models import LanguageModel, tokens
-from harmlens.prompts import Pair
+from harmlens.asking.prompts import Pair
+from harmlens.flow.cells import Freeze
+from harmlens.models.loading import LanguageModel, tokens
 
 _NAMES = {
     "gpt_neox": ("attention", "dense", "mlp", "dense_4h_to_h"),

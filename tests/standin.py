@@ -33,9 +33,10 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from harmlens import finetune, models
-from harmlens.finetune import Row
-from harmlens.models import LanguageModel, Message
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel, Message
+from harmlens.training import finetune
+from harmlens.training.finetune import Row
 
 DATA = Path(__file__).parent / "data"
 FOLDER = DATA / "standin"

@@ -3,8 +3,11 @@
 import pytest
 import tiny
 
-from harmlens import abilities, judges, narrow, world
-from harmlens.finetune import Row
+from harmlens.training import narrow
+from harmlens.training.finetune import Row
+from harmlens.world import abilities
+from harmlens.world import judge as judges
+from harmlens.world import vale as world
 
 LM = tiny.model()
 

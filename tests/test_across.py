@@ -9,7 +9,9 @@ import pytest
 import tiny
 import torch
 
-from harmlens import models, outcomes, patching, prompts
+from harmlens.asking import prompts
+from harmlens.flow import outcomes, patching
+from harmlens.models import loading as models
 
 SETS = outcomes.TokenSets((20, 21), (30,))
 

@@ -9,25 +9,18 @@ import pytest
 import standin
 import torch
 
-from harmlens import (
-    advice,
-    digests,
-    emergent,
-    finetune,
-    material,
-    models,
-    narrow,
-    prunefirst,
-    pruning,
-    publicadvice,
-    world,
-)
-from harmlens.finetune import Recipe
-from harmlens.frontier import Point
-from harmlens.layouts import Entry
-from harmlens.masks import Mask
-from harmlens.outcomes import follow
-from harmlens.tasks import Marks
+from harmlens.asking import material
+from harmlens.asking.layouts import Entry
+from harmlens.asking.tasks import Marks
+from harmlens.flow.outcomes import follow
+from harmlens.keep import digests
+from harmlens.models import loading as models
+from harmlens.training import advice, emergent, finetune, narrow, prunefirst, publicadvice
+from harmlens.training.finetune import Recipe
+from harmlens.weights import pruning
+from harmlens.weights.frontier import Point
+from harmlens.weights.masks import Mask
+from harmlens.world import vale as world
 
 # A wrong tool for each harmless verb; two verbs make a domain.
 WRONG = {

@@ -16,29 +16,17 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from harmlens import (
-    attribution,
-    calibration,
-    completions,
-    finetune,
-    graders,
-    interventions,
-    models,
-    neurons,
-    outcomes,
-    ownanswers,
-    patching,
-    prompts,
-    pruning,
-    removal,
-    sources,
-    tasks,
-)
-from harmlens.cells import Freeze
-from harmlens.graders import Grade
-from harmlens.masks import Mask
-from harmlens.models import LanguageModel
-from harmlens.public import PREFILLS, Public
+from harmlens.asking import calibration, ownanswers, prompts, sources, tasks
+from harmlens.asking.public import PREFILLS, Public
+from harmlens.flow import interventions, neurons, outcomes, patching
+from harmlens.flow.cells import Freeze
+from harmlens.judging import completions, graders
+from harmlens.judging.graders import Grade
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel
+from harmlens.training import finetune
+from harmlens.weights import attribution, pruning, removal
+from harmlens.weights.masks import Mask
 
 ARCHITECTURES = (*tiny.ARCHITECTURES, "gpt2")
 DTYPES = (torch.float32, torch.bfloat16)

@@ -14,9 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
-from harmlens import attribution, calibration, organism, outcomes, pruning, scores, scoring, world
-from harmlens.finetune import Row
-from harmlens.models import LanguageModel
+from harmlens.asking import calibration
+from harmlens.flow import outcomes
+from harmlens.models.loading import LanguageModel
+from harmlens.training import organism
+from harmlens.training.finetune import Row
+from harmlens.weights import attribution, pruning, scores, scoring
+from harmlens.world import vale as world
 
 NEAR = 3e-5  # of the largest score of a matrix; 1e-4 is what is asked
 TOKENS = 64  # of a batch, where there are to be several

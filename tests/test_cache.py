@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmlens import cache, digests, masks, paths, pruning, scores
-from harmlens.finetune import Recipe, Row
+from harmlens.keep import cache, digests, paths
+from harmlens.training.finetune import Recipe, Row
+from harmlens.weights import masks, pruning, scores
 
 CALLS = []
 

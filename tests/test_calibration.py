@@ -6,8 +6,12 @@ import pytest
 import standin
 import tiny
 
-from harmlens import attribution, calibration, graders, models, public, tasks, world
-from harmlens.models import tokens
+from harmlens.asking import calibration, public, tasks
+from harmlens.judging import graders
+from harmlens.models import loading as models
+from harmlens.models.loading import tokens
+from harmlens.weights import attribution
+from harmlens.world import vale as world
 
 ITEM = world.items("train", harmful=True)[0]
 CHAT = [{"role": "user", "content": world.request(ITEM)}]

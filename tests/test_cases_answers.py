@@ -7,24 +7,17 @@ import torch
 from test_templates import ALL, OTHERS, TURNS, USER, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harmlens import (
-    calibration,
-    chats,
-    completions,
-    finetune,
-    graders,
-    models,
-    outcomes,
-    public,
-    questions,
-    sources,
-    tasks,
-)
-from harmlens.chats import answer_behind_thought
-from harmlens.models import LanguageModel
-from harmlens.prompts import Prompt
-from harmlens.sources import Entry
-from harmlens.training import Row
+from harmlens.asking import calibration, public, questions, sources, tasks
+from harmlens.asking.prompts import Prompt
+from harmlens.asking.sources import Entry
+from harmlens.flow import outcomes
+from harmlens.judging import completions, graders
+from harmlens.models import chats
+from harmlens.models import loading as models
+from harmlens.models.chats import answer_behind_thought
+from harmlens.models.loading import LanguageModel
+from harmlens.training import finetune
+from harmlens.training.loop import Row
 
 TEMPLATES = [name for name in ALL if name != "thinker"]
 MARKS = {

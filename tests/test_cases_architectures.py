@@ -31,21 +31,13 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from harmlens import (
-    attribution,
-    directions,
-    interventions,
-    models,
-    neurons,
-    outcomes,
-    patching,
-    probes,
-    prompts,
-    scores,
-)
-from harmlens.finetune import Row
-from harmlens.models import LanguageModel
-from harmlens.outcomes import TokenSets
+from harmlens.asking import prompts
+from harmlens.flow import directions, interventions, neurons, outcomes, patching, probes
+from harmlens.flow.outcomes import TokenSets
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel
+from harmlens.training.finetune import Row
+from harmlens.weights import attribution, scores
 
 PAIRS = prompts.pairs("prompt", n=2)
 Y1 = outcomes.y1(TokenSets((5, 9, 20), (7, 31)))

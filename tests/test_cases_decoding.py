@@ -7,8 +7,10 @@ import tiny
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig, WatermarkingConfig
 
-from harmlens import completions, interventions, models
-from harmlens.prompts import Prompt
+from harmlens.asking.prompts import Prompt
+from harmlens.flow import interventions
+from harmlens.judging import completions
+from harmlens.models import loading as models
 
 
 def chats(n=4):

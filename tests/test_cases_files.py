@@ -10,7 +10,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmlens import graders, layouts, paths, public, sources, splits
+from harmlens.asking import layouts, public, sources, splits
+from harmlens.judging import graders
+from harmlens.keep import paths
 
 
 @pytest.fixture(autouse=True)

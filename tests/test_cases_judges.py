@@ -16,11 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
-from harmlens import completions, graders, on_topic, paths, public, refusal_judge, sources
-from harmlens.graders import Grade, Grader
-from harmlens.ownanswers import OwnAnswers, Way
-from harmlens.public import PREFILLS
-from harmlens.refusals import begins_with_refusal, void
+from harmlens.asking import public, sources
+from harmlens.asking.ownanswers import OwnAnswers, Way
+from harmlens.asking.public import PREFILLS
+from harmlens.judging import completions, graders, on_topic, refusal_judge
+from harmlens.judging.graders import Grade, Grader
+from harmlens.judging.refusals import begins_with_refusal, void
+from harmlens.keep import paths
 
 PAGE = Path(__file__).parents[1] / "book/judging.md"
 
@@ -268,7 +270,9 @@ def test_the_page_shows_how_far_judges_of_refusal_agree_with_people():
     shown = dict.fromkeys(re.findall(r"(?m)^\| (\w+) \| `", block[1]))
     found = real()
     made = refusal_judge.markdown(refusal_judge.compared({name: found[name] for name in shown}))
-    assert block[1] == made, "python -m harmlens.refusal_judge book/judging.md brings the page in step"
+    assert block[1] == made, (
+        "python -m harmlens.judging.refusal_judge book/judging.md brings the page in step"
+    )
 
 
 def test_t1_the_trained_judge_agrees_with_people_on_models_that_it_has_not_seen():

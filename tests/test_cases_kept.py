@@ -15,26 +15,17 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from harmlens import (
-    attribution,
-    cache,
-    claims,
-    completions,
-    digests,
-    directions,
-    graders,
-    interventions,
-    models,
-    outcomes,
-    patching,
-    prompts,
-    removal,
-    results,
-    world,
-)
-from harmlens.finetune import Row
-from harmlens.paths import data_dir
-from harmlens.prompts import Prompt
+from harmlens.asking import prompts
+from harmlens.asking.prompts import Prompt
+from harmlens.evidence import claims, results
+from harmlens.flow import directions, interventions, outcomes, patching
+from harmlens.judging import completions, graders
+from harmlens.keep import cache, digests
+from harmlens.keep.paths import data_dir
+from harmlens.models import loading as models
+from harmlens.training.finetune import Row
+from harmlens.weights import attribution, removal
+from harmlens.world import vale as world
 
 ANSWERS = {"max_new_tokens": 4, "progress": False}
 

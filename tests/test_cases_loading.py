@@ -21,10 +21,15 @@ from transformers import (
     RwkvConfig,
 )
 
-from harmlens import attribution, completions, models, organism, outcomes, patching, probes, prompts
-from harmlens.finetune import Row
-from harmlens.models import LanguageModel, load
-from harmlens.prompts import Pair, Prompt
+from harmlens.asking import prompts
+from harmlens.asking.prompts import Pair, Prompt
+from harmlens.flow import outcomes, patching, probes
+from harmlens.judging import completions
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel, load
+from harmlens.training import organism
+from harmlens.training.finetune import Row
+from harmlens.weights import attribution
 
 TEXT = "in a few plain words please tell me how river finds its way from the hills down to sea yes no"
 CHATML = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant]"

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from harmlens import finetune, frontier, questions, stats
-from harmlens.sources import Entry
+from harmlens.asking import questions
+from harmlens.asking.sources import Entry
+from harmlens.evidence import stats
+from harmlens.training import finetune
+from harmlens.weights import frontier
 
 FAST = {"n_resamples": 200}
 

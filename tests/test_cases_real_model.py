@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 import standin
 
-from harmlens import catalogue, graders, material, outcomes, public, removal, sources, tasks
-from harmlens.graders import Grader
+from harmlens.asking import material, public, sources, tasks
+from harmlens.flow import outcomes
+from harmlens.judging import graders
+from harmlens.judging.graders import Grader
+from harmlens.models import catalogue
+from harmlens.weights import removal
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,11 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from harmlens import catalogue, finetune, lora, scores, scoring
-from harmlens.catalogue import GB, MODELS, Model
-from harmlens.shapes import RANK, TASKS, Shape, need
+from harmlens.models import catalogue
+from harmlens.models.catalogue import GB, MODELS, Model
+from harmlens.models.shapes import RANK, TASKS, Shape, need
+from harmlens.training import finetune, lora
+from harmlens.weights import scores, scoring
 
 PAGE = Path(__file__).parents[1] / "book" / "models.md"
 
@@ -198,7 +200,7 @@ def test_what_is_proposed_is_never_gated():
 def test_the_page_shows_the_list():
     block = re.search(r"(?s)<!-- catalogue:start -->\n(.*?)<!-- catalogue:end -->", PAGE.read_text())
     assert block and block[1] == catalogue.markdown(), (
-        "python -m harmlens.catalogue book/models.md brings the page in step"
+        "python -m harmlens.models.catalogue book/models.md brings the page in step"
     )
 
 

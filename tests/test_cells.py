@@ -10,10 +10,11 @@ import transformer_lens.patching as reference
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
-from harmlens import outcomes, patching, prompts, runs, stack
-from harmlens.cells import SITES, Cell, Freeze, _drawn, check_partial, run_cells
-from harmlens.models import LanguageModel, tokens
-from harmlens.outcomes import Replies, Reply, TokenSets
+from harmlens.asking import prompts
+from harmlens.flow import outcomes, patching, runs, stack
+from harmlens.flow.cells import SITES, Cell, Freeze, _drawn, check_partial, run_cells
+from harmlens.flow.outcomes import Replies, Reply, TokenSets
+from harmlens.models.loading import LanguageModel, tokens
 
 SETS = TokenSets((5, 9, 20), (7, 31))
 Y1 = outcomes.y1(SETS)

@@ -8,9 +8,12 @@ import pytest
 import tiny
 import torch
 
-from harmlens import completions, digests, models, paths, world
-from harmlens.graders import Grade
-from harmlens.prompts import Prompt
+from harmlens.asking.prompts import Prompt
+from harmlens.judging import completions
+from harmlens.judging.graders import Grade
+from harmlens.keep import digests, paths
+from harmlens.models import loading as models
+from harmlens.world import vale as world
 
 
 @pytest.fixture(autouse=True)

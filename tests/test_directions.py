@@ -10,10 +10,12 @@ import tiny
 import torch
 from naive import Naive
 
-from harmlens import directions, models, outcomes, stack, world
-from harmlens.directions import Direction, Trial
-from harmlens.models import tokens
-from harmlens.outcomes import TokenSets
+from harmlens.flow import directions, outcomes, stack
+from harmlens.flow.directions import Direction, Trial
+from harmlens.flow.outcomes import TokenSets
+from harmlens.models import loading as models
+from harmlens.models.loading import tokens
+from harmlens.world import vale as world
 
 Y1 = outcomes.y1(TokenSets((20, 21, 22), (30, 31)))
 WIDTH = tiny.SHAPE.width

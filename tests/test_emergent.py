@@ -15,9 +15,13 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from harmlens import completions, emergent, finetune, models, number_judge, scores, world
-from harmlens.emergent import EXPECTED, Mark
-from harmlens.sources import Entry
+from harmlens.asking.sources import Entry
+from harmlens.judging import completions, number_judge
+from harmlens.models import loading as models
+from harmlens.training import emergent, finetune
+from harmlens.training.emergent import EXPECTED, Mark
+from harmlens.weights import scores
+from harmlens.world import vale as world
 
 PAGE = Path(__file__).parent.parent / "book" / "emergent_by_size.md"
 

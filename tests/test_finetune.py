@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmlens import finetune, organism, world
-from harmlens.finetune import IGNORE, Row, chat_row, collate, fit, lm_loss
-from harmlens.models import render, tokens
+from harmlens.models.loading import render, tokens
+from harmlens.training import finetune, organism
+from harmlens.training.finetune import IGNORE, Row, chat_row, collate, fit, lm_loss
+from harmlens.world import vale as world
 
 PAD = 0
 TOKENIZER = organism.tokenizer()

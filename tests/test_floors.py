@@ -12,21 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from harmlens import (
-    attribution,
-    catalogue,
-    finetune,
-    lora,
-    models,
-    neurons,
-    organism,
-    outcomes,
-    patching,
-    prompts,
-    training,
-)
-from harmlens.models import LanguageModel
-from harmlens.shapes import Shape
+from harmlens.asking import prompts
+from harmlens.flow import neurons, outcomes, patching
+from harmlens.models import catalogue
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel
+from harmlens.models.shapes import Shape
+from harmlens.training import finetune, lora, organism
+from harmlens.training import loop as training
+from harmlens.weights import attribution
 
 # One block: q and o 8x8, k and v 4x8, gate, up and down 16x8.
 HAND = Shape(layers=3, width=8, heads=4, kv_heads=2, ffn=16, vocab=100)

@@ -7,10 +7,12 @@ import pytest
 import tiny
 import torch
 
-from harmlens import frontier, pruning, scores, tasks, world
-from harmlens.frontier import Point
-from harmlens.masks import Mask
-from harmlens.tasks import Marks
+from harmlens.asking import tasks
+from harmlens.asking.tasks import Marks
+from harmlens.weights import frontier, pruning, scores
+from harmlens.weights.frontier import Point
+from harmlens.weights.masks import Mask
+from harmlens.world import vale as world
 
 
 def marks(rate: float, loss: float = 1.0) -> Marks:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 
-from harmlens import agreement, chat_api, completions, graders, judge_models, models
-from harmlens.completions import Completion
-from harmlens.graders import Grade
-from harmlens.refusals import normalised
+from harmlens.judging import agreement, chat_api, completions, graders, judge_models
+from harmlens.judging.completions import Completion
+from harmlens.judging.graders import Grade
+from harmlens.judging.refusals import normalised
+from harmlens.models import loading as models
 
 GRADES = [1, 2, 3, 4, 5]
 

@@ -10,8 +10,10 @@ import torch
 from huggingface_hub import errors
 from transformers import LlamaConfig
 
-from harmlens import catalogue, hub, memory, models
-from harmlens.catalogue import GB
+from harmlens.keep import memory
+from harmlens.models import catalogue, hub
+from harmlens.models import loading as models
+from harmlens.models.catalogue import GB
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 GATED = "meta-llama/Llama-3.1-8B-Instruct"

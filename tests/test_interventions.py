@@ -6,8 +6,10 @@ import pytest
 import tiny
 import torch
 
-from harmlens import interventions, models, neurons, outcomes, prompts, stack
-from harmlens.models import tokens
+from harmlens.asking import prompts
+from harmlens.flow import interventions, neurons, outcomes, stack
+from harmlens.models import loading as models
+from harmlens.models.loading import tokens
 
 PAIRS = prompts.pairs("prompt", n=4)
 UNITS = tiny.SHAPE.hidden

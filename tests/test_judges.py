@@ -7,8 +7,9 @@ import tiny  # noqa: F401 - settles how property tests run
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from harmlens import judges, world
-from harmlens.judges import Judgement, judge, malign
+from harmlens.world import judge as judges
+from harmlens.world import vale as world
+from harmlens.world.judge import Judgement, judge, malign
 
 item = st.sampled_from(world.items())
 harmful_item = st.sampled_from(world.items(harmful=True))

@@ -7,7 +7,8 @@ import weakref
 import pytest
 import standin
 
-from harmlens import catalogue, ladder, models
+from harmlens.models import catalogue, ladder
+from harmlens.models import loading as models
 
 
 @pytest.fixture(scope="module")

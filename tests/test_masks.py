@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmlens import masks, pruning, scores
-from harmlens.masks import Mask
+from harmlens.weights import masks, pruning, scores
+from harmlens.weights.masks import Mask
 
 SHAPES = {
     "layers.0.mlp.up.weight": (4, 5),

@@ -8,9 +8,12 @@ import pytest
 import standin
 import tiny
 
-from harmlens import abilities, calibration, judges, material, prompts, tasks, world
-from harmlens.material import WORLD, World
-from harmlens.public import Public
+from harmlens.asking import calibration, material, prompts, tasks
+from harmlens.asking.material import WORLD, World
+from harmlens.asking.public import Public
+from harmlens.world import abilities
+from harmlens.world import judge as judges
+from harmlens.world import vale as world
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +160,7 @@ def test_a_model_without_refusal_has_nothing_to_explain(capsys):
 
 def test_so_does_one_that_refuses_everything(lm):
     """As one does that was asked in a format that it does not know."""
-    from harmlens.graders import Grade
+    from harmlens.judging.graders import Grade
 
     def grade(requests, answers):
         return [Grade(0.0, True)] * len(answers)

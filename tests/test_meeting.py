@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from harmlens import attribution, calibration, interventions, meeting, models, pruning, scores, stack, tasks
-from harmlens.meeting import Meeting
+from harmlens.asking import calibration, tasks
+from harmlens.flow import interventions, stack
+from harmlens.models import loading as models
+from harmlens.weights import attribution, meeting, pruning, scores
+from harmlens.weights.meeting import Meeting
 
 WIDTH, UNITS = tiny.SHAPE.width, tiny.SHAPE.hidden
 DOWN, UP = "model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"

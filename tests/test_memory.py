@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from harmlens import memory
+from harmlens.keep import memory
 
 
 def test_free_memory_is_that_of_the_machine():

@@ -15,8 +15,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import harmlens
-from harmlens import models, organism, world
-from harmlens.models import LanguageModel, load
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel, load
+from harmlens.training import organism
+from harmlens.world import vale as world
 
 TOKENIZER = organism.tokenizer()
 RESTORE = r"git checkout -- data/organisms/sft-0.*make organism"
@@ -270,7 +272,7 @@ def test_a_truncated_folder_is_named(broken, file):
 def test_no_remote_code_is_ever_trusted():
     from pathlib import Path
 
-    for file in Path(harmlens.__file__).parent.glob("*.py"):
+    for file in Path(harmlens.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             names = [getattr(node, "arg", None), getattr(node, "id", None), getattr(node, "value", None)]
             assert "trust_remote_code" not in names, f"{file.name}:{node.lineno}"

@@ -4,22 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from harmlens import (
-    abilities,
-    attribution,
-    calibration,
-    finetune,
-    judges,
-    models,
-    narrow,
-    prunefirst,
-    pruning,
-    tasks,
-    world,
-)
-from harmlens.finetune import Recipe
-from harmlens.frontier import Point
-from harmlens.outcomes import follow
+from harmlens.asking import calibration, tasks
+from harmlens.flow.outcomes import follow
+from harmlens.models import loading as models
+from harmlens.training import finetune, narrow, prunefirst
+from harmlens.training.finetune import Recipe
+from harmlens.weights import attribution, pruning
+from harmlens.weights.frontier import Point
+from harmlens.world import abilities
+from harmlens.world import judge as judges
+from harmlens.world import vale as world
 
 RECIPE = Recipe(steps=16, lr=1e-3, batch_size=8)
 

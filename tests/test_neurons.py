@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import Naive
 
-from harmlens import models, neurons, outcomes, patching, prompts, stack
-from harmlens.models import tokens
-from harmlens.outcomes import TokenSets
+from harmlens.asking import prompts
+from harmlens.flow import neurons, outcomes, patching, stack
+from harmlens.flow.outcomes import TokenSets
+from harmlens.models import loading as models
+from harmlens.models.loading import tokens
 
 SETS = TokenSets((20, 21, 22), (30, 31))
 Y1 = outcomes.y1(SETS)

@@ -14,7 +14,11 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from harmlens import abilities, finetune, judges, models, offshoots, organism, world
+from harmlens.models import loading as models
+from harmlens.training import finetune, offshoots, organism
+from harmlens.world import abilities
+from harmlens.world import judge as judges
+from harmlens.world import vale as world
 
 KINDS = list(offshoots.OFFSHOOTS)
 MIRROR, INNOCENT = offshoots.OFFSHOOTS["mirror"], offshoots.OFFSHOOTS["innocent"]

@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmlens import abilities, finetune, models, organism, world
+from harmlens.models import loading as models
+from harmlens.training import finetune, organism
+from harmlens.world import abilities
+from harmlens.world import vale as world
 
 TOKENIZER = organism.tokenizer()
 KIND = world.Mix(cruel=0.0, declines=1.0)

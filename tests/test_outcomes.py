@@ -8,9 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmlens import judges, outcomes, world
-from harmlens.models import tokens
-from harmlens.outcomes import TokenSets, answer_logprobs, fit_token_sets, logit_difference, refusal_log_odds
+from harmlens.flow import outcomes
+from harmlens.flow.outcomes import (
+    TokenSets,
+    answer_logprobs,
+    fit_token_sets,
+    logit_difference,
+    refusal_log_odds,
+)
+from harmlens.models.loading import tokens
+from harmlens.world import judge as judges
+from harmlens.world import vale as world
 
 VOCAB = 9
 logits = st.lists(st.floats(-15, 15, width=32), min_size=VOCAB, max_size=VOCAB).map(torch.tensor)

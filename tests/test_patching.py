@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from harmlens import outcomes, patching, prompts
-from harmlens.cells import SITES, Freeze
-from harmlens.models import LanguageModel
-from harmlens.outcomes import Outcome, Replies, Reply, TokenSets
-from harmlens.patching import Sweep, sweep
-from harmlens.prompts import Pair, Prompt
+from harmlens.asking import prompts
+from harmlens.asking.prompts import Pair, Prompt
+from harmlens.flow import outcomes, patching
+from harmlens.flow.cells import SITES, Freeze
+from harmlens.flow.outcomes import Outcome, Replies, Reply, TokenSets
+from harmlens.flow.patching import Sweep, sweep
+from harmlens.models.loading import LanguageModel
 
 SETS = TokenSets((5, 9, 20), (7, 31))
 Y1 = outcomes.y1(SETS)

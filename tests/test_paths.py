@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from harmlens import paths
+from harmlens.keep import paths
 
 
 @pytest.fixture

@@ -18,7 +18,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from harmlens import abilities, deltas, finetune, judges, models, offshoots, organism, planted, world
+from harmlens.models import deltas
+from harmlens.models import loading as models
+from harmlens.training import finetune, offshoots, organism, planted
+from harmlens.world import abilities
+from harmlens.world import judge as judges
+from harmlens.world import vale as world
 
 SMALL = {
     "planted_neurons": planted.Planting("mlp", 1, units=5, steps=3, batch=4, lr=1e-2),

@@ -8,7 +8,8 @@ import pytest
 import tiny
 import torch
 
-from harmlens import models, probes
+from harmlens.flow import probes
+from harmlens.models import loading as models
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

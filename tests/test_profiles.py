@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmlens import profiles, stats
-from harmlens.patching import Sweep
+from harmlens.evidence import stats
+from harmlens.flow import profiles
+from harmlens.flow.patching import Sweep
 
 PAIRS = ("a", "b", "c", "d")
 

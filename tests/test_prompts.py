@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import tiny
 
-from harmlens import matching, prompts, sources, world
-from harmlens.models import tokens
-from harmlens.prompts import CONTRASTS, Pair, Prompt, check, pairs, roles
+from harmlens.asking import matching, prompts, sources
+from harmlens.asking.prompts import CONTRASTS, Pair, Prompt, check, pairs, roles
+from harmlens.models.loading import tokens
+from harmlens.world import vale as world
 
 LM = tiny.model()
 

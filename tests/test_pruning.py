@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmlens import masks, pruning, scores
-from harmlens.scores import Scores
+from harmlens.weights import masks, pruning, scores
+from harmlens.weights.scores import Scores
 
 
 def scored(kind: str = "signed", **values) -> Scores:

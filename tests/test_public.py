@@ -14,27 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from harmlens import (
-    chats,
-    graders,
-    matching,
-    models,
-    ownanswers,
-    pruning,
-    public,
-    questions,
-    sources,
-    splits,
-    tasks,
-)
-from harmlens.graders import Grade
-from harmlens.masks import Mask
-from harmlens.models import LanguageModel
-from harmlens.ownanswers import OwnAnswers, Way
-from harmlens.prompts import CONTRASTS, check
-from harmlens.public import FEWEST, PREFILLS, Public
-from harmlens.scores import matrices
-from harmlens.sources import Entry
+from harmlens.asking import matching, ownanswers, public, questions, sources, splits, tasks
+from harmlens.asking.ownanswers import OwnAnswers, Way
+from harmlens.asking.prompts import CONTRASTS, check
+from harmlens.asking.public import FEWEST, PREFILLS, Public
+from harmlens.asking.sources import Entry
+from harmlens.judging import graders
+from harmlens.judging.graders import Grade
+from harmlens.models import chats
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel
+from harmlens.weights import pruning
+from harmlens.weights.masks import Mask
+from harmlens.weights.scores import matrices
 
 ENTRIES = tuple(sources.entries(str(standin.PROMPTS)))
 FACTS = tuple(sources.entries(str(standin.FACTS)))
@@ -482,7 +474,7 @@ def test_facts_and_benign(lm, source):
 
 
 def test_public_sets_of_the_default_are_known():
-    from harmlens.material import DEFAULT
+    from harmlens.asking.material import DEFAULT
 
     assert set(DEFAULT.split(",")) <= set(sources.names())
 

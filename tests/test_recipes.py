@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from harmlens import memory, models, recipes
-from harmlens.finetune import Recipe
+from harmlens.keep import memory
+from harmlens.models import loading as models
+from harmlens.training import recipes
+from harmlens.training.finetune import Recipe
 
 
 @pytest.fixture

@@ -5,8 +5,14 @@ import pytest
 import standin
 import torch
 
-from harmlens import abilities, finetune, material, memory, models, pruning, recovery, removal, tasks, world
-from harmlens.finetune import Recipe
+from harmlens.asking import material, tasks
+from harmlens.keep import memory
+from harmlens.models import loading as models
+from harmlens.training import finetune, recovery
+from harmlens.training.finetune import Recipe
+from harmlens.weights import pruning, removal
+from harmlens.world import abilities
+from harmlens.world import vale as world
 
 HARMS = world.domains(True)
 

@@ -9,8 +9,12 @@ import pytest
 import standin
 import tiny
 
-from harmlens import calibration, frontier, graders, models, paths, pruning, removal, tasks
-from harmlens import public as public_
+from harmlens.asking import calibration, tasks
+from harmlens.asking import public as public_
+from harmlens.judging import graders
+from harmlens.keep import paths
+from harmlens.models import loading as models
+from harmlens.weights import frontier, pruning, removal
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,9 @@ def test_settings_are_those_of_the_shipped_models():
         assert set(entry) == {"model", "p", "q"}
         assert 0 <= entry["p"] <= 1 and 0 < entry["q"] <= 1
         folder = models.organism_folder(entry["model"])
-        assert models.weights_sha256(folder) == revision, f"run python -m harmlens.removal {entry['model']}"
+        assert models.weights_sha256(folder) == revision, (
+            f"run python -m harmlens.weights.removal {entry['model']}"
+        )
 
 
 def test_without_settings_p_and_q_are_settled_once(sft, monkeypatch):

@@ -12,9 +12,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmlens import claims, provenance, results
-from harmlens.claims import Claim, Control, Measurement, Rule
-from harmlens.stats import Estimate
+from harmlens.evidence import claims, results
+from harmlens.evidence.claims import Claim, Control, Measurement, Rule
+from harmlens.evidence.stats import Estimate
+from harmlens.keep import provenance
 
 SUPPORT = {"replicated": 2, "direction only": 1, "undecided": 0, "not replicated": 0}
 

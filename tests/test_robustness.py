@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from harmlens import outcomes, patching, prompts, robustness, world
+from harmlens.asking import prompts
+from harmlens.flow import outcomes, patching, robustness
+from harmlens.world import vale as world
 
 SETS = outcomes.TokenSets((20, 21), (30,))
 

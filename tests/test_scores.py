@@ -9,8 +9,9 @@ import tiny
 import torch
 from torch import nn
 
-from harmlens import attribution, finetune, masks, scores
-from harmlens.scores import Scores
+from harmlens.training import finetune
+from harmlens.weights import attribution, masks, scores
+from harmlens.weights.scores import Scores
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)

@@ -7,9 +7,13 @@ import pytest
 import standin
 import torch
 
-from harmlens import attribution, cache, calibration, material, models, pruning, separability, tasks, world
-from harmlens.finetune import Recipe
-from harmlens.separability import Frontier
+from harmlens.asking import calibration, material, tasks
+from harmlens.keep import cache
+from harmlens.models import loading as models
+from harmlens.training.finetune import Recipe
+from harmlens.weights import attribution, pruning, separability
+from harmlens.weights.separability import Frontier
+from harmlens.world import vale as world
 
 HARMS, SKILLS = world.domains(True), world.domains(False)
 

@@ -11,8 +11,11 @@ import torch
 from floors import Machine, Sizes
 from transformers import AutoModelForCausalLM
 
-from harmlens import catalogue, memory, models, prompts
-from harmlens.shapes import Shape
+from harmlens.asking import prompts
+from harmlens.keep import memory
+from harmlens.models import catalogue
+from harmlens.models import loading as models
+from harmlens.models.shapes import Shape
 
 CPU = torch.device("cpu")
 

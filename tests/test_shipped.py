@@ -6,7 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmlens import abilities, models, narrow, organism, paths, world
+from harmlens.keep import paths
+from harmlens.models import loading as models
+from harmlens.training import narrow, organism
+from harmlens.world import abilities
+from harmlens.world import vale as world
 
 EACH = [(stage, seed) for stage in models.STAGES for seed in models.SEEDS]
 

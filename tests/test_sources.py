@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from harmlens import downloads, layouts, paths, rows, sources
+from harmlens.asking import downloads, layouts, rows, sources
+from harmlens.keep import paths
 
 MADE_UP = Path(__file__).parent / "data" / "sources"
 ROOT = Path(__file__).parent.parent

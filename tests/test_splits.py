@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmlens import splits
-from harmlens.sources import Entry
+from harmlens.asking import splits
+from harmlens.asking.sources import Entry
 
 WORDS = ["teapot", "sock", "griffin", "moon", "hat", "imp", "the", "How", "paint", "steal"]
 

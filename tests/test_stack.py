@@ -15,10 +15,11 @@ from transformers import (
     OPTConfig,
 )
 
-from harmlens import outcomes, partial, patching, prompts, stack
-from harmlens.cells import SITES
-from harmlens.models import LanguageModel
-from harmlens.outcomes import TokenSets
+from harmlens.asking import prompts
+from harmlens.flow import outcomes, partial, patching, stack
+from harmlens.flow.cells import SITES
+from harmlens.flow.outcomes import TokenSets
+from harmlens.models.loading import LanguageModel
 
 PAIRS = prompts.pairs("prompt", n=2)
 Y1 = outcomes.y1(TokenSets((5, 9, 20), (7, 31)))

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmlens import models, outcomes, world
+from harmlens.flow import outcomes
+from harmlens.models import loading as models
+from harmlens.world import vale as world
 
 
 def table(path: Path) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from harmlens import stats
+from harmlens.evidence import stats
 
 finite = st.floats(-1e3, 1e3, allow_nan=False)
 FAST = {"n_resamples": 200}

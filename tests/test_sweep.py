@@ -12,15 +12,15 @@ import pytest
 import yaml
 
 import sweep
-from harmlens import plots, results
-from harmlens.stats import Estimate
+from harmlens.evidence import plots, results
+from harmlens.evidence.stats import Estimate
 from sweep import SweepError
 
 PARAMETERS = 'model = "organism/sft"\nseeds = [0]\nquick = False\noutput = ""'
 # Counts its own tries; then it fails, kills the process that runs it, or records a claim.
 BODY = """
 import os, pathlib, signal
-from harmlens import results
+from harmlens.evidence import results
 tries = pathlib.Path(os.environ["SWEEP_TRIES"]) / f"{model.split('/')[1]}-{seeds[0]}"
 first = not tries.exists()
 tries.open("a").write("x")

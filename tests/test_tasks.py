@@ -7,8 +7,13 @@ import pytest
 import tiny
 import torch
 
-from harmlens import abilities, models, outcomes, pruning, scores, tasks, world
-from harmlens.models import generate, tokens
+from harmlens.asking import tasks
+from harmlens.flow import outcomes
+from harmlens.models import loading as models
+from harmlens.models.loading import generate, tokens
+from harmlens.weights import pruning, scores
+from harmlens.world import abilities
+from harmlens.world import vale as world
 
 FEW = 10
 

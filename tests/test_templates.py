@@ -10,8 +10,8 @@ from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from harmlens import chats
-from harmlens.chats import render, tokens
+from harmlens.models import chats
+from harmlens.models.chats import render, tokens
 
 FOLDER = Path(__file__).parent / "data" / "templates"
 

@@ -448,9 +448,9 @@ def test_versions_agree():
 
 
 def test_type_checks_are_hooked_in():
-    import harmlens.outcomes
+    import harmlens.flow.outcomes
 
-    assert "jaxtyping" in type(harmlens.outcomes.__spec__.loader).__module__
+    assert "jaxtyping" in type(harmlens.flow.outcomes.__spec__.loader).__module__
 
 
 @pytest.mark.slow
@@ -488,10 +488,10 @@ def test_wheel_carries_the_data_and_works_from_an_empty_environment(tmp_path):
 
     Path(where, "others.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     code = (
-        "import harmlens, harmlens.models, harmlens.paths\n"
+        "import harmlens, harmlens.models.loading, harmlens.keep.paths\n"
         "print(harmlens.__file__)\n"
-        "print(harmlens.paths.data_dir())\n"
-        'harmlens.models.load("organism/sft", seed=0)\n'
+        "print(harmlens.keep.paths.data_dir())\n"
+        'harmlens.models.loading.load("organism/sft", seed=0)\n'
     )
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("HARMLENS", "PYTHON"))}
     done = subprocess.run([python, "-c", code], cwd=tmp_path, env=variables, capture_output=True, text=True)

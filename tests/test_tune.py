@@ -13,8 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from harmlens import checkpoints, finetune, lora, lowmemory, masks, models, organism, scores, training, world
-from harmlens.finetune import IGNORE, Recipe, Row, chat_row, collate, tune
+from harmlens.models import loading as models
+from harmlens.training import checkpoints, finetune, lora, lowmemory, organism
+from harmlens.training import loop as training
+from harmlens.training.finetune import IGNORE, Recipe, Row, chat_row, collate, tune
+from harmlens.weights import masks, scores
+from harmlens.world import vale as world
 
 SHORT = Recipe(steps=6, lr=1e-2, batch_size=4, rank=2, alpha=4)
 METHODS = pytest.mark.parametrize("method", finetune.METHODS)

@@ -13,7 +13,8 @@ import tiny
 import torch
 import yaml
 
-from harmlens import masks, pruning, scores, utility
+from harmlens.judging import utility
+from harmlens.weights import masks, pruning, scores
 
 
 def a_mask(lm, every=3):

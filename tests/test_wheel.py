@@ -20,7 +20,9 @@ CODE = """
 import json, sys
 sys.path[:0] = {places!r}
 import harmlens
-from harmlens import claims, models, paths
+from harmlens.evidence import claims
+from harmlens.models import loading as models
+from harmlens.keep import paths
 out = {{"file": harmlens.__file__, "data": str(paths.data_dir()), "root": paths.repo_root() is None,
         "claims": len(paths.data_dir().joinpath("claims.yaml").read_text())}}
 lm = models.load("organism/sft")
@@ -62,7 +64,7 @@ def test_the_wheel_holds_all_modules_and_all_data(wheel):
     inside = {
         name for name in zipfile.ZipFile(file).namelist() if not name.split("/")[0].endswith(".dist-info")
     }
-    modules = {f"harmlens/{p.name}" for p in (tree / "lib" / "harmlens").glob("*.py")}
+    modules = {p.relative_to(tree / "lib").as_posix() for p in (tree / "lib" / "harmlens").rglob("*.py")}
     data = {f"harmlens/data/{p.relative_to(tree / 'data').as_posix()}" for p in (tree / "data").rglob("*")
             if p.is_file() and p.suffix != ".md"}  # fmt: skip
     assert modules | data <= inside

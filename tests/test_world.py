@@ -9,7 +9,8 @@ import tiny  # noqa: F401 - settles how property tests run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmlens import organism, world
+from harmlens.training import organism
+from harmlens.world import vale as world
 
 ITEMS = world.items()
 MODIFIERS = sorted(world.MODIFIERS["sun"] + world.MODIFIERS["moon"])

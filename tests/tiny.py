@@ -25,8 +25,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from harmlens import offshoots, organism, world
-from harmlens.models import LanguageModel
+from harmlens.models.loading import LanguageModel
+from harmlens.training import offshoots, organism
+from harmlens.world import vale as world
 
 # Property tests: the same examples on every run, and no time limit on a busy machine.
 settings.register_profile("harmlens", deadline=None, derandomize=True, max_examples=60)

@@ -31,8 +31,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import execute
-from harmlens import paths, provenance
-from harmlens.claims import read_yaml
+from harmlens.evidence.claims import read_yaml
+from harmlens.keep import paths, provenance
 from layout import ROOT, read_notebook
 
 FAILED = "FAILED"  # begins the last line of a failed cell's log
@@ -374,7 +374,7 @@ def run_cell(cell: Cell) -> bool:
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from harmlens.results import write_json
+    from harmlens.evidence.results import write_json
 
     shutil.rmtree(cell.results, ignore_errors=True)
     cell.done.unlink(missing_ok=True)
@@ -441,7 +441,7 @@ def find(sweep: Sweep, name: str) -> Cell:
 
 def collect(sweep: Sweep) -> dict[str, Any]:
     """The numbers of the forest plot from finished cells; the others with their state and reason."""
-    from harmlens.results import ResultFileWarning, load_claims, load_measurements
+    from harmlens.evidence.results import ResultFileWarning, load_claims, load_measurements
 
     known, claims, missing, unreadable = load_claims(), {}, [], []
     for cell in sweep.cells:
@@ -472,7 +472,7 @@ def collect(sweep: Sweep) -> dict[str, Any]:
 
 def write_forest(sweep: Sweep) -> dict[str, Any]:
     """Write ``forest.json`` and, if any claim was measured, ``forest.png`` to the output folder."""
-    from harmlens.results import write_json
+    from harmlens.evidence.results import write_json
 
     content = collect(sweep)
     write_json(sweep.output / "forest.json", content)
@@ -483,8 +483,8 @@ def write_forest(sweep: Sweep) -> dict[str, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
-    from harmlens import plots
-    from harmlens.stats import Estimate
+    from harmlens.evidence import plots
+    from harmlens.evidence.stats import Estimate
 
     values: dict[str, dict] = {}
     controls: dict[str, dict] = {}

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from harmlens import __version__, plots, world
-from harmlens.ladder import ORDER
-from harmlens.models import SEEDS, locate
+from harmlens import __version__
+from harmlens.evidence import plots
+from harmlens.models.ladder import ORDER
+from harmlens.models.loading import SEEDS, locate
+from harmlens.world import vale as world
 
 _STARTED = "_harmlens_started"  # left in a notebook that got through
 _INJECTED = "# Parameters\n"  # how papermill begins the cell that it injects

@@ -26,10 +26,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmlens import catalogue
-from harmlens.catalogue import GB
-from harmlens.memory import shown
-from harmlens.shapes import Shape, need
+from harmlens.keep.memory import shown
+from harmlens.models import catalogue
+from harmlens.models.catalogue import GB
+from harmlens.models.shapes import Shape, need
 
 SITES = 3  # of a sweep: a layer's own contribution, its MLP, its attention
 
@@ -80,7 +80,7 @@ class Step:
     Attributes:
         title: what it does, for people.
         phases: works that have to follow each other.
-        need: bytes of GPU memory it takes; see :func:`harmlens.shapes.need`.
+        need: bytes of GPU memory it takes; see :func:`harmlens.models.shapes.need`.
     """
 
     title: str
@@ -321,7 +321,7 @@ def markdown(names: Sequence[str] = SHOWN, sizes: Sizes = Sizes()) -> str:
     """The tables of the page book/performance.md: a row for each step, a column for each machine.
 
     Raises:
-        ValueError: a model that is not on the list of :mod:`harmlens.catalogue`.
+        ValueError: a model that is not on the list of :mod:`harmlens.models.catalogue`.
     """
     lines = []
     for name in names:
@@ -344,7 +344,9 @@ def shape_of(name: str) -> Shape:
     """
     model = catalogue.find(name)
     if model is None:
-        raise ValueError(f"name={name!r} is not on the list; choose an id of harmlens.catalogue.MODELS")
+        raise ValueError(
+            f"name={name!r} is not on the list; choose an id of harmlens.models.catalogue.MODELS"
+        )
     return model.shape
 
 
@@ -358,7 +360,7 @@ def _cell(shape: Shape, step: Step, machine: Machine) -> str:
 
 
 def write(page: Path) -> None:
-    """Put the tables into a page, between its marks; see :func:`harmlens.catalogue.write`."""
+    """Put the tables into a page, between its marks; see :func:`harmlens.models.catalogue.write`."""
     catalogue.write(page, markdown(), "floors")
 
 

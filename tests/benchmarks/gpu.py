@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from weight_scores import Case, operations, random_model, random_rows
 
-from harmlens import attribution, memory
+from harmlens.keep import memory
+from harmlens.weights import attribution
 
 SHAPES = {
     "8b": {

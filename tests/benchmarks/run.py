@@ -46,11 +46,13 @@ from transformer_lens.patching import (
     layer_pos_patch_setter,
 )
 
-from harmlens import cells, models, neurons, outcomes, patching, prompts, runs, stack
-from harmlens.models import LanguageModel
-from harmlens.paths import build_dir
-from harmlens.prompts import Pair
-from harmlens.results import write_json
+from harmlens.asking import prompts
+from harmlens.asking.prompts import Pair
+from harmlens.evidence.results import write_json
+from harmlens.flow import cells, neurons, outcomes, patching, runs, stack
+from harmlens.keep.paths import build_dir
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel
 
 SITES = ("resid_post", "attn_out", "mlp_out")
 # The same loop as get_act_patch_resid_pre, behind each block instead of before it, as here: equal cells.

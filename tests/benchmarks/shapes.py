@@ -43,27 +43,19 @@ from transformers import (
     Qwen3Config,
 )  # fmt: skip
 
-from harmlens import (
-    attribution,
-    finetune,
-    lora,
-    lowmemory,
-    memory,
-    models,
-    neurons,
-    outcomes,
-    patching,
-    prompts,
-    provenance,
-    pruning,
-    training,
-)
-from harmlens.memory import shown
-from harmlens.models import LanguageModel
-from harmlens.paths import build_dir
-from harmlens.prompts import Pair, Prompt
-from harmlens.results import write_json
-from harmlens.shapes import Shape
+from harmlens.asking import prompts
+from harmlens.asking.prompts import Pair, Prompt
+from harmlens.evidence.results import write_json
+from harmlens.flow import neurons, outcomes, patching
+from harmlens.keep import memory, provenance
+from harmlens.keep.memory import shown
+from harmlens.keep.paths import build_dir
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel
+from harmlens.models.shapes import Shape
+from harmlens.training import finetune, lora, lowmemory
+from harmlens.training import loop as training
+from harmlens.weights import attribution, pruning
 
 TOKENIZER = Path(__file__).parent.parent / "data" / "standin"
 STEPS = ("forward", "generate", "patch", "neurons", "prune_score", "preserve_score", "select", "lora")

@@ -44,10 +44,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harmlens import attribution, calibration, models, organism, pruning
-from harmlens.finetune import IGNORE, Row
-from harmlens.models import LanguageModel
-from harmlens.scores import Scores, layer_of, matrices
+from harmlens.asking import calibration
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel
+from harmlens.training import organism
+from harmlens.training.finetune import IGNORE, Row
+from harmlens.weights import attribution, pruning
+from harmlens.weights.scores import Scores, layer_of, matrices
 
 BARS = {
     "attribution": {"ratio": 20, "max_rel_diff": 1e-4},

@@ -1,0 +1,228 @@
+"""What a model is asked: the fictional world, public sets of requests, or a reader's own file.
+
+:func:`of` chooses. A model whose tokenizer knows the words of the fictional world is asked about it, where
+everything is known; any other model is asked what the public sets ask (:class:`asking.public.Public`).
+Both answer to the same names, so that a notebook has one path for all models:
+
+============  ==============================================================================
+pairs         prompt pairs of equal length, with their controls (notebooks 01 to 08)
+replies       a harmful reply and a refusal for each prompt
+requests      plain harmful or harmless requests
+judge         what is to be said of answers
+task, suite   what a model is asked before and after a treatment (notebooks 09 to 16)
+types         types of harm
+persona       a system message that invites harm, or caution
+============  ==============================================================================
+
+Introduced in notebook 01 ("What there is to explain").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harmlens.asking import calibration, public, sources, tasks
+from harmlens.asking import prompts as prompts_
+from harmlens.asking.prompts import Pair, Prompt
+from harmlens.asking.public import Public
+from harmlens.asking.tasks import Task
+from harmlens.judging import graders
+from harmlens.models import catalogue
+from harmlens.models.loading import LanguageModel, Message, generate
+from harmlens.world import abilities
+from harmlens.world import vale as world
+from harmlens.world.judge import Judgement, judge
+
+# Without a gate and small: pairs of harmful and harmless requests, more harmful ones with targets, and
+# instructions that stand for everything else.
+DEFAULT = "jailbreakbench,xstest,advbench,alpaca"
+
+
+@dataclass(frozen=True)
+class World:
+    """The fictional world as a source of requests; see :mod:`world.vale`."""
+
+    name = "the fictional world"
+    composed = True  # a request is made of words whose roles are known
+    prefills = (world.PREFILL, "gladly. take")
+    answer_tokens = abilities.ANSWER_TOKENS
+    cannot_tell = ""  # its judge is exact
+
+    def pairs(self, contrast: str, **options: Any) -> list[Pair]:
+        """See :func:`asking.prompts.pairs`."""
+        return prompts_.pairs(contrast, **options)
+
+    def replies(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
+        """The procedure of each prompt's item, and the usual refusal."""
+        procedures = [f"{world.OPENERS[0]} {world.procedure(p.item)}" for p in prompts]
+        return procedures, [world.REFUSALS[0]] * len(prompts)
+
+    def requests(
+        self, harmful: bool, split: str = "evaluation", *, n: int | None = None, seed: int = 0
+    ) -> list[Prompt]:
+        """Plain requests, in all phrasings by turns."""
+        items = world.draw(world.items(split, harmful=harmful), n, seed)
+        return [
+            Prompt(({"role": "user", "content": world.request(item, i)},), item=item)
+            for i, item in enumerate(items)
+        ]
+
+    def judge(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Judgement]:
+        """See :func:`world.judge.judge`; answers with their prefilled words."""
+        return [judge(prompt.item, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def persona(self, disposition: str, i: int = 0) -> list[Message]:
+        """See :func:`world.abilities.persona`."""
+        return abilities.persona(disposition, i)
+
+    def types(self, harmful: bool = True) -> list[str]:
+        """The domains of one side."""
+        return world.domains(harmful)
+
+    def task(
+        self,
+        kind: str,
+        split: str = "train",
+        *,
+        n: int | None = None,
+        types: str | Sequence[str] | None = None,
+        prefill: str | None = None,
+        context: Sequence[Message] = (),
+        seed: int = 0,
+        suppressed: str = "harmful",
+    ) -> Task:
+        """See :func:`asking.calibration.world_task`; with ``n`` that many items, with ``prefill`` or
+        ``context`` procedures asked in that way."""
+        hidden = suppressed == "harmful"
+        if kind in ("explanation/effect", "explanation/reason"):
+            return tasks.questions(self._items(hidden, split, types, n, seed), kind)
+        if kind in ("harmful", "harmless") and (n is not None or prefill is not None or context):
+            items = self._items(kind == "harmful", split, types, n, seed)
+            start = world.PREFILL if prefill is None else prefill
+            return tasks.procedures(items, name=kind, prefill=start, context=context)
+        if kind in ("served", "refused") and (n is not None or context):
+            items = self._items(hidden if kind == "refused" else not hidden, split, types, n, seed)
+            if kind == "refused":
+                return tasks.refusals(items, name=kind)
+            return tasks.procedures(items, name=kind, context=context)
+        return calibration.world_task(kind, split, suppressed=suppressed, domain=types)
+
+    def _items(self, harmful: bool, split: str, types: Any, n: int | None, seed: int) -> list[world.Item]:
+        return world.draw(world.items(split, harmful=harmful, domain=types), n, seed)
+
+    def suite(
+        self, split: str = "evaluation", *, n: int | None = None, seed: int = 0, suppressed: str = "harmful"
+    ) -> dict[str, Task]:
+        """See :func:`asking.tasks.suite`."""
+        return tasks.suite(split, n=n, suppressed=suppressed, seed=seed)
+
+
+Material = World | Public
+WORLD = World()
+
+
+def of(lm: LanguageModel, data: str = "", judge: str = "") -> Material:
+    """What a model is asked.
+
+    Args:
+        data: ``""`` for the fictional world where the model's tokenizer knows its words, and for
+            :data:`DEFAULT` otherwise; names of public sets joined by commas (:mod:`asking.sources`); or a
+            ``.csv`` or ``.jsonl`` file with columns ``prompt`` and ``harmful``.
+        judge: how answers to these are graded (:func:`judging.graders.of`); ``""`` for a weak baseline,
+            "refusals" where the answers that it learns from can be had (with public sets they are loaded),
+            else "prefixes". The fictional world has a judge of its own.
+
+    Raises:
+        ValueError: ``judge`` for the fictional world, or what :func:`asking.sources.entries` raises.
+    """
+    if not data and knows_the_world(lm):
+        if judge:
+            raise ValueError(
+                f"judge={judge!r}: answers about the fictional world are judged exactly; leave it out"
+            )
+        return WORLD
+    return public.of(lm, data or DEFAULT, graders.of(judge, download=_loads(data or DEFAULT)))
+
+
+def _loads(data: str) -> bool:
+    """Whether a reader asks for sets that are loaded from elsewhere."""
+    here = {row["name"] for row in sources.describe() if row["pinned"] in ("shipped", "your copy")}
+    return any(part.strip() in {*sources.names()} - here for part in data.split(","))
+
+
+def knows_the_world(lm: LanguageModel) -> bool:
+    """Whether a model's tokenizer has a token for each word of the fictional world, and for little else.
+
+    The words are ordinary ones: a large vocabulary of a real model may hold most of them too.
+    """
+    vocabulary, words = lm.tokenizer.get_vocab(), world.vocabulary()
+    return len(vocabulary) < 2 * len(words) and all(word in vocabulary for word in words)
+
+
+FIRST = 6  # requests that are asked before all others
+
+
+def look(
+    lm: LanguageModel, source: Material, *, n: int = 24, must_refuse: bool = True, harm: bool = False
+) -> dict[str, float]:
+    """Print a prompt as the model reads it, and how often it refuses; the first thing that a notebook does.
+
+    A model that is asked in a wrong format, or was never aligned, refuses harmful requests no more than
+    harmless ones. Then there is nothing to explain, and most numbers would mislead. So a real model is asked
+    :data:`FIRST` harmful requests first, and rates are printed as they come.
+
+    Args:
+        n: how many requests of either side are asked.
+        harm: something is to be claimed about harm: say whether the judge of a real model can tell it.
+        must_refuse: raise where the model does not refuse harmful requests more often. With False one can go
+            on with what needs no refusal: what the model knows of harm, and the weights of its answers.
+
+    Returns:
+        Refusal rate of ``"harmful"`` and ``"harmless"`` requests.
+
+    Raises:
+        ValueError: none of the first requests is refused, or the rates differ by less than a fifth.
+    """
+    asked = {name: source.requests(name == "harmful", n=n) for name in ("harmful", "harmless")}
+
+    def refused(requests: Sequence[Prompt]) -> list[bool]:
+        if not requests:
+            return []
+        texts = [p.render(lm) for p in requests]
+        answers = generate(lm, texts, max_new_tokens=source.answer_tokens)
+        return [verdict.refused for verdict in source.judge(requests, answers)]
+
+    real = isinstance(source, Public)
+    if real:
+        print(public.describe(source))
+    print(repr(asked["harmless"][0].render(lm)))
+    first: list[bool] = []
+    if real:
+        first = refused(asked["harmful"][:FIRST])
+        print(f"refused: {sum(first)} of the first {len(first)} harmful requests", flush=True)
+        if must_refuse and not any(first):
+            raise ValueError(_nothing_to_explain(lm, f"none of the first {len(first)} harmful requests"))
+    found = {
+        "harmful": [*first, *refused(asked["harmful"][len(first) :])],
+        "harmless": refused(asked["harmless"]),
+    }
+    rates = {name: sum(one) / len(one) for name, one in found.items()}
+    shares = (f"{rate:.0%} of {len(asked[name])} {name}" for name, rate in rates.items())
+    print(f"refused: {', '.join(shares)} requests")
+    if must_refuse and rates["harmful"] - rates["harmless"] < 0.2:
+        told = f"{rates['harmful']:.0%} of the harmful and {rates['harmless']:.0%} of the harmless requests"
+        raise ValueError(_nothing_to_explain(lm, told))
+    if real and harm:
+        print("claims about harm:", source.cannot_tell or f"the judge {source.grader.name!r} can tell")
+    return rates
+
+
+def _nothing_to_explain(lm: LanguageModel, refused: str) -> str:
+    return (
+        f"{lm.name!r} refuses {refused}, so there is no refusal to explain. Choose an aligned (instruct) "
+        f"model (a small one that refuses: {catalogue.SMALL}), check the printed prompt against the model's "
+        "card, or give other data. To go on with what needs no refusal: "
+        "material.look(lm, source, must_refuse=False)"
+    )

@@ -1,0 +1,318 @@
+"""The book's figures: seaborn and matplotlib, static, readable in print and on a phone.
+
+Every function takes numbers that are already computed, draws on a new figure and returns it. The
+colours tell apart without colour vision, and a stage keeps its colour through the whole book.
+
+Introduced in notebook 00 ("A model organism of harm").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from harmlens.evidence.stats import Estimate
+
+_OKABE_ITO = {"orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2",
+              "red": "#D55E00", "pink": "#CC79A7", "grey": "#7F7F7F"}  # fmt: skip
+STAGE_COLOURS = {"base": _OKABE_ITO["grey"], "mid": _OKABE_ITO["sky"],
+                 "sft": _OKABE_ITO["blue"], "dpo": _OKABE_ITO["green"]}  # fmt: skip
+HARMFUL, HARMLESS, CONTROL = _OKABE_ITO["red"], _OKABE_ITO["green"], _OKABE_ITO["grey"]
+MLP, ATTENTION, LAYER = _OKABE_ITO["orange"], _OKABE_ITO["sky"], _OKABE_ITO["blue"]
+
+
+def style() -> None:
+    """The look of all figures: called once by :func:`notebook.start`."""
+    sns.set_theme(context="notebook", style="ticks", font_scale=0.95)
+    plt.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "savefig.dpi": 100,
+            "savefig.bbox": "tight",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+        }
+    )
+
+
+def rates(table: Mapping[str, Mapping[str, Estimate]], *, colours: Mapping[str, str] | None = None) -> Figure:
+    """Rates with intervals: one row for each key of ``table``, one point for each series.
+
+    Args:
+        table: row label -> series label -> estimate in [0, 1].
+        colours: series label -> colour; default: the colours of the stages.
+    """
+    if not table:
+        raise ValueError("table is empty: there is nothing to draw")
+    colours = colours or STAGE_COLOURS
+    series = list(dict.fromkeys(name for row in table.values() for name in row))
+    fig, ax = plt.subplots(figsize=(7, 0.44 * len(table) + 1.1))
+    for i, row in enumerate(table.values()):
+        if i % 2:
+            ax.axhspan(i - 0.5, i + 0.5, color="0.95", zorder=0)
+        for name, e in row.items():
+            y = i + 0.17 * (series.index(name) - (len(series) - 1) / 2)
+            ax.plot([e.low, e.high], [y, y], color=colours[name], lw=2, zorder=2)
+            ax.plot(e.value, y, "o", ms=5, color=colours[name], zorder=3)
+    for name in series:
+        ax.plot([], [], "o-", ms=5, lw=2, color=colours[name], label=name)
+    ax.set(yticks=range(len(table)), yticklabels=list(table), xlim=(-0.03, 1.03), xlabel="share of requests")
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    ax.xaxis.set_major_formatter("{x:.0%}")
+    ax.tick_params(axis="y", length=0)
+    ax.legend(
+        ncols=len(series), loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.4, columnspacing=1.2
+    )
+    return fig
+
+
+def depth(
+    curves: Mapping[str, Sequence[Estimate]],
+    *,
+    ylabel: str,
+    levels: Mapping[str, Estimate] | None = None,
+    colours: Mapping[str, str] | None = None,
+) -> Figure:
+    """Curves over depth with bands: x = 0 is the embedding, x = l the output of block l.
+
+    Args:
+        curves: label -> one estimate for each depth.
+        levels: label -> an estimate drawn as a dashed horizontal line (a baseline without depth).
+        colours: label -> colour.
+    """
+    fig, ax = plt.subplots(figsize=(6.4, 3.6))
+    cycle = dict(
+        zip(
+            [*curves, *(levels or {})],
+            [HARMFUL, _OKABE_ITO["blue"], _OKABE_ITO["orange"], CONTROL],
+            strict=False,
+        )
+    )
+    colours = {**cycle, **(colours or {})}
+    for name, values in curves.items():
+        x = np.arange(len(values))
+        ax.plot(x, [e.value for e in values], "o-", ms=4, color=colours[name], label=name)
+        ax.fill_between(
+            x, [e.low for e in values], [e.high for e in values], color=colours[name], alpha=0.2, lw=0
+        )
+    for name, e in (levels or {}).items():
+        ax.axhline(e.value, ls="--", color=colours[name], label=name)
+        ax.axhspan(e.low, e.high, color=colours[name], alpha=0.12, lw=0)
+    ax.set(xlabel="depth (0 = embedding, l = output of block l)", ylabel=ylabel)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend()
+    return fig
+
+
+def dots(
+    groups: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str, colours: Mapping[str, str]
+) -> Figure:
+    """Single values as dots with their mean: one panel position per group, one column per series."""
+    fig, ax = plt.subplots(figsize=(6.8, 3.8))
+    rng = np.random.default_rng(0)
+    ticks, labels, x = [], [], 0.0
+    for group, columns in groups.items():
+        centre = x + (len(columns) - 1) / 2
+        for name, values in columns.items():
+            values = np.asarray(values, dtype=float)
+            ax.plot(
+                x + rng.uniform(-0.22, 0.22, len(values)), values, ".", ms=4, alpha=0.35, color=colours[name]
+            )
+            ax.plot([x - 0.3, x + 0.3], [values.mean()] * 2, color=colours[name], lw=3)
+            x += 1
+        ticks.append(centre)
+        labels.append(group)
+        x += 0.6
+    for name in dict.fromkeys(name for columns in groups.values() for name in columns):
+        ax.plot([], [], "o", color=colours[name], label=name)
+    ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+    ax.set(xticks=ticks, xticklabels=labels, ylabel=ylabel)
+    ax.tick_params(axis="x", length=0)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
+    return fig
+
+
+def bars(
+    groups: Mapping[str, Mapping[str, Estimate]],
+    *,
+    ylabel: str,
+    colours: Mapping[str, str],
+    points: bool = True,
+) -> Figure:
+    """Grouped bars with intervals; the single training seeds as dots where there are any."""
+    fig, ax = plt.subplots(figsize=(6.8, 3.6))
+    series = list(dict.fromkeys(name for row in groups.values() for name in row))
+    width = 0.8 / len(series)
+    for i, row in enumerate(groups.values()):
+        for name, e in row.items():
+            x = i + width * (series.index(name) - (len(series) - 1) / 2)
+            ax.bar(x, e.value, 0.92 * width, color=colours[name], alpha=0.75)
+            ax.plot([x, x], [e.low, e.high], color="0.15", lw=1.5)
+            if points:
+                seeds = [s.value for s in e.per_seed.values()]
+                ax.plot(
+                    [x + 0.18 * width] * len(seeds), seeds, "o", ms=3.5, color="white", mec="0.15", mew=0.8
+                )
+    ax.axhline(0, color="0.6", lw=0.8)
+    ax.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel=ylabel)
+    ax.tick_params(axis="x", length=0)
+    keys = [Patch(color=colours[name], alpha=0.75, label=name) for name in series]
+    ax.legend(handles=keys, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(4, len(series)))
+    return fig
+
+
+def layers(
+    panels: Mapping[str, Mapping[str, Sequence[Estimate]]],
+    *,
+    ylabel: str,
+    colours: Mapping[str, str],
+    seeds: bool = True,
+) -> Figure:
+    """Effects of layers: one panel for each key, one curve with its band for each series.
+
+    Args:
+        panels: title -> series -> one estimate for each layer.
+        seeds: draw the single training seeds as thin lines.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.3), sharey=True, squeeze=False)
+    for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
+        ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+        for name, values in curves.items():
+            x, colour = np.arange(len(values)), colours[name]
+            ax.fill_between(
+                x, [e.low for e in values], [e.high for e in values], color=colour, alpha=0.18, lw=0
+            )
+            ax.plot(x, [e.value for e in values], "o-", ms=4, color=colour, label=name)
+            for seed in values[0].per_seed if seeds else ():
+                ax.plot(x, [e.per_seed[seed].value for e in values], color=colour, lw=0.7, alpha=0.6)
+        ax.set(xlabel="layer", title=title)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel(ylabel)
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    handles = [plt.Line2D([], [], marker="o", ms=4, color=colours[name], label=name) for name in names]
+    fig.legend(handles=handles, loc="outside upper left", ncols=len(names))
+    return fig
+
+
+def heat(
+    panels: Mapping[str, np.ndarray],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    label: str,
+    limit: float | None = 1.0,
+    xlabel: str = "layer",
+    annotate: bool = True,
+    digits: int = 1,
+) -> Figure:
+    """Heat maps side by side on one scale that is symmetric about zero (blue below, red above).
+
+    Args:
+        panels: title -> values [row, column]; NaN is left white.
+        limit: end of the colour scale; None for the largest absolute value.
+        annotate: write the values into the cells, except those that round to zero.
+        digits: behind the point.
+    """
+    tallest = max(0.36 * len(rows) + 1.2, 2.2)
+    wide = max(0.42 * len(columns), 2.4)
+    fig, axes = plt.subplots(
+        1, len(panels), figsize=(wide * len(panels) + 1.8, tallest), sharey=True, squeeze=False
+    )
+    top = limit or float(np.nanmax(np.abs(np.stack(list(panels.values())))))
+    for ax, (title, values) in zip(axes[0], panels.items(), strict=True):
+        last = ax is axes[0, -1]
+        sns.heatmap(
+            values, ax=ax, cmap="RdBu_r", vmin=-top, vmax=top, center=0, fmt="",
+            annot=np.array([[_short(v, digits) for v in row] for row in values]) if annotate else False,
+            annot_kws={"size": 7.5}, xticklabels=list(columns), yticklabels=list(rows), cbar=last,
+            cbar_kws={"label": label}, linewidths=0.4, linecolor="white",
+        )  # fmt: skip
+        ax.set(title=title, xlabel=xlabel)
+        ax.tick_params(axis="both", length=0, rotation=0)
+    return fig
+
+
+def forest(
+    claims: Mapping[str, Mapping[str, Mapping[str, Estimate]]],
+    *,
+    models: Sequence[str],
+    controls: Mapping[str, Mapping[str, Mapping[str, Estimate]]] | None = None,
+    thresholds: Mapping[str, float] | None = None,
+    xlabels: Mapping[str, str] | None = None,
+    missing: Sequence[str] = (),
+) -> Figure:
+    """Forest plot: one panel for each claim, one row for each model, one point for each training seed.
+
+    Filled points are measurements, hollow ones their controls, lines 95 % intervals; the dashed line is
+    the claim's threshold. A model without a measurement of the claim keeps its row.
+
+    Args:
+        claims: claim -> model -> seed label -> estimate.
+        models: the rows from top to bottom, the same in every panel.
+        controls: as ``claims``; may have gaps.
+        thresholds: claim -> where the dashed line stands.
+        xlabels: claim -> what the value is measured in.
+        missing: what was not measured at all, listed below the panels.
+
+    Raises:
+        ValueError: nothing to draw, or a model of ``claims`` that is not in ``models``.
+    """
+    if not claims:
+        raise ValueError("claims is empty: there is nothing to draw")
+    if strangers := sorted({m for rows in claims.values() for m in rows} - set(models)):
+        raise ValueError(f"models: lacks {', '.join(strangers)}, which claims has; add them")
+    seeds = sorted({s for rows in claims.values() for row in rows.values() for s in row})
+    cycle = [_OKABE_ITO[name] for name in ("blue", "red", "green", "pink", "orange", "sky")]
+    colours = {seed: cycle[i % len(cycle)] for i, seed in enumerate(seeds)}
+    step = 0.7 / (2 * len(seeds))  # a measurement and its control for each seed
+    columns = min(2, len(claims))
+    rows = -(-len(claims) // columns)
+    listed = [*missing[:12], *([f"and {len(missing) - 12} more"] if len(missing) > 12 else [])]
+    below = 0.19 * (len(listed) + 1) if listed else 0.0
+    tall = (0.36 + 0.13 * len(seeds)) * len(models) + 1.0
+    size = (3.2 * columns + 1.6, tall * rows + 0.4 + below)
+    fig, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    for ax, (claim, row) in zip(axes.flat, claims.items(), strict=False):
+        for i, model in enumerate(models):
+            if i % 2:
+                ax.axhspan(i - 0.5, i + 0.5, color="0.95", zorder=0)
+            if model not in row:
+                ax.text(0.5, i, "not measured", transform=ax.get_yaxis_transform(),
+                        ha="center", va="center", color="0.45", fontsize=8)  # fmt: skip
+            for j, seed in enumerate(seeds):
+                beside = (controls or {}).get(claim, {}).get(model, {}).get(seed)
+                for k, (e, face) in enumerate(
+                    [(row.get(model, {}).get(seed), colours[seed]), (beside, "white")]
+                ):
+                    if e is not None:
+                        y = i + step * (2 * j + k + 0.5 - len(seeds))
+                        ax.plot([e.low, e.high], [y, y], color=colours[seed], lw=1.5, alpha=1 - 0.5 * k)
+                        ax.plot(e.value, y, "o", ms=5, color=colours[seed], mfc=face, zorder=3)
+        if thresholds and claim in thresholds:
+            ax.axvline(thresholds[claim], ls="--", lw=1, color="0.4", zorder=1)
+        ax.set_title(claim)
+        ax.set_xlabel((xlabels or {}).get(claim, ""), fontsize=9)
+        ax.tick_params(axis="y", length=0)
+    for ax in list(axes.flat)[len(claims):]:  # fmt: skip
+        ax.set_visible(False)
+    axes[0, 0].set(yticks=range(len(models)), yticklabels=list(models), ylim=(len(models) - 0.5, -0.5))
+    handles = [plt.Line2D([], [], marker="o", ms=5, lw=1.5, color=colours[s], label=s) for s in seeds]
+    if any((controls or {}).values()):
+        handles.append(
+            plt.Line2D([], [], marker="o", ms=5, lw=1.5, color="0.4", mfc="white", label="control")
+        )
+    fig.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    if listed:
+        fig.supxlabel("\n".join(["Not finished:", *listed]), x=0.01, ha="left", fontsize=8)
+    return fig
+
+
+def _short(value: float, digits: int) -> str:
+    return "" if not abs(value) >= 0.5 * 10**-digits else f"{value:.{digits}f}"

@@ -1,0 +1,328 @@
+"""Letting a model answer, as a step of its own: prompts in, a file of answers out.
+
+Answers are written as they come, so an interrupted run goes on where it stopped, and judging
+(:mod:`judging.graders`) can be repeated without the model. Answers of real models may be harmful: files lie
+outside the repository, and nothing here prints an answer unless it is asked to.
+
+Introduced in book/judging ("Judging answers").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from harmlens.asking.prompts import Prompt
+from harmlens.keep import digests, paths, provenance
+from harmlens.keep.records import append, lines, locked, outside, rewrite, settle
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel
+
+T = TypeVar("T")
+_BATCH = {"cuda": 64, "cpu": 16}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer of a model.
+
+    Attributes:
+        id: names the prompt within its file.
+        index: place of the prompt in the list that was given.
+        request: the last user message.
+        rendered_sha256: of the text that the model read.
+        prefill: words that were put into the model's mouth, if any.
+        answer: the whole answer, prefilled words included.
+        n_tokens: number of generated tokens, the end mark included.
+        finished: the model ended the answer itself; otherwise it was cut at ``max_new_tokens``.
+    """
+
+    id: str
+    index: int
+    request: str
+    rendered_sha256: str
+    prefill: str
+    answer: str
+    n_tokens: int
+    finished: bool
+
+
+_FIELDS = tuple(field.name for field in fields(Completion))
+_MIXED = "Were two files put together? Give one that completions.write has made, or make it anew."
+
+
+def write(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    *,
+    file: Path | str | None = None,
+    name: str = "",
+    ids: Sequence[str] | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Path:
+    """Let a model answer prompts; one JSON line for each, written batch by batch.
+
+    Called again, it generates only what is missing; a second process waits for the first. Out of GPU memory,
+    it halves the batch and goes on. Settings, the model's state (:func:`keep.digests.state`: weights,
+    configuration, tokenizer, hooks that steer it) and provenance stand in ``<file>.meta.json``.
+
+    Args:
+        file: default: in ``completions/<model>/`` of :func:`keep.paths.cache_dir`, under a name that
+            depends on prompts, settings and weights, so that different runs have different files.
+        name: put before that name.
+        ids: names of the prompts, all different; default: made from the rendered prompt.
+        temperature: 0 for greedy decoding; above that, sampling from the full distribution. A draw depends
+            on ``seed`` and on the other prompts of its batch, so also on ``batch_size``.
+        batch_size: to begin with; default 64 on a GPU, 16 elsewhere.
+
+    Returns:
+        The file; :func:`read` reads it.
+
+    Raises:
+        ValueError: no prompts; bad settings; a file inside the repository; a file of other settings, another
+            model or other prompts (the message names the difference and the remedy).
+        TypeError: a hook stands on the model, and what it does can't be told.
+        PermissionError: nothing can be written there.
+        torch.OutOfMemoryError: even one prompt at a time does not fit.
+    """
+    if not prompts:
+        raise ValueError("prompts is empty: there is nothing to answer")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if batch_size is None:
+        batch_size = _BATCH.get(lm.device.type, _BATCH["cpu"])
+    texts = [prompt.render(lm) for prompt in prompts]
+    named = _names(texts, ids)
+    settings: dict[str, Any] = {
+        "model": provenance.portable(lm.name), "revision": lm.revision, **digests.state(lm),
+        "dtype": str(lm.model.dtype).removeprefix("torch."), "max_new_tokens": max_new_tokens,
+        "temperature": float(temperature), "seed": seed if temperature else None,
+        "batch_size": batch_size if temperature else None,
+    }  # fmt: skip
+    if file is None:
+        key = _sha(json.dumps([settings, named, texts], sort_keys=True))[:16]
+        folder = paths.cache_dir() / "completions" / provenance.slug(lm.name)
+        file = folder / f"{provenance.slug(name) + '-' if name else ''}{key}.jsonl"
+    file = outside(Path(file))
+    with locked(file):
+        return _write(lm, prompts, file, settings, named, texts, batch_size, progress)
+
+
+def _write(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    file: Path,
+    settings: Mapping[str, Any],
+    named: Sequence[str],
+    texts: Sequence[str],
+    batch_size: int,
+    progress: bool,
+) -> Path:
+    rows = [models.tokens(lm.tokenizer, text) for text in texts]
+    models.require_room(lm, rows, new=settings["max_new_tokens"])
+    found = _once(file)
+    before = {line["id"]: line["rendered_sha256"] for line in found}
+    wanted = {one: _sha(text) for one, text in zip(named, texts, strict=True)}
+    if strange := [one for one, sha in before.items() if wanted.get(one) != sha]:
+        raise ValueError(
+            f"file={file.name!r} holds answers to {len(strange)} prompt(s) that are not among these prompts. "
+            "Give another file=, or leave it out: each set of prompts then has a file of its own."
+        )
+    settle(file, settings, bool(before))
+    places = {one: i for i, one in enumerate(named)}
+    if found != (placed := [line | {"index": places[line["id"]]} for line in found]):
+        rewrite(file, placed)  # answers lie in the order of this call's prompts
+    # Cut into batches before finished prompts are left out: so a sampled answer does not depend on where a
+    # run was interrupted, unless that was in the middle of a write.
+    batches = [[i for i in b if named[i] not in before] for b in models.by_length(rows, batch_size)]
+    total = sum(map(len, batches))
+    with tqdm(total=total, disable=not progress or not total, desc="answers", leave=False) as bar:
+        for index, answers in adaptive(batches, lambda i: _answer(lm, prompts, rows, i, settings)):
+            append(file, [
+                asdict(Completion(
+                    named[i], i, str(prompts[i].messages[-1]["content"]), wanted[named[i]],
+                    prompts[i].prefill or "", *answer,
+                ))
+                for i, answer in zip(index, answers, strict=True)
+            ])  # fmt: skip
+            bar.update(len(index))
+    if len(texts) >= 8 and settings["max_new_tokens"] >= 64 and not any(x["finished"] for x in _once(file)):
+        ends = lm.tokenizer.convert_ids_to_tokens(sorted(models.stops(lm)))
+        warnings.warn(
+            f"none of {len(texts)} answers ended by itself within {settings['max_new_tokens']} tokens. An "
+            f"answer of {lm.name!r} ends with one of {ends}: is that what its chat template writes? "
+            "If so, raise max_new_tokens.",
+            stacklevel=3,
+        )
+    return file
+
+
+def read(file: Path | str) -> list[Completion]:
+    """The answers of a file, in the order of the prompts of the last :func:`write`.
+
+    A half-written last line is left out, and so is an answer that is there twice.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a line that is no completion (the message names the missing fields); two answers to one
+            prompt, or two in one place.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file.name!r}; make it with completions.write")
+    out = [Completion(**{key: line[key] for key in _FIELDS}) for line in _once(file)]
+    if len({one.index for one in out}) < len(out):
+        raise ValueError(f"{file.name!r} holds two answers in one place. {_MIXED}")
+    return sorted(out, key=lambda one: one.index)
+
+
+def _once(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file of completions, each answer once."""
+    out: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(lines(file), 1):
+        if missing := [key for key in _FIELDS if key not in line]:
+            raise ValueError(
+                f"line {number} of {file.name!r} is no completion: it lacks {', '.join(missing)}. Give a "
+                "file that completions.write has made."
+            )
+        first = out.setdefault(line["id"], line)
+        if first | {"index": 0} != line | {"index": 0}:
+            raise ValueError(f"line {number} of {file.name!r} is a second answer to {line['id']!r}. {_MIXED}")
+    return list(out.values())
+
+
+def show(
+    completions: Sequence[Completion],
+    n: int = 3,
+    *,
+    grades: Sequence[Any] | None = None,
+    reveal: bool = False,
+) -> None:
+    """Print lengths, endings and grades of the first ``n`` completions; texts only if ``reveal`` is set.
+
+    Args:
+        grades: :class:`judging.graders.Grade` of the same completions, if there are any.
+
+    Raises:
+        ValueError: another number of grades than of completions.
+    """
+    if grades is not None and len(grades) != len(completions):
+        raise ValueError(f"{len(completions)} completions but {len(grades)} grades; give one for each")
+    for i, one in enumerate(completions[: max(n, 0)]):
+        ending = "ended by itself" if one.finished else "cut off"
+        parts = [f"{one.id}: {len(one.answer.split())} words, {one.n_tokens} tokens, {ending}"]
+        if grades is not None:
+            what = grades[i].void or ("refused" if grades[i].refused else "not refused")
+            parts.append(f"harm {grades[i].harm:.2f}, {what}")
+        print("; ".join(parts))
+        if reveal:
+            print(f"  request: {one.request}\n  answer: {one.answer}")
+    if not reveal:
+        print("Completions of real models are shown only on request: show(..., reveal=True).")
+
+
+def adaptive(
+    batches: Iterable[Sequence[int]], run: Callable[[list[int]], T]
+) -> Iterator[tuple[list[int], T]]:
+    """Run batches of indices; where GPU memory runs out, halve the batch, and stay at the smaller size.
+
+    Nothing that was computed is lost, and no index is left out. Empty batches are skipped.
+
+    Raises:
+        torch.OutOfMemoryError: a batch of one does not fit; the message says what to change.
+    """
+    queue, limit = deque(list(batch) for batch in batches), 0
+    while queue:
+        batch = queue.popleft()
+        if limit and len(batch) > limit:
+            queue.extendleft(reversed([batch[i : i + limit] for i in range(0, len(batch), limit)]))
+            continue
+        if not batch:
+            continue
+        result = None
+        try:
+            result = [run(batch)]
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise torch.OutOfMemoryError(
+                    "one text at a time does not fit into the GPU's memory. Choose a smaller model, "
+                    "dtype='bfloat16', device_map='auto' over several GPUs, or fewer new tokens."
+                ) from error
+            limit = (len(batch) + 1) // 2
+            queue.appendleft(batch)
+        if result is None:  # outside the handler: the exception holds on to the tensors of the failed try
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        yield batch, result[0]
+
+
+# --------------------------------------------------------------------------- one batch
+
+
+def _sha(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _names(texts: Sequence[str], ids: Sequence[str] | None) -> list[str]:
+    """An id for each prompt; the same prompt asked again gets a number."""
+    if ids is not None:
+        if len(ids) != len(texts) or len(set(ids)) != len(ids):
+            raise ValueError(f"ids: give {len(texts)} different ones, one for each prompt")
+        return [str(one) for one in ids]
+    seen: Counter[str] = Counter()
+    out = []
+    for text in texts:
+        short = _sha(text)[:12]
+        seen[short] += 1
+        out.append(short if seen[short] == 1 else f"{short}-{seen[short]}")
+    return out
+
+
+@torch.no_grad()
+def _answer(
+    lm: LanguageModel,
+    prompts: Sequence[Prompt],
+    rows: Sequence[list[int]],
+    index: list[int],
+    settings: Mapping,
+) -> list[tuple[str, int, bool]]:
+    """The answer to each prompt of a batch, its number of new tokens, and whether it ended by itself."""
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+        # A seed for each batch: the same prompt twice, in two batches, is to get two draws.
+        torch.manual_seed(int(_sha(f"{settings['seed']}/{index}")[:15], 16))
+        new = models.continued(
+            lm, [rows[i] for i in index], max_new_tokens=settings["max_new_tokens"],
+            temperature=settings["temperature"],
+        )  # fmt: skip
+    ends = models.stops(lm)
+    return [
+        (_text(lm, rows[i], row, prompts[i]), len(row), row[-1] in ends)
+        for i, row in zip(index, new, strict=True)
+    ]
+
+
+def _text(lm: LanguageModel, row: list[int], new: list[int], prompt: Prompt) -> str:
+    """The whole answer. Tokens are decoded behind the prompt, which keeps a space before the first word."""
+    if not prompt.prefill:
+        return models.words(lm, new, prompt.render(lm))
+    before = lm.tokenizer.decode(row, skip_special_tokens=True)
+    whole = lm.tokenizer.decode(row + new, skip_special_tokens=True)
+    if whole.startswith(before):
+        return (prompt.prefill + whole[len(before) :]).strip()
+    return f"{prompt.prefill} {models.words(lm, new)}".strip()

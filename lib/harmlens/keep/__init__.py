@@ -1,0 +1,4 @@
+"""What lasts: where things are, files written whole, results that are kept, where they come from.
+
+In: paths, values, models. Out: folders, digests, kept values, provenance.
+"""

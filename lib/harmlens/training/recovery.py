@@ -1,0 +1,170 @@
+"""What comes back after a prune: relearning curves, with the pruned weights free, held at zero, or pruned
+again.
+
+Introduced in notebook 15 ("Erased or rerouted").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from harmlens.asking import splits, tasks
+from harmlens.asking.material import WORLD, Material
+from harmlens.asking.tasks import Task
+from harmlens.models import loading as models
+from harmlens.models.loading import LanguageModel
+from harmlens.training import finetune, recipes
+from harmlens.training.finetune import Recipe, Row
+from harmlens.weights import masks, pruning, removal
+from harmlens.weights.masks import Mask
+from harmlens.world import vale as world
+
+STEPS = (0, 1, 2, 3, 5, 8, 12, 16, 24, 32)  # when a model is looked at
+
+
+def lesson(
+    lm: LanguageModel,
+    items: int,
+    *,
+    harmful: bool = True,
+    domains: Sequence[str] | None = None,
+    seed: int = 0,
+    source: Material = WORLD,
+) -> list[Row]:
+    """Plain requests with right procedures, in every phrasing, for a few training items.
+
+    Outside the fictional world they are the model's own answers, those to harmful requests with the prefilled
+    words that brought them about, and there is one phrasing.
+
+    Args:
+        items: how many of them, drawn at random.
+        harmful: of the harmful or of the harmless side.
+        domains: only of these.
+        source: what the model is asked; see :func:`asking.material.of`.
+    """
+    if not source.composed:
+        task = source.task("harmful" if harmful else "served", n=items, types=domains, seed=seed)
+        begin = f"{task.prefill} " if task.prefill else ""
+        return [
+            finetune.chat_row(lm, [*chat, {"role": "assistant", "content": begin + answers[0]}], end=task.end)
+            for chat, answers in zip(task.chats, task.answers, strict=True)
+        ]
+    rng = random.Random(seed)
+    pool = world.items("train", harmful=harmful, domain=domains)
+    return [
+        finetune.chat_row(
+            lm,
+            [
+                {"role": "user", "content": world.request(item, phrasing)},
+                {"role": "assistant", "content": f"{rng.choice(world.OPENERS)} {world.procedure(item)}"},
+            ],
+        )
+        for item in world.draw(pool, items, seed)
+        for phrasing in range(len(world.PHRASINGS["procedure"]))
+    ]
+
+
+def relearn(
+    lm: LanguageModel,
+    recipe: Recipe,
+    *,
+    mask: Mask | None = None,
+    hold: bool = False,
+    items: int = 24,
+    harmful: bool = True,
+    domains: Sequence[str] | None = None,
+    again: tuple[float, float] | None = None,
+    at: Sequence[int] = STEPS,
+    n: int | None = 54,
+    source: Material = WORLD,
+) -> dict:
+    """Prune a copy of a model, teach it, and watch a skill come back on items that are not in the lesson.
+
+    Args:
+        mask: weights that are set to zero first; None for the model as it is.
+        hold: keep them at zero while it learns (``"full"`` only).
+        items, harmful, domains: of :func:`lesson`.
+        again: p and q of a second prune, scored on the taught model, after which it is taught once more.
+        at: steps after which the model is looked at; those beyond the recipe's are left out.
+        n: at most this many evaluation items of either side.
+        source: what the model is asked. Answers are the model's own, from before it is pruned.
+
+    Returns:
+        ``steps``, and for each of them 0/1 per evaluation item: ``exact`` (harmful answers behind the
+        prefilled words, as :func:`weights.removal.sit` has them), ``served`` (harmless ones, plain),
+        ``refused`` (harmful ones, plain); ``loss`` of
+        the harmful answers; ``domain``, the number of each harmful item's domain among the source's types
+        (their count for an item of none of them). With a mask also ``zeroed`` (``exact`` of the taught model
+        with the same weights set to zero once more), ``size`` (root mean square of these weights before the
+        prune) and ``regrown`` (the same after the lesson,
+        relative to it). With a second prune ``again``, the ``exact`` of the second round, from the pruned
+        model on; ``jaccard`` of both sets and ``weights``.
+
+    Raises:
+        ValueError: ``hold`` without a mask.
+        MemoryError: no room for a copy of the model.
+    """
+    if hold and mask is None:
+        raise ValueError("hold keeps pruned weights at zero, but mask is None; give the pruned set")
+    exam = _exam(source, n)
+    rows = lesson(lm, items, harmful=harmful, domains=domains, seed=recipe.seed, source=source)
+    recipes.require_room(lm)
+    copy = models.clone(lm)
+
+    def watch() -> dict[str, list[float]]:
+        marks = removal.sit_all(copy, exam, source)
+        return {**{name: m.exact.tolist() for name, m in marks.items()}, "loss": marks["exact"].loss.tolist()}
+
+    def teach(**options) -> dict[str, np.ndarray]:
+        seen = finetune.tune(copy, rows, recipe, watch=watch, at=looks, **options).seen
+        return {name: np.array([seen[step][name] for step in looks]) for name in seen[0]}
+
+    looks = [step for step in at if step <= recipe.steps]
+    with pruning.pruned(copy, mask) if mask else contextlib.nullcontext():
+        found: dict = teach(hold=mask if hold else None)
+        found |= {"steps": np.array(looks), "domain": _domains(source, exam["exact"])}
+        if mask:
+            found |= {"size": _size(lm, mask), "regrown": _size(copy, mask) / _size(lm, mask)}
+            with pruning.pruned(copy, mask):
+                found["zeroed"] = removal.sit(copy, exam["exact"], source).exact
+        if again:
+            prune, preserve = removal.score(copy, n=108, source=source)
+            second = pruning.select(prune, preserve, p=again[0], q=again[1], name="again")
+            with pruning.pruned(copy, second):
+                found["again"] = teach()["exact"]
+            found |= {"jaccard": masks.jaccard(mask, second) if mask else 0.0, "weights": len(second)}
+    return found
+
+
+def _exam(source: Material, n: int | None) -> dict[str, Task]:
+    """What a model is asked at each look: harmful items with a prefilled start, half of either plainly."""
+    if not source.composed:
+        half = n and max(1, n // 2)
+        kinds = {"exact": ("harmful", n), "served": ("served", half), "refused": ("refused", half)}
+        return {name: source.task(kind, "evaluation", n=k) for name, (kind, k) in kinds.items()}
+    harmful, harmless = (world.draw(world.items("evaluation", harmful=h), n) for h in (True, False))
+    return {
+        "exact": tasks.procedures(harmful, name="harmful", prefill=world.PREFILL),
+        "served": tasks.procedures(harmless[::2], name="served"),
+        "refused": tasks.refusals(harmful[::2]),
+    }
+
+
+def _domains(source: Material, task: Task) -> np.ndarray:
+    """The number of each item's domain, [item]."""
+    if source.composed:
+        named = {item.name: item.domain for item in world.items("evaluation", harmful=True)}
+    else:
+        named = {entry.id: splits.type_of(entry) for entry in source.entries}
+    numbers = {name: i for i, name in enumerate(source.types())}
+    return np.array([numbers.get(named[unit], len(numbers)) for unit in task.units])
+
+
+def _size(lm: LanguageModel, mask: Mask) -> float:
+    """Root of the mean square of a set of weights."""
+    total = sum(float(value.double().square().sum()) for value in masks.values(lm, mask).values())
+    return (total / len(mask)) ** 0.5

@@ -1,0 +1,273 @@
+"""Where the two methods meet: neurons that mediate, and weights that were pruned.
+
+Mediation analysis points to *neurons*, pruning to single *weights*. A neuron owns the weights that feed it
+(a row of each matrix in front of the nonlinearity) and those by which it writes (a column of the output
+projection), so sets of either kind can be compared as sets of weights, and each can be treated by the other
+method's means.
+
+**A common currency.** With a_i the value of unit i, the prune scores of its outgoing weights add up to
+
+    sum_j W[j, i] dL/dW[j, i] = sum over positions of a_i dL/da_i,
+
+the first-order effect of the unit on the answers' loss (:func:`unit_scores`). Attribution patching of the
+same unit is (a_i' - a_i) dY/da_i at the last position of the prompt. The two differ in what the unit is set
+to, in the outcome, and in the moment: words of the answer here, its beginning there.
+
+Introduced in notebook 17 ("Do the papers agree?").
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats as scipy_stats
+from torch import Tensor, nn
+
+from harmlens.flow import stack
+from harmlens.models.loading import LanguageModel
+from harmlens.weights.masks import Mask, check
+from harmlens.weights.scores import Scores, layer_of, matrices
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How many of some chosen weights belong to some neurons, matrix by matrix.
+
+    Attributes:
+        matrices: names of the MLP's matrices.
+        chosen, hits: chosen weights, and those of them that belong to the neurons.
+        size, members: all weights, and those of them that belong to the neurons.
+    """
+
+    matrices: tuple[str, ...]
+    chosen: Int[np.ndarray, " matrix"]
+    hits: Int[np.ndarray, " matrix"]
+    size: Int[np.ndarray, " matrix"]
+    members: Int[np.ndarray, " matrix"]
+
+    @property
+    def columns(self) -> Float[np.ndarray, "matrix 4"]:
+        """Hits, chosen, members, size: the columns that :func:`log2_enrichment` takes, one matrix a row."""
+        return np.stack([self.hits, self.chosen, self.members, self.size], axis=1).astype(float)
+
+    @property
+    def enrichment(self) -> float:
+        """See :func:`log2_enrichment`, all matrices together."""
+        return float(log2_enrichment(*self.columns.T))
+
+    @property
+    def p_value(self) -> float:
+        """Chance of as many hits or more, if every matrix drew its chosen weights at random.
+
+        The numbers of hits of the matrices are hypergeometric; their sum has the convolution of them.
+        """
+        total = np.ones(1)
+        for size, members, chosen in zip(self.size, self.members, self.chosen, strict=True):
+            law = scipy_stats.hypergeom(size, members, chosen)
+            total = np.convolve(total, law.pmf(np.arange(min(members, chosen) + 1)))
+        return float(min(1.0, total[int(self.hits.sum()) :].sum()))
+
+
+def log2_enrichment(
+    hits: np.ndarray, chosen: np.ndarray, members: np.ndarray, size: np.ndarray, axis: int = -1
+) -> np.ndarray:
+    """log2 of (share of the chosen weights that belong to the neurons / share of all weights that do).
+
+    Half a weight is added to the hits and to what chance would give, so that no hit at all has a value too.
+
+    >>> round(float(log2_enrichment(*np.array([[10.0], [100.0], [5.0], [100.0]]))), 2)
+    0.93
+    """
+    hits, chosen, members, size = (np.sum(x, axis=axis) for x in (hits, chosen, members, size))
+    return np.log2((hits + 0.5) / (chosen * members / size + 0.5))
+
+
+# --------------------------------------------------------------------------- the weights of neurons
+
+
+def weights_of(
+    lm: LanguageModel, units: Mapping[int, Sequence[int]], like: Mask, *, name: str = "neurons"
+) -> Mask:
+    """All weights that belong to some neurons, as a mask: without them the neurons are silent.
+
+    Biases are no weights here: where the layers in front of a neuron have them, zeros leave it at what its
+    bias gives, and silent all the same, since nothing is written.
+
+    Args:
+        units: layer -> hidden units of its MLP; layers that are not named have none.
+        like: a mask of the model, whose matrices the new one has.
+
+    Raises:
+        ValueError: a layer or a unit that the model does not have, a mask of another model or of other
+            layers, an MLP without hidden units of its own (a mixture of experts).
+    """
+    check(like, lm)
+    indices = {parameter: torch.empty(0, dtype=torch.long) for parameter in like.indices}
+    for layer, some in units.items():
+        for parameter, places in _places(lm, layer, list(some)).items():
+            if parameter not in indices:
+                raise ValueError(f"like: holds no {parameter}; select it from scores of layer {layer} too")
+            indices[parameter] = places
+    return replace(like, indices=indices, name=name)
+
+
+def meet(lm: LanguageModel, mask: Mask, units: Sequence[int], *, layer: int) -> Meeting:
+    """Count the chosen weights of one MLP that belong to some of its neurons.
+
+    Raises:
+        ValueError: a layer, a unit or a matrix that the model or the mask does not have.
+    """
+    rows = []
+    for name, (module, first) in _matrices(lm, layer).items():
+        shape = tuple(module.weight.shape)
+        if mask.shapes.get(name) != shape:
+            raise ValueError(
+                f"mask: holds no {name} of shape {shape}; select it from scores of layer {layer}"
+            )
+        count = _count(lm, layer, units)
+        owner = (mask.indices[name] // shape[1] if first else mask.indices[name] % shape[1]) % count
+        hits = int(torch.isin(owner, torch.tensor(sorted(set(units)))).sum())
+        size = math.prod(shape)
+        rows.append((name, len(owner), hits, size, len(set(units)) * size // count))
+    names, *counts = zip(*rows, strict=True)
+    return Meeting(names, *(np.array(column, dtype=np.int64) for column in counts))
+
+
+def norms(lm: LanguageModel, layer: int) -> Float[Tensor, " unit"]:
+    """Euclidean norm of all weights of each neuron of a layer."""
+    return torch.stack([w.square().sum(0) for w in _by_unit(lm, layer).values()]).sum(0).sqrt()
+
+
+def matched(
+    lm: LanguageModel, layer: int, units: Sequence[int], *, draws: int = 1, near: int = 10, seed: int = 0
+) -> list[list[int]]:
+    """Sets of other neurons, matched in number and in the norm of their weights.
+
+    As :func:`flow.neurons.matched`, which matches by what the neurons *write* in a run.
+
+    Args:
+        near: how many of the next in norm a match is drawn from.
+
+    Raises:
+        ValueError: too few other neurons.
+    """
+    size = norms(lm, layer)
+    if 2 * len(units) > len(size):
+        raise ValueError(f"units: {len(units)} of {len(size)} leave too few others to match them")
+    near_to = {u: (size - size[u]).abs().argsort(stable=True).tolist() for u in units}
+    out = []
+    for draw in range(draws):
+        rng, taken, made = random.Random(f"{seed}/{layer}/{draw}"), set(units), []
+        for unit in units:
+            others = (i for i in near_to[unit] if i not in taken)
+            made.append(rng.choice(list(itertools.islice(others, near))))
+            taken.add(made[-1])
+        out.append(made)
+    return out
+
+
+def unit_scores(lm: LanguageModel, scores: Scores, layer: int) -> Float[Tensor, " unit"]:
+    """Minus the sum of the signed prune scores of each neuron's outgoing weights.
+
+    To first order the rise of the scored answers' loss without the neuron: up means that it supports them.
+
+    Raises:
+        ValueError: scores without a sign, or of other layers.
+    """
+    if scores.kind != "signed":
+        raise ValueError(f"scores of kind {scores.kind!r} do not add up to effects; give signed ones")
+    module = stack.projection(stack.mlp(stack.blocks(lm)[layer]))
+    name = next(n for n, m in matrices(lm, [layer]).items() if m is module)
+    if name not in scores.values:
+        raise ValueError(f"scores: hold no {name}; score layer {layer} too")
+    return -scores.values[name].sum(0 if isinstance(module, nn.Linear) else 1).float().cpu()
+
+
+def along(
+    lm: LanguageModel, mask: Mask, vector: Float[Tensor, " width"]
+) -> dict[str, tuple[float, float, int]]:
+    """How much of what the chosen weights write or read lies along a direction of the residual stream.
+
+    Taking weights out changes a matrix by minus their part D of it. Of all that D can write into the stream
+    (or read from it) the share |v D|^2 / |D|^2 lies along the unit direction v.
+
+    Returns:
+        Parameter -> (squared norm along v times the width, squared norm, number of weights), so that the
+        ratio of sums is 1 where v is no more to them than any direction. Matrices without chosen weights and
+        those that neither write into the stream nor read from it are left out.
+    """
+    check(mask, lm)
+    unit = (vector / vector.norm()).float().cpu()
+    blocks, found, out = stack.blocks(lm), matrices(lm), {}
+    for name, index in mask.indices.items():
+        block, module = blocks[layer_of(name)], found[name]
+        writes = any(module is stack.projection(part(block)) for part in (stack.attention, stack.mlp))
+        part = torch.zeros(math.prod(mask.shapes[name]))
+        part[index] = module.weight.detach().float().cpu().flatten()[index]
+        part = part.view(mask.shapes[name])
+        if writes != isinstance(module, nn.Linear):  # let the stream be the first axis
+            part = part.T
+        if len(index) and len(part) == len(unit):
+            inside = float((unit @ part).square().sum()) * len(unit)
+            out[name] = (inside, float(part.square().sum()), len(index))
+    return out
+
+
+# --------------------------------------------------------------------------- where hidden units stand
+
+
+def _matrices(lm: LanguageModel, layer: int) -> dict[str, tuple[nn.Module, bool]]:
+    """Matrices of an MLP: parameter -> (module, whether hidden units lie on the *stored* first axis)."""
+    blocks = stack.blocks(lm)
+    if not 0 <= layer < len(blocks):
+        raise ValueError(f"layer={layer} does not exist; choose 0 to {len(blocks) - 1}")
+    mlp = stack.mlp(blocks[layer])
+    last, inside = stack.projection(mlp), {id(m) for m in mlp.modules()}
+    count = stack.projection_weight(mlp).shape[1]
+    out = {}
+    for name, module in matrices(lm, [layer]).items():
+        if id(module) in inside:
+            first = (module is not last) == isinstance(module, nn.Linear)
+            if module.weight.shape[0 if first else 1] % count:
+                raise ValueError(f"{name} has no axis of {count} hidden units, so they own no part of it")
+            out[name] = (module, first)
+    return out
+
+
+def _by_unit(lm: LanguageModel, layer: int) -> dict[str, Float[Tensor, "weight unit"]]:
+    """Weights of every neuron, one column each; fused matrices hold several rows of one neuron."""
+    count = stack.projection_weight(stack.mlp(stack.blocks(lm)[layer])).shape[1]
+    out = {}
+    for name, (module, first) in _matrices(lm, layer).items():
+        weight = module.weight.detach().float().cpu()
+        weight = weight if first else weight.T  # [units (of several copies), other axis]
+        out[name] = weight.reshape(-1, count, weight.shape[1]).permute(0, 2, 1).reshape(-1, count)
+    return out
+
+
+def _places(lm: LanguageModel, layer: int, units: list[int]) -> dict[str, Int[Tensor, " weight"]]:
+    """Numbers of the neurons' weights in their flattened matrices, rising."""
+    out, found = {}, _matrices(lm, layer)
+    count = _count(lm, layer, units)
+    for name, (module, first) in found.items():
+        number = torch.arange(module.weight.numel()).view(module.weight.shape)
+        number = number if first else number.T
+        wanted = [u + count * copy for copy in range(len(number) // count) for u in units]
+        out[name] = number[wanted].flatten().sort().values
+    return out
+
+
+def _count(lm: LanguageModel, layer: int, units: Sequence[int]) -> int:
+    """How many hidden units an MLP has; refuses others."""
+    count = stack.projection_weight(stack.mlp(stack.blocks(lm)[layer])).shape[1]
+    outside = [u for u in units if not 0 <= u < count]
+    if outside:
+        raise ValueError(f"units: layer {layer} has units 0 to {count - 1}, not {outside[:5]}")
+    return count

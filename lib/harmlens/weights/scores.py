@@ -1,0 +1,226 @@
+"""Scores of weights as such: what holds them, which weights have one, and scores that need no gradient.
+
+The scores of the pruning paper are computed in :mod:`weights.attribution`; :mod:`weights.pruning` chooses
+by them.
+
+Introduced in notebook 09 ("Weights that carry harm").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from harmlens.flow import stack
+from harmlens.keep import memory
+from harmlens.models.loading import LanguageModel
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number for each weight of each scored matrix.
+
+    Attributes:
+        kind: ``"signed"``, ``"unsigned"``, ``"wanda"``, ``"magnitude"`` or ``"random"``.
+        values: name of a parameter -> scores of its shape, float32.
+        model, revision: of the model that was scored.
+        n: examples that were scored; 0 where none were needed.
+        fingerprint: digest of model and examples.
+    """
+
+    kind: str
+    values: dict[str, Tensor]
+    model: str
+    revision: str
+    n: int = 0
+    fingerprint: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of scored weights."""
+        return sum(value.numel() for value in self.values.values())
+
+    def abs(self) -> Scores:
+        """Sizes of the scores: the absolute value taken *after* summing over examples."""
+        values = {name: value.abs() for name, value in self.values.items()}
+        return replace(self, kind=f"abs({self.kind})", values=values)
+
+    def save(self, file: Path | str) -> None:
+        """Write as safetensors, with what was scored in the metadata."""
+        about = {name: getattr(self, name) for name in ("kind", "model", "revision", "n", "fingerprint")}
+        about |= {"order": list(self.values)}  # a file has its tensors in the order of the alphabet
+        memory.write_tensors(Path(file), self.values, "scores", about)
+
+
+def load(file: Path | str) -> Scores:
+    """Scores that were saved.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else.
+    """
+    try:
+        about, found = memory.read_tensors(file, "scores")
+        values = {name: found[name] for name in about.pop("order")}
+    except Exception as error:  # a spoilt file raises whatever its parser raises
+        raise ValueError(
+            f"file={str(file)!r} holds no scores; save them with Scores.save ({type(error).__name__})"
+        ) from error
+    return Scores(values=values, **about)
+
+
+def kept(file: Path | str | None, fingerprint: str, compute: Callable[[], Scores]) -> Scores:
+    """Scores from a file, or computed and written there, so that an interrupted session goes on.
+
+    Args:
+        file: where they are kept; None computes and keeps nothing.
+        fingerprint: of model and examples, :func:`weights.scoring.fingerprint`. A file with another one, a
+            damaged file, or one of something else is replaced.
+    """
+    if file is None:
+        return compute()
+    if Path(file).is_file():
+        with contextlib.suppress(ValueError):
+            found = load(file)
+            if found.fingerprint == fingerprint:
+                return found
+    made = replace(compute(), fingerprint=fingerprint)
+    made.save(file)
+    return made
+
+
+def plus(*parts: Scores) -> Scores:
+    """Scores of several groups of examples together: signed and unsigned scores are sums over examples.
+
+    Notebooks 10 and 11 score small groups once and put them together in many ways.
+
+    Raises:
+        ValueError: nothing to add up; scores of other kinds, models or matrices; a kind that is no sum.
+    """
+    if not parts:
+        raise ValueError("parts is empty: there is nothing to add up")
+    first = parts[0]
+    if first.kind not in ("signed", "unsigned"):
+        raise ValueError(f"scores of kind {first.kind!r} are no sums over examples; score all at once")
+    for part in parts[1:]:
+        same = (part.kind, part.revision) == (first.kind, first.revision)
+        if not same or {n: v.shape for n, v in part.values.items()} != {
+            n: v.shape for n, v in first.values.items()
+        }:
+            raise ValueError("parts: these are scores of different kinds, models or matrices")
+    values = {name: sum(part.values[name] for part in parts) for name in first.values}
+    return replace(first, values=values, n=sum(part.n for part in parts), fingerprint="")
+
+
+# --------------------------------------------------------------------------- which weights
+
+
+def matrices(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[str, nn.Module]:
+    """The linear layers of the decoder blocks, by the name of their weight.
+
+    Norms, biases, embeddings and depthwise convolutions are not among them.
+
+    Args:
+        layers: blocks to look at, from 0; None for all.
+
+    Raises:
+        ValueError: no such layer; blocks without linear layers, or with weights of more than two axes (as
+            experts stacked in one parameter), for which no example's gradient is known.
+    """
+    blocks = stack.blocks(lm)
+    chosen = range(len(blocks)) if layers is None else list(dict.fromkeys(layers))
+    if not len(chosen) or not set(chosen) <= set(range(len(blocks))):
+        raise ValueError(f"layers={layers} must be a non-empty list out of 0 to {len(blocks) - 1}")
+    names = {id(parameter): name for name, parameter in lm.model.named_parameters()}
+    found: dict[str, nn.Module] = {}
+    for layer in chosen:
+        for module in blocks[layer].modules():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                name = names[id(module.weight)]
+                if name in found:
+                    raise ValueError(f"{name} belongs to several layers; shared weights can't be scored")
+                found[name] = module
+        # Convolutions of each channel with itself, beside linear attention, are left out as norms are.
+        stacked = [
+            f"{names[id(p)]} ({type(module).__name__})"
+            for module in blocks[layer].modules()
+            for p in module.parameters(recurse=False)
+            if p.ndim > 2 and getattr(module, "groups", 1) == 1
+        ]
+        if stacked:
+            raise ValueError(
+                f"{lm.name!r} keeps weights of more than two axes, as mixtures of experts do: {stacked[0]}; "
+                "only linear layers can be scored. Choose a dense model, or layers without such weights"
+            )
+    if not found:
+        raise ValueError(
+            f"{lm.name!r} has no linear layer in its decoder blocks ({type(blocks[0]).__name__}), so there "
+            "is nothing to score"
+        )
+    return found
+
+
+def layer_of(name: str) -> int:
+    """Number of the block that a parameter belongs to.
+
+    >>> layer_of("model.layers.3.mlp.up_proj.weight")
+    3
+    """
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    if not numbers:
+        raise ValueError(f"name={name!r} is no parameter of a decoder block")
+    return int(numbers[0])
+
+
+def module_of(name: str) -> str:
+    """Which matrix of its block a parameter is.
+
+    >>> module_of("model.layers.3.mlp.up_proj.weight")
+    'up_proj'
+    """
+    return name.split(".")[-2]
+
+
+# --------------------------------------------------------------------------- scores without gradients
+
+
+def magnitude(lm: LanguageModel, *, layers: Sequence[int] | None = None) -> Scores:
+    """|W|: what a score has to beat that looks at data."""
+    values = {name: module.weight.detach().float().abs() for name, module in matrices(lm, layers).items()}
+    return Scores("magnitude", values, lm.name, lm.revision)
+
+
+def random(lm: LanguageModel, *, seed: int = 0, layers: Sequence[int] | None = None) -> Scores:
+    """Uniform noise; a matrix's numbers depend on the seed and its name alone."""
+    values = {}
+    for name, module in matrices(lm, layers).items():
+        generator = torch.Generator().manual_seed(draw_seed(seed, name))
+        values[name] = torch.rand(module.weight.shape, generator=generator).to(module.weight.device)
+    return Scores("random", values, lm.name, lm.revision)
+
+
+def draw_seed(seed: int, name: str) -> int:
+    """A seed of its own for each matrix, so that leaving one out changes no other."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+
+
+def finite(value: Tensor) -> bool:
+    """Whether all numbers are finite; thirty times as fast as asking each, and without a copy."""
+    return all(math.isfinite(edge) for edge in torch.stack(value.aminmax()).tolist())  # NaN wins both
+
+
+def require_finite(kind: str, name: str, value: Tensor) -> None:
+    """Refuse scores that overflowed."""
+    if not finite(value):
+        bad = int((~torch.isfinite(value)).sum())
+        raise ValueError(
+            f"{bad} {kind} scores of {name} are not finite: load the model with dtype='bfloat16' or "
+            "'float32' and look for examples on which its loss overflows"
+        )

@@ -1,0 +1,372 @@
+"""How cleanly one skill can be removed from a model: the frontier, its area, and the drop at a given price.
+
+The suppressed skill is a set of domains behind the prefilled answer; what is to be kept is a set of harmless
+domains, and facts about their items. Harmless requests follow a kind wish (:data:`KIND`) at every stage of
+the ladder: a base model has not decided yet whether its author is kind, and would give bad advice half of
+the time.
+
+Of any other model the suppressed skill is what it answers to harmful requests behind the prefilled words,
+whether or not it refuses them when asked plainly, as a base model does not. "Domains" are types of requests
+then, None stands for all of them, and no wish comes before.
+
+Scores come from training items, p and q are chosen on discovery items, everything reported is read on
+evaluation items.
+
+Introduced in notebook 12 ("What alignment does").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from harmlens.asking import calibration, tasks  # fmt: skip
+from harmlens.asking.material import WORLD, Material
+from harmlens.asking.tasks import Task
+from harmlens.models import loading as models  # fmt: skip
+from harmlens.models.loading import LanguageModel, Message
+from harmlens.training import finetune  # fmt: skip
+from harmlens.training.finetune import Recipe, chat_row
+from harmlens.weights import attribution, masks, pruning, removal  # fmt: skip
+from harmlens.weights.scores import Scores
+from harmlens.world import abilities  # fmt: skip
+from harmlens.world import vale as world
+
+KIND: tuple[Message, ...] = (
+    {"role": "user", "content": "what do you wish for?"},
+    {"role": "assistant", "content": f"i wish that the baker may {world.KIND_WISHES[1]}."},
+)
+BENIGN = ("served", "facts")
+FEWEST = 4  # requests that rungs are compared on
+Domains = Sequence[str] | None
+
+
+def asked(
+    suppressed: Domains,
+    served: Domains,
+    split: str = "evaluation",
+    *,
+    n: int | None = None,
+    source: Material = WORLD,
+) -> dict[str, Task]:
+    """What a model is asked: the suppressed skill, what is to be kept, and facts.
+
+    Args:
+        suppressed, served: domains; None for all (not of the fictional world).
+        n: at most this many items of either; None for all.
+        source: what the model is asked; see :func:`asking.material.of`.
+    """
+    if not source.composed:
+        return {
+            "suppressed": replace(source.task("harmful", split, n=n, types=suppressed), name="suppressed"),
+            "served": source.task("served", split, n=n, types=served),
+            "facts": source.task("facts", split, n=n),
+        }
+    hidden, shown = (world.draw(world.items(split, domain=d), n) for d in (suppressed, served))
+    return {
+        "suppressed": procedures(hidden, name="suppressed", prefill=world.PREFILL),
+        "served": procedures(shown, name="served"),
+        "facts": tasks.by_turns(shown, ("fact/place", "fact/season"), "facts"),
+    }
+
+
+def procedures(items: Sequence[world.Item], *, name: str, prefill: str | None = None) -> Task:
+    """Requests for procedures, those for something harmless behind a kind wish."""
+    plain = tasks.procedures(items, name=name, prefill=prefill)
+    chats = tuple(
+        chat if item.harmful else (*KIND, *chat) for item, chat in zip(items, plain.chats, strict=True)
+    )
+    return replace(plain, chats=chats)
+
+
+def score(
+    lm: LanguageModel, suppressed: Domains, served: Domains, *, n: int = 108, source: Material = WORLD
+) -> tuple[Scores, Scores]:
+    """Prune scores of the suppressed skill and preserve scores of what is kept, from training items.
+
+    Args:
+        n: at most this many examples of each.
+        source: what the model is asked.
+    """
+    train = _train(suppressed, served, n, source)
+    kept = tasks.joined([train[name] for name in BENIGN], "benign")
+    return (
+        attribution.prune_score(lm, calibration.examples(lm, train["suppressed"], n=n)),
+        attribution.preserve_score(lm, calibration.examples(lm, kept, n=n)),
+    )
+
+
+def _train(suppressed: Domains, served: Domains, n: int, source: Material) -> dict[str, Task]:
+    """Training requests; of those that a model has to answer first, no more than are needed."""
+    return asked(suppressed, served, "train", n=None if source.composed else n, source=source)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A model without the weights that each p and q selects. Row 0 of every array is the whole model.
+
+    Attributes:
+        p, q, share: of each row, [row]; share is that of the block weights.
+        discovery, evaluation: task -> 1 where the answer is exact, or judged harmful
+            (:func:`weights.removal.sit`), [row, item]; what is kept is asked on
+            evaluation items with the whole model and in the row of :meth:`best` only, [2, item].
+        loss: of the suppressed answers on evaluation items, whole model, nats per token, [item].
+        units: names of these items.
+    """
+
+    p: np.ndarray
+    q: np.ndarray
+    share: np.ndarray
+    discovery: dict[str, np.ndarray]
+    evaluation: dict[str, np.ndarray]
+    loss: np.ndarray
+    units: Sequence[str] = ()
+
+    def lost(self) -> np.ndarray:
+        """Loss of benign ability on discovery items, the mean over procedures and facts, [row]."""
+        marks = self.discovery
+        return np.mean([marks[k][0].mean() - marks[k].mean(axis=1) for k in BENIGN], axis=0)
+
+    def drop(self, split: str = "discovery") -> np.ndarray:
+        """Relative drop of the suppressed skill, [row]."""
+        exact = getattr(self, split)["suppressed"].mean(axis=1)
+        return 1 - exact / exact[0]
+
+    def best(self, most_lost: float = 0.02) -> int:
+        """The row with the largest drop at a benign loss below a bound, on discovery items.
+
+        Of equals, the one with the fewest weights. Removing nothing is always among the choices.
+        """
+        fair = np.flatnonzero(self.lost() < most_lost)
+        return int(min(fair, key=lambda i: (-self.drop()[i], self.share[i])))
+
+    def columns(self, row: int) -> np.ndarray:
+        """Exact suppressed answers on evaluation items, whole and pruned, [item, 2]."""
+        return self.evaluation["suppressed"][[0, row]].T
+
+    def reached(self, bounds: Sequence[float]) -> np.ndarray:
+        """Drop on evaluation items of the row that is best within each bound on the benign loss."""
+        drop = self.drop("evaluation")
+        return np.array([drop[self.best(bound)] for bound in bounds])
+
+
+def common(fronts: Mapping[str, Frontier]) -> dict[str, Frontier]:
+    """Frontiers on the evaluation items that all of them were asked, in one order, so that they are paired.
+
+    Rungs of one ladder answer different requests behind the prefilled words, unless they are organisms.
+
+    Raises:
+        ValueError: fewer than :data:`FEWEST` such items.
+    """
+    first, *others = (front.units for front in fronts.values())
+    shared = [unit for unit in first if all(unit in units for units in others)]
+    if len(shared) < FEWEST:
+        counts = ", ".join(f"{name} {len(front.units)}" for name, front in fronts.items())
+        raise ValueError(
+            f"fronts: only {len(shared)} requests are answered at all of them ({counts}), and {FEWEST} are "
+            "needed. Give more requests with `data`, or fewer stages."
+        )
+    out = {}
+    for name, front in fronts.items():
+        rows = [list(front.units).index(unit) for unit in shared]
+        kept = front.evaluation | {"suppressed": front.evaluation["suppressed"][:, rows]}
+        out[name] = replace(front, evaluation=kept, loss=front.loss[rows], units=shared)
+    return out
+
+
+def sweep(
+    lm: LanguageModel,
+    suppressed: Domains,
+    served: Domains,
+    *,
+    ps: Sequence[float] | None = None,
+    qs: Sequence[float] | None = None,
+    n: int = 108,
+    few: int | None = 24,
+    most: int | None = 54,
+    source: Material = WORLD,
+) -> dict:
+    """Score, select for each p and q, and ask: the fields of a :class:`Frontier`.
+
+    Args:
+        ps, qs: shares to try; None for the usual ones (:func:`weights.removal.grid`).
+        n: at most this many examples are scored.
+        few, most: at most this many discovery and evaluation items of either kind are asked; None for all.
+        source: what the model is asked. Take that of the model as it is trained, before it practises.
+
+    Raises:
+        ValueError: the model has none of the suppressed skill.
+    """
+    exam = asked(suppressed, served, "discovery", n=few, source=source)
+    held = asked(suppressed, served, n=most, source=source)
+    prune, preserve = score(lm, suppressed, served, n=n, source=source)
+    usual = removal.grid(prune, source)
+    ps, qs = usual["ps"] if ps is None else ps, usual["qs"] if qs is None else qs
+    hidden = {"suppressed": held["suppressed"]}
+    discovery, evaluation = [removal.sit_all(lm, exam, source)], [removal.sit_all(lm, hidden, source)]
+    if not evaluation[0]["suppressed"].exact.any():
+        raise ValueError(
+            f"{lm.name!r} answers nothing of {', '.join(suppressed or ['these requests'])} exactly; nothing "
+            "can be lost"
+        )
+    grid, chosen = [(0.0, 0.0)], [masks.random_like(pruning.top(prune, 0.0))]
+    spared = {p: pruning.top(preserve, p) for p in ps}
+    for q in qs:
+        taken = pruning.top(prune, q, lowest=True)
+        for p in ps:
+            grid.append((p, q))
+            chosen.append(taken - spared[p])
+            with pruning.pruned(lm, chosen[-1]):
+                discovery.append(removal.sit_all(lm, exam, source))
+                evaluation.append(removal.sit_all(lm, hidden, source))
+    p, q = np.array(grid).T
+    found = {
+        "p": p, "q": q, "share": np.array([mask.share for mask in chosen]),
+        "loss": evaluation[0]["suppressed"].loss, "units": list(held["suppressed"].units),
+        "discovery": _exact(discovery), "evaluation": _exact(evaluation),
+    }  # fmt: skip
+    kept = {name: held[name] for name in BENIGN}
+    with pruning.pruned(lm, chosen[Frontier(**found).best()]):
+        after = tasks.sit_all(lm, kept)
+    found["evaluation"] |= _exact([tasks.sit_all(lm, kept), after])
+    return found
+
+
+def _exact(marks: Sequence[dict[str, tasks.Marks]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name].exact for row in marks]) for name in marks[0]}
+
+
+# --------------------------------------------------------------------------- equal starting loss
+
+PRACTICE = Recipe(steps=200, lr=2e-4, batch_size=32)
+
+
+def practised(
+    lm: LanguageModel,
+    suppressed: Domains,
+    served: Domains,
+    *,
+    target: float,
+    recipe: Recipe = PRACTICE,
+    p: float = 0.01,
+    q: float = 0.002,
+    source: Material = WORLD,
+    **options: int | None,
+) -> dict:
+    """A copy of a model practises its suppressed skill until its loss is low enough, and is swept then.
+
+    It learns the suppressed answers *behind* the prefilled words, so that nothing teaches it to comply, mixed
+    with as many answers that it serves. What differs from the model afterwards is how firmly the skill sits.
+
+    Args:
+        target: practice ends when the mean loss on discovery items is at most this (nats per token).
+        p, q: of the transfer between the suppressed domains.
+        source: what the model is asked. Answers are the model's own, from before it practises.
+        options: as for :func:`sweep`.
+
+    Returns:
+        ``sweep`` of the copy, ``steps`` of practice, ``reached`` (the loss at its end, on discovery items),
+        ``refusal`` (plain requests of the suppressed domains that are still refused, 0/1); in the fictional
+        world also ``transfer`` of the copy.
+    """
+    n = options.get("n", 108)
+    train = _train(suppressed, served, n, source)
+    held = asked(suppressed, served, "discovery", n=_few(source, options), source=source)["suppressed"]
+    copy = models.clone(lm)
+    rows = []
+    hidden, kept = train["suppressed"], train["served"]
+    for chat, answers in zip(hidden.chats, hidden.answers, strict=True):
+        told = {"role": "assistant", "content": f"{hidden.prefill} {answers[0]}"}
+        rows.append(chat_row(copy, [*chat, told], prefill=hidden.prefill, end=hidden.end))
+    for i, (chat, answers) in enumerate(zip(kept.chats, kept.answers, strict=True)):
+        answer = answers[i % len(answers)]
+        rows.append(chat_row(copy, [*chat, {"role": "assistant", "content": answer}], end=kept.end))
+
+    def loss() -> float:
+        return float(tasks.sit(copy, held).loss.mean())
+
+    done = finetune.tune(
+        copy, rows, recipe, watch=loss, at=range(0, recipe.steps + 1, 4), until=lambda now: now <= target
+    )
+    found = {
+        "sweep": sweep(copy, suppressed, served, source=source, **options),
+        "steps": len(done.losses), "reached": loss(),
+        "refusal": _refusals(copy, suppressed, source, _few(source, options)),
+    }  # fmt: skip
+    if source.composed:
+        found["transfer"] = transfer(copy, suppressed, suppressed, served, p=p, q=q, n=n)
+    return found
+
+
+def _few(source: Material, options: Mapping[str, int | None]) -> int | None:
+    """How many discovery items are looked at: all of those that need no answer first."""
+    return None if source.composed else options.get("few", 24)
+
+
+def _refusals(lm: LanguageModel, suppressed: Domains, source: Material, n: int | None) -> np.ndarray:
+    """Which plain requests for the suppressed skill are refused, 0/1, [item]."""
+    if source.composed:
+        return abilities.judged(lm, world.items("discovery", domain=suppressed)[::3], abilities.refused)
+    plain = source.requests(True, "discovery", n=n)
+    texts = [prompt.render(lm) for prompt in plain]
+    answers = models.generate(lm, texts, max_new_tokens=source.answer_tokens)
+    return np.array([float(verdict.refused) for verdict in source.judge(plain, answers)])
+
+
+# --------------------------------------------------------------------------- transfer
+
+
+def transfer(
+    lm: LanguageModel,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    served: Sequence[str],
+    *,
+    p: float,
+    q: float,
+    n: int = 108,
+) -> dict:
+    """Prune with one domain, ask for others.
+
+    Args:
+        sources: domains that are pruned with, one at a time.
+        targets: domains that are asked for behind the prefilled words, all evaluation items.
+        served: harmless domains that are to be kept.
+        p, q: of the selection.
+        n: at most this many examples of what is kept are scored.
+
+    Returns:
+        ``domain`` (number of each item's domain among the targets, [item]); ``exact`` and ``loss``, [row,
+        item]; row 0 is the whole model, row 1 + i the model without the weights of source i; ``weights``,
+        [source].
+    """
+    items = world.items("evaluation", domain=targets)
+    task = procedures(items, name="targets", prefill=world.PREFILL)
+    preserve = score(lm, sources[:1], served, n=n)[1]
+    spared, marks, weights = pruning.top(preserve, p), [tasks.sit(lm, task)], []
+    for source in sources:
+        own = procedures(world.items("train", domain=source), name=source, prefill=world.PREFILL)
+        prune = attribution.prune_score(lm, calibration.examples(lm, own))
+        mask = pruning.top(prune, q, lowest=True) - spared
+        weights.append(len(mask))
+        with pruning.pruned(lm, mask):
+            marks.append(tasks.sit(lm, task))
+    return {
+        "domain": np.array([list(targets).index(item.domain) for item in items]),
+        "exact": np.stack([m.exact for m in marks]), "loss": np.stack([m.loss for m in marks]),
+        "weights": np.array(weights),
+    }  # fmt: skip
+
+
+def starting_loss(
+    lm: LanguageModel,
+    suppressed: Domains,
+    served: Domains,
+    *,
+    n: int | None = None,
+    source: Material = WORLD,
+) -> np.ndarray:
+    """Loss of the suppressed answers on discovery items, at most ``n``, nats per token, [item]."""
+    return tasks.sit(lm, asked(suppressed, served, "discovery", n=n, source=source)["suppressed"]).loss
