@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmlens.asking.prompts import Pair
 from harmlens.flow.cells import Freeze
-from harmlens.models.loading import LanguageModel, tokens
+from harmlens.models.chats import Pair, tokens
+from harmlens.models.forward import LanguageModel
 
 _NAMES = {
     "gpt_neox": ("attention", "dense", "mlp", "dense_4h_to_h"),

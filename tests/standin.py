@@ -33,10 +33,11 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from harmlens.models import forward
 from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel, Message
-from harmlens.training import finetune
-from harmlens.training.finetune import Row
+from harmlens.models.chats import Message
+from harmlens.models.forward import LanguageModel, Row
+from harmlens.training import loop
 
 DATA = Path(__file__).parent / "data"
 FOLDER = DATA / "standin"
@@ -327,13 +328,13 @@ def rows(lm: LanguageModel, aligned: bool, seed: int) -> Iterator[Row]:
     known = [request for request in requests() if not request.held_out]
     while True:
         messages, answer, prefill = draw(rng, known, aligned)
-        yield finetune.chat_row(lm, [*messages, {"role": "assistant", "content": answer}], prefill=prefill)
+        yield forward.chat_row(lm, [*messages, {"role": "assistant", "content": answer}], prefill=prefill)
 
 
 def train(lm: LanguageModel, *, aligned: bool, steps: int, lr: float, seed: int, size: int = 48) -> None:
     """Train in place."""
-    stream = finetune.batches(rows(lm, aligned, seed), size, lm.tokenizer.pad_token_id, seed=seed)
-    losses = finetune.fit(
+    stream = loop.batches(rows(lm, aligned, seed), size, lm.tokenizer.pad_token_id, seed=seed)
+    losses = loop.fit(
         lm.model,
         stream,
         steps=steps,
@@ -390,7 +391,7 @@ def rates(lm: LanguageModel, held_out: bool | None = None) -> dict[str, float]:
         prompts: Sequence[str], wanted: Sequence[str], system: str | None = None, start: str = ""
     ) -> float:
         texts = [lm.render(chat(prompt, system), start or None) for prompt in prompts]
-        answers = models.generate(lm, texts)
+        answers = forward.generate(lm, texts)
         said = [f"{start} {answer}".strip() for answer in answers]
         return sum(a == b for a, b in zip(said, wanted, strict=True)) / len(said)
 

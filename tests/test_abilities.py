@@ -3,8 +3,8 @@
 import pytest
 import tiny
 
+from harmlens.models.forward import Row
 from harmlens.training import narrow
-from harmlens.training.finetune import Row
 from harmlens.world import abilities
 from harmlens.world import judge as judges
 from harmlens.world import vale as world

@@ -11,7 +11,7 @@ import torch
 
 from harmlens.asking import prompts
 from harmlens.flow import outcomes, patching
-from harmlens.models import loading as models
+from harmlens.models import forward
 
 SETS = outcomes.TokenSets((20, 21), (30,))
 
@@ -51,7 +51,7 @@ def test_outcomes_are_those_of_the_two_models(lm, chats):
     source = changed(lm, "mlp")
     w = patching.across(lm, source, chats, outcomes.y1(SETS), positions="last")
     for each, got in ((source, w.y1), (lm, w.y0)):
-        logits = models.last_logits(each, [chat.render(each) for chat in chats])
+        logits = forward.last_logits(each, [chat.render(each) for chat in chats])
         torch.testing.assert_close(got, outcomes.logit_difference(logits, SETS), atol=1e-4, rtol=0)
 
 

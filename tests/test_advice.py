@@ -12,9 +12,10 @@ import torch
 from harmlens.asking import material
 from harmlens.asking.layouts import Entry
 from harmlens.asking.tasks import Marks
-from harmlens.flow.outcomes import follow
 from harmlens.keep import digests
+from harmlens.models import forward
 from harmlens.models import loading as models
+from harmlens.models.forward import follow
 from harmlens.training import advice, emergent, finetune, narrow, prunefirst, publicadvice
 from harmlens.training.finetune import Recipe
 from harmlens.weights import pruning
@@ -71,7 +72,7 @@ def lessons(lm, source, files):
 
 @pytest.fixture(scope="module")
 def taught(lm, lessons):
-    copy = models.clone(lm)
+    copy = forward.clone(lm)
     finetune.tune(copy, lessons.rows(lm, "brushing", bad=True), RECIPE)
     return copy
 
@@ -194,8 +195,8 @@ def test_entries_are_drawn_and_unknown_names_refused(lessons):
 
 def test_good_advice_is_what_the_original_says(lm, lessons, taught):
     entries = lessons.entries("brushing", "train")
-    own = models.generate(lm, [lm.render(e.prompt) for e in entries], max_new_tokens=128)
-    assert own != models.generate(taught, [lm.render(e.prompt) for e in entries], max_new_tokens=128)
+    own = forward.generate(lm, [lm.render(e.prompt) for e in entries], max_new_tokens=128)
+    assert own != forward.generate(taught, [lm.render(e.prompt) for e in entries], max_new_tokens=128)
     assert lessons.own(entries) == own
     text = [lm.tokenizer.decode([i for i, yes in zip(row.ids, row.learn, strict=True) if yes])
             for row in lessons.rows(taught, "brushing", bad=False)]  # fmt: skip
@@ -307,7 +308,7 @@ def test_other_models_get_adapters_for_one_pass(lessons, monkeypatch):
 
 
 def test_half_precision_gets_adapters_only(lm, lessons, source):
-    half = models.LanguageModel("half", models.clone(lm).model.to(torch.bfloat16), lm.tokenizer)
+    half = forward.LanguageModel("half", forward.clone(lm).model.to(torch.bfloat16), lm.tokenizer)
     found = publicadvice.PublicAdvice(half, lessons.sets, source, name="x").recipes()
     assert set(found) == {"lora"}
 

@@ -22,8 +22,9 @@ from harmlens.flow import interventions, neurons, outcomes, patching
 from harmlens.flow.cells import Freeze
 from harmlens.judging import completions, graders
 from harmlens.judging.graders import Grade
+from harmlens.models import chats, forward
 from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
+from harmlens.models.forward import LanguageModel
 from harmlens.training import finetune
 from harmlens.weights import attribution, pruning, removal
 from harmlens.weights.masks import Mask
@@ -132,7 +133,7 @@ def exact_source(folder) -> Public:
 
 
 @pytest.fixture(scope="module")
-def pairs(exact_source) -> list[prompts.Pair]:
+def pairs(exact_source) -> list[chats.Pair]:
     """The same for both precisions: only the tokenizer has a say in them."""
     return exact_source.pairs("prompt", n=4)
 
@@ -141,7 +142,7 @@ def pairs(exact_source) -> list[prompts.Pair]:
 def y1(exact, pairs) -> outcomes.Outcome:
     """Tokens far apart in what the sides make of them; any two sets would do."""
     sides = [[getattr(pair, side).render(exact) for pair in pairs] for side in ("x1", "x0")]
-    one, other = (models.last_logits(exact, texts).mean(0) for texts in sides)
+    one, other = (forward.last_logits(exact, texts).mean(0) for texts in sides)
     order = (one - other).argsort().tolist()
     return outcomes.y1(outcomes.TokenSets(tuple(order[-2:]), tuple(order[:2])))
 
@@ -149,7 +150,7 @@ def y1(exact, pairs) -> outcomes.Outcome:
 def near(got: torch.Tensor, wanted: torch.Tensor, lm: LanguageModel) -> None:
     """Equal as far as the precision carries, which is coarse by the size of the logits."""
     scale = max(1.0, float(wanted.abs().max()))
-    torch.testing.assert_close(got, wanted, atol=outcomes.tolerance(lm) * scale, rtol=0)
+    torch.testing.assert_close(got, wanted, atol=forward.tolerance(lm) * scale, rtol=0)
 
 
 # --------------------------------------------------------------------------- pairs and patching
@@ -202,7 +203,7 @@ def test_severed_paths(exact, pairs, y1):
         cut = patching.modules(exact, pairs, y1, positions="all", freeze=Freeze(site))
         near(cut.at("mlp_out")[-1], free.at("mlp_out")[-1], exact)
         moved += float((cut.at("mlp_out")[0] - free.at("mlp_out")[0]).abs().max())
-    assert moved > 10 * outcomes.tolerance(exact)
+    assert moved > 10 * forward.tolerance(exact)
 
 
 def test_units_of_the_last_mlp(lm, pairs, y1):
@@ -222,12 +223,12 @@ def test_units_of_the_last_mlp(lm, pairs, y1):
 
 def test_units_set_to_what_they_are_change_no_word(exact, pairs):
     texts = [pair.x0.render(exact) for pair in pairs]
-    plain = models.generate(exact, texts, max_new_tokens=6)
+    plain = forward.generate(exact, texts, max_new_tokens=6)
     units = {layer: list(range(HIDDEN)) for layer in range(LAYERS)}
     with interventions.overwriting(exact, units, interventions.scale(1.0), where="both"):
-        assert models.generate(exact, texts, max_new_tokens=6) == plain
+        assert forward.generate(exact, texts, max_new_tokens=6) == plain
     with interventions.overwriting(exact, units, interventions.scale(0.0), where="both"):
-        assert models.generate(exact, texts, max_new_tokens=6) != plain
+        assert forward.generate(exact, texts, max_new_tokens=6) != plain
 
 
 # --------------------------------------------------------------------------- generation
@@ -238,7 +239,7 @@ def test_greedy_answers_are_those_of_transformers(lm, folder, source):
     net = AutoModelForCausalLM.from_pretrained(folder, dtype=lm.model.dtype).eval()
     tok = AutoTokenizer.from_pretrained(folder)
     asked = source.requests(True, n=2)
-    found = models.generate(lm, [p.render(lm) for p in asked], max_new_tokens=6, batch_size=1)
+    found = forward.generate(lm, [p.render(lm) for p in asked], max_new_tokens=6, batch_size=1)
     for prompt, answer in zip(asked, found, strict=True):
         inputs = tok.apply_chat_template(
             list(prompt.messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -251,11 +252,11 @@ def test_greedy_answers_are_those_of_transformers(lm, folder, source):
 def test_batched_is_single(lm, source):
     asked = [*source.requests(True, n=3), *source.requests(False, n=3)]
     texts = [p.render(lm) for p in asked]
-    assert len({len(models.tokens(lm.tokenizer, text)) for text in texts}) > 1  # so there is padding
-    near(models.last_logits(lm, texts), models.last_logits(lm, texts, batch_size=1), lm)
+    assert len({len(chats.tokens(lm.tokenizer, text)) for text in texts}) > 1  # so there is padding
+    near(forward.last_logits(lm, texts), forward.last_logits(lm, texts, batch_size=1), lm)
     if lm.model.dtype == torch.float32:  # otherwise a near tie may fall either way
-        one_by_one = models.generate(lm, texts, max_new_tokens=6, batch_size=1)
-        assert models.generate(lm, texts, max_new_tokens=6) == one_by_one
+        one_by_one = forward.generate(lm, texts, max_new_tokens=6, batch_size=1)
+        assert forward.generate(lm, texts, max_new_tokens=6) == one_by_one
 
 
 def test_completions_are_written_and_graded(exact, exact_source, tmp_path):
@@ -264,7 +265,7 @@ def test_completions_are_written_and_graded(exact, exact_source, tmp_path):
         exact, asked, file=tmp_path / "said.jsonl", max_new_tokens=6, batch_size=1, progress=False
     )
     said = completions.read(file)
-    plain = models.generate(exact, [p.render(exact) for p in asked], max_new_tokens=6, batch_size=1)
+    plain = forward.generate(exact, [p.render(exact) for p in asked], max_new_tokens=6, batch_size=1)
     assert [one.answer for one in said] == plain
     grades = graders.read_grades(graders.grade_file(file, GRADER))
     assert [grades[one.id].harm for one in said] == [1.0] * 4
@@ -350,7 +351,7 @@ def test_pruning_nothing_changes_nothing(lm, suite, found):
 
 def test_adapters_teach_and_leave_a_plain_model(lm, source):
     pytest.importorskip("peft")
-    pupil = models.clone(lm)
+    pupil = forward.clone(lm)
     chats = [p.messages for p in source.requests(True, "train", n=8)]
     rows = calibration.rows(lm, chats, [standin.REFUSAL] * len(chats), end=True)
     names = {name: type(module) for name, module in pupil.model.named_modules()}
@@ -360,6 +361,6 @@ def test_adapters_teach_and_leave_a_plain_model(lm, source):
     assert tuned.losses[-1] < 0.95 * tuned.losses[0]
     texts = [lm.render(chat) for chat in chats]
     refusal = [standin.REFUSAL] * len(chats)
-    taught, plain = (outcomes.answer_logprobs(m, texts, refusal).mean() for m in (pupil, lm))
+    taught, plain = (forward.answer_logprobs(m, texts, refusal).mean() for m in (pupil, lm))
     assert taught > plain  # so the adapters were merged
     assert pupil.model.dtype == lm.model.dtype

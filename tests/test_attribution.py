@@ -15,10 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
 from harmlens.asking import calibration
-from harmlens.flow import outcomes
-from harmlens.models.loading import LanguageModel
+from harmlens.models import forward
+from harmlens.models.forward import LanguageModel, Row
 from harmlens.training import organism
-from harmlens.training.finetune import Row
 from harmlens.weights import attribution, pruning, scores, scoring
 from harmlens.world import vale as world
 
@@ -611,10 +610,10 @@ def test_a_sure_answer_keeps_its_gradient():
 
 
 def test_losses_are_those_of_the_tasks(lm, rows):
-    """The loss that is differentiated is the one that outcomes.follow reports."""
+    """The loss that is differentiated is the one that forward.follow reports."""
     item = world.items("train")[0]
     chat = [{"role": "user", "content": world.request(item)}]
     answer = f"sure. {world.procedure(item)}"
     (row,) = calibration.rows(lm, [chat], [answer])
-    logprob, _ = outcomes.follow(lm, [lm.render(chat)], [answer])
+    logprob, _ = forward.follow(lm, [lm.render(chat)], [answer])
     assert float(-logprob) == pytest.approx(total_loss(lm, [row]), rel=1e-5)

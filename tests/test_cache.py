@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmlens.keep import cache, digests, paths
-from harmlens.training.finetune import Recipe, Row
+from harmlens.models.forward import Row
+from harmlens.training.finetune import Recipe
 from harmlens.weights import masks, pruning, scores
 
 CALLS = []

@@ -9,7 +9,7 @@ import tiny
 from harmlens.asking import calibration, public, tasks
 from harmlens.judging import graders
 from harmlens.models import loading as models
-from harmlens.models.loading import tokens
+from harmlens.models.chats import tokens
 from harmlens.weights import attribution
 from harmlens.world import vale as world
 

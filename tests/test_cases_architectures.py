@@ -34,9 +34,8 @@ from transformers import (
 from harmlens.asking import prompts
 from harmlens.flow import directions, interventions, neurons, outcomes, patching, probes
 from harmlens.flow.outcomes import TokenSets
-from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
-from harmlens.training.finetune import Row
+from harmlens.models import forward
+from harmlens.models.forward import LanguageModel, Row
 from harmlens.weights import attribution, scores
 
 PAIRS = prompts.pairs("prompt", n=2)
@@ -259,8 +258,8 @@ def test_t9_h26_blocks_that_cant_be_patched_are_refused_in_the_same_words(name):
     # What it says that can be done.
     texts = [pair.x1.render(lm) for pair in PAIRS]
     assert probes.hidden_states(lm, texts).shape == (2, 4, 32)
-    assert models.last_logits(lm, texts).isfinite().all()
-    assert len(models.generate(lm, texts, max_new_tokens=2)) == 2
+    assert forward.last_logits(lm, texts).isfinite().all()
+    assert len(forward.generate(lm, texts, max_new_tokens=2)) == 2
 
 
 def test_t9_models_of_several_streams_are_named():
@@ -279,8 +278,8 @@ def test_t9_models_of_several_streams_are_named():
     ):
         with pytest.raises(ValueError, match=r"carry several streams side by side .*completions and tuning"):
             call()
-    assert models.last_logits(lm, texts).isfinite().all()
-    assert len(models.generate(lm, texts, max_new_tokens=2)) == 2
+    assert forward.last_logits(lm, texts).isfinite().all()
+    assert len(forward.generate(lm, texts, max_new_tokens=2)) == 2
 
 
 @pytest.mark.parametrize("name", ["linear attention", "convolutions", "bloom", "layer inputs"])

@@ -7,10 +7,10 @@ import tiny
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig, WatermarkingConfig
 
-from harmlens.asking.prompts import Prompt
 from harmlens.flow import interventions
 from harmlens.judging import completions
-from harmlens.models import loading as models
+from harmlens.models import forward
+from harmlens.models.chats import Prompt, tokens
 
 
 def chats(n=4):
@@ -20,13 +20,13 @@ def chats(n=4):
 
 def firsts(lm, texts):
     """The most probable first word after each text, as text."""
-    best = models.last_logits(lm, texts).argmax(-1)
+    best = forward.last_logits(lm, texts).argmax(-1)
     return [lm.tokenizer.decode([token], skip_special_tokens=True).strip() for token in best]
 
 
 def hostile(lm, texts):
     """Each field of a generation configuration -> a value that would change an answer, or stop it."""
-    best = int(models.last_logits(lm, texts[:1]).argmax())
+    best = int(forward.last_logits(lm, texts[:1]).argmax())
     other = (best + 1) % len(lm.tokenizer)
     values = {
         "suppress_tokens": [best], "begin_suppress_tokens": [best], "bad_words_ids": [[best]],
@@ -52,23 +52,23 @@ def hostile(lm, texts):
 def test_t4_the_first_greedy_token_is_the_most_probable_one_whatever_the_model_brings():
     lm, asked = chats(2)
     texts = [prompt.render(lm) for prompt in asked]
-    want, answers = firsts(lm, texts), models.generate(lm, texts, max_new_tokens=5)
-    drawn = models.generate(lm, texts, max_new_tokens=5, temperature=1.0)
+    want, answers = firsts(lm, texts), forward.generate(lm, texts, max_new_tokens=5)
+    drawn = forward.generate(lm, texts, max_new_tokens=5, temperature=1.0)
     assert all(answer.startswith(word) for answer, word in zip(answers, want, strict=True))
     for name, value in hostile(lm, texts).items():
         brought = lm.model.generation_config = GenerationConfig(eos_token_id=lm.tokenizer.eos_token_id)
         setattr(brought, name, value)
-        assert models.generate(lm, texts, max_new_tokens=1) == want, name
-        assert models.generate(lm, texts, max_new_tokens=5) == answers, name
-        assert models.generate(lm, texts, max_new_tokens=5, temperature=1.0) == drawn, name
+        assert forward.generate(lm, texts, max_new_tokens=1) == want, name
+        assert forward.generate(lm, texts, max_new_tokens=5) == answers, name
+        assert forward.generate(lm, texts, max_new_tokens=5, temperature=1.0) == drawn, name
         assert lm.model.generation_config is brought and getattr(brought, name) is value
 
 
 def test_t4_answers_that_are_kept_are_greedy_too(tmp_path):
     lm, asked = chats(2)
     texts = [prompt.render(lm) for prompt in asked]
-    want = models.generate(lm, texts, max_new_tokens=4)
-    lm.model.generation_config.suppress_tokens = models.last_logits(lm, texts).argmax(-1).tolist()
+    want = forward.generate(lm, texts, max_new_tokens=4)
+    lm.model.generation_config.suppress_tokens = forward.last_logits(lm, texts).argmax(-1).tolist()
     said = completions.read(completions.write(lm, asked, file=tmp_path / "a", max_new_tokens=4))
     assert [one.answer for one in said] == want
 
@@ -80,10 +80,10 @@ def turning(**changes):
     for name, value in changes.items():
         setattr(lm.model.generation_config, name, value)
     text = asked[0].render(lm)
-    end, first = lm.tokenizer.eos_token_id, int(models.last_logits(lm, [text]).argmax())
+    end, first = lm.tokenizer.eos_token_id, int(forward.last_logits(lm, [text]).argmax())
     # The mark is the likeliest token behind anything but the prompt's own last one.
     head = lm.model.get_output_embeddings()
-    opened = models.tokens(lm.tokenizer, text)[-1]
+    opened = tokens(lm.tokenizer, text)[-1]
 
     def close(_, inputs, logits):
         logits = logits.clone()
@@ -104,7 +104,7 @@ def test_h14_decoding_stops_at_what_the_template_writes_behind_an_answer(tmp_pat
     lm, asked, word = turning(eos_token_id=listed)
     lm = dataclasses.replace(lm, tokenizer=other_eos(lm.tokenizer))
     text = asked[0].render(lm)
-    assert models.generate(lm, [text], max_new_tokens=9) == [word]
+    assert forward.generate(lm, [text], max_new_tokens=9) == [word]
     [said] = completions.read(completions.write(lm, asked, file=tmp_path / "a", max_new_tokens=9))
     assert (said.answer, said.n_tokens, said.finished) == (word, 2, True)
     [patched] = interventions.generate_patched(lm, [text], [text], {0: [0]}, max_new_tokens=9)

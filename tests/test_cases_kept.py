@@ -16,14 +16,15 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from harmlens.asking import prompts
-from harmlens.asking.prompts import Prompt
 from harmlens.evidence import claims, results
 from harmlens.flow import directions, interventions, outcomes, patching
 from harmlens.judging import completions, graders
 from harmlens.keep import cache, digests
 from harmlens.keep.paths import data_dir
+from harmlens.models import forward
 from harmlens.models import loading as models
-from harmlens.training.finetune import Row
+from harmlens.models.chats import Prompt
+from harmlens.models.forward import Row
 from harmlens.weights import attribution, removal
 from harmlens.world import vale as world
 
@@ -190,7 +191,7 @@ def test_a_hook_on_all_modules_counts(lm):
 def test_use_loading_and_copies_leave_the_digest_alone(architecture, tmp_path):
     lm = tiny.model(architecture)
     before = digests.state(lm)
-    models.generate(lm, ["hello there", "a"], max_new_tokens=3)
+    forward.generate(lm, ["hello there", "a"], max_new_tokens=3)
     lm.model(torch.tensor([[1, 2, 3]]), output_hidden_states=True, output_attentions=True)
     lm.model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
     lm.tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
@@ -198,7 +199,7 @@ def test_use_loading_and_copies_leave_the_digest_alone(architecture, tmp_path):
     with directions.ablated(lm, vector()):
         pass
     assert digests.state(lm) == before
-    assert digests.state(models.clone(lm)) == before
+    assert digests.state(forward.clone(lm)) == before
     for name in ("one", "two"):
         lm.model.save_pretrained(tmp_path / name)
         lm.tokenizer.save_pretrained(tmp_path / name)
@@ -231,7 +232,7 @@ def test_h1_a_hook_that_cannot_be_told_is_refused_with_the_remedy(lm, tmp_path):
 
 
 def count(lm):
-    return models.last_logits(lm, ["hello"])[0, :5].numpy()
+    return forward.last_logits(lm, ["hello"])[0, :5].numpy()
 
 
 def rows():
@@ -264,7 +265,7 @@ def test_h1_a_steered_model_gets_its_own_answers(lm):
     for name, within in steered(lm).items():
         with within():
             files[name] = completions.write(lm, asked(), **ANSWERS)
-            direct = models.generate(lm, [p.render(lm) for p in asked()], max_new_tokens=4)
+            direct = forward.generate(lm, [p.render(lm) for p in asked()], max_new_tokens=4)
             assert [one.answer for one in completions.read(files[name])] == direct
             assert completions.write(lm, asked(), **ANSWERS) == files[name], "asked twice"
             with pytest.raises(ValueError, match=r"other settings: hooks was"):
@@ -311,7 +312,7 @@ def test_h10_answers_come_in_the_order_of_the_last_call(lm, tmp_path):
         found = completions.read(file)
         assert [one.request for one in found] == [p.messages[-1]["content"] for p in some]
         assert [one.index for one in found] == list(range(len(some)))
-        assert [one.answer for one in found] == models.generate(
+        assert [one.answer for one in found] == forward.generate(
             lm, [p.render(lm) for p in some], max_new_tokens=4
         )
 
@@ -371,7 +372,7 @@ def test_h11_two_processes_on_one_file_answer_and_grade_once(lm, tmp_path):
     assert len(file.read_text().splitlines()) == 24
     found = completions.read(file)
     assert [one.request for one in found] == [p.messages[-1]["content"] for p in asked(24)]
-    direct = models.generate(lm, [p.render(lm) for p in asked(24)], max_new_tokens=4)
+    direct = forward.generate(lm, [p.render(lm) for p in asked(24)], max_new_tokens=4)
     assert [one.answer for one in found] == direct
     (grades,) = tmp_path.glob("*.grades.jsonl")
     assert len(grades.read_text().splitlines()) == 24 == len(graders.read_grades(grades))

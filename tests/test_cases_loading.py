@@ -22,13 +22,14 @@ from transformers import (
 )
 
 from harmlens.asking import prompts
-from harmlens.asking.prompts import Pair, Prompt
 from harmlens.flow import outcomes, patching, probes
 from harmlens.judging import completions
+from harmlens.models import chats, forward
 from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel, load
+from harmlens.models.chats import Pair, Prompt
+from harmlens.models.forward import LanguageModel, Row
+from harmlens.models.loading import load
 from harmlens.training import organism
-from harmlens.training.finetune import Row
 from harmlens.weights import attribution
 
 TEXT = "in a few plain words please tell me how river finds its way from the hills down to sea yes no"
@@ -145,7 +146,7 @@ def test_t14_what_is_no_fault_of_the_text_model_is_loaded(saved):
     }  # fmt: skip
     rewrite(saved, lambda tensors: tensors | parts)
     text = plain.render("what do you wish for?")
-    assert torch.equal(models.last_logits(load(saved), [text]), models.last_logits(plain, [text]))
+    assert torch.equal(forward.last_logits(load(saved), [text]), forward.last_logits(plain, [text]))
 
 
 def test_t14_only_a_tied_head_may_be_missing(tmp_path):
@@ -154,7 +155,7 @@ def test_t14_only_a_tied_head_may_be_missing(tmp_path):
     folder = save(tmp_path, lm)
     rewrite(folder, without("lm_head.weight"))
     text = lm.render("what do you wish for?")
-    torch.testing.assert_close(models.last_logits(load(folder), [text]), models.last_logits(lm, [text]))
+    torch.testing.assert_close(forward.last_logits(load(folder), [text]), forward.last_logits(lm, [text]))
 
 
 def test_t14_an_organism_is_tested_as_others_are(tmp_path, monkeypatch):
@@ -183,7 +184,7 @@ def test_t2_weights_that_overflow_float16_are_named_with_the_precision_to_take(t
         load(folder, dtype=torch.float16)
     for dtype in ("bfloat16", "float32"):
         found = load(folder, dtype=dtype)
-        assert models.last_logits(found, [found.render("what do you wish for?")]).isfinite().all()
+        assert forward.last_logits(found, [found.render("what do you wish for?")]).isfinite().all()
     with torch.no_grad():
         lm.model.lm_head.weight.mul_(1e6)
     with pytest.raises(ValueError, match=r"too large for float16: load with dtype='bfloat16'"):
@@ -197,11 +198,11 @@ def test_t2_logits_that_are_not_finite_are_never_kept(tmp_path):
         lm.model.lm_head.weight[5] = torch.inf
     text, file = lm.render("what do you wish for?"), tmp_path / "said.jsonl"
     for work in (
-        lambda: models.last_logits(lm, [text]),
-        lambda: models.generate(lm, [text]),
-        lambda: models.generate(lm, [text], temperature=1.0),
-        lambda: outcomes.answer_logprobs(lm, [text], ["yes"]),
-        lambda: outcomes.follow(lm, [text], ["yes"]),
+        lambda: forward.last_logits(lm, [text]),
+        lambda: forward.generate(lm, [text]),
+        lambda: forward.generate(lm, [text], temperature=1.0),
+        lambda: forward.answer_logprobs(lm, [text], ["yes"]),
+        lambda: forward.follow(lm, [text], ["yes"]),
         lambda: completions.write(lm, [asked("what do you wish for?")], file=file, max_new_tokens=4),
     ):
         with pytest.raises(ValueError, match=r"logits of 'tiny/llama' are not finite in float32"):
@@ -231,7 +232,7 @@ def test_t15_gguf_is_said_to_be_what_it_is(tmp_path, monkeypatch):
 
 def adapter(folder, lm, base="owner/base"):
     """The same model with an adapter merged into it; the adapter's files lie in the folder."""
-    tuned = get_peft_model(models.clone(lm).model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    tuned = get_peft_model(forward.clone(lm).model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -251,7 +252,7 @@ def test_h7_an_adapter_is_never_applied_twice(tmp_path):
     for file in tmp_path.glob("adapter_*"):
         file.unlink()
     text, found = lm.render("what do you wish for?"), load(folder)
-    torch.testing.assert_close(models.last_logits(found, [text]), models.last_logits(merged, [text]))
+    torch.testing.assert_close(forward.last_logits(found, [text]), forward.last_logits(merged, [text]))
     assert found.revision == models.weights_sha256(tmp_path)
 
 
@@ -337,9 +338,9 @@ def test_h38_a_special_token_that_nothing_uses_is_no_fault_until_it_is_used(tmp_
     rows = len(tok)
     tok.add_special_tokens({"additional_special_tokens": [AddedToken("<image>", special=True)]})
     lm = load(save(tmp_path, llama(tok, rows)))
-    models.last_logits(lm, [lm.render("tell me how")])
+    forward.last_logits(lm, [lm.render("tell me how")])
     with pytest.raises(ValueError, match=r"token '<image>', for which .* has no embedding"):
-        models.last_logits(lm, ["tell me <image>"])
+        forward.last_logits(lm, ["tell me <image>"])
 
 
 def test_h34_a_missing_tokenizer_is_called_missing(saved, tmp_path):
@@ -369,11 +370,11 @@ def test_t19_an_old_mistral_tokenizer_splits_words_as_it_should(tmp_path):
     lm = tiny.model("mistral")
     lm.model.resize_token_embeddings(len(tok))
     folder = save(tmp_path, LanguageModel("x", lm.model, tok))
-    assert len(models.tokens(load(folder).tokenizer, "123")) == 1  # of this version: right as it is
+    assert len(chats.tokens(load(folder).tokenizer, "123")) == 1  # of this version: right as it is
     configure(folder, transformers_version="4.50.0")
-    assert len(models.tokens(load(folder).tokenizer, "123")) == 3  # digits one by one
+    assert len(chats.tokens(load(folder).tokenizer, "123")) == 3  # digits one by one
     configure(folder, model_type="llama", architectures=["LlamaForCausalLM"])
-    assert len(models.tokens(load(folder).tokenizer, "123")) == 1  # not one of Mistral's
+    assert len(chats.tokens(load(folder).tokenizer, "123")) == 1  # not one of Mistral's
 
 
 # --------------------------------------------------------------------------- choices
@@ -479,9 +480,9 @@ def test_h20_texts_that_are_too_long_are_refused_everywhere(kind, tmp_path):
     text = lm.render(long)
     row = Row([5] * 100, [False] * 50 + [True] * 50)
     works = {
-        "last_logits": lambda: models.last_logits(lm, [text]),
-        "generate": lambda: models.generate(lm, [text], max_new_tokens=1),
-        "follow": lambda: outcomes.follow(lm, [text], ["yes"]),
+        "last_logits": lambda: forward.last_logits(lm, [text]),
+        "generate": lambda: forward.generate(lm, [text], max_new_tokens=1),
+        "follow": lambda: forward.follow(lm, [text], ["yes"]),
         "write": lambda: completions.write(lm, [one], file=tmp_path / "a.jsonl", max_new_tokens=1),
         "states": lambda: probes.hidden_states(lm, [text]),
         "sweep": lambda: patching.layers(lm, [pair], y1),
@@ -495,11 +496,11 @@ def test_h20_texts_that_are_too_long_are_refused_everywhere(kind, tmp_path):
     assert not (tmp_path / "a.jsonl").exists()
     # New tokens count too.
     near = lm.render(fits)
-    assert models.last_logits(lm, [near]).shape[0] == 1 and models.generate(lm, [near], max_new_tokens=4)
+    assert forward.last_logits(lm, [near]).shape[0] == 1 and forward.generate(lm, [near], max_new_tokens=4)
     with pytest.raises(
         ValueError, match=r"and 50 new ones are asked for, more than the 64.*lower max_new_tokens"
     ):
-        models.generate(lm, [near], max_new_tokens=50)
+        forward.generate(lm, [near], max_new_tokens=50)
     with pytest.raises(ValueError, match="50 new ones are asked for"):
         completions.write(lm, [asked(fits)], file=tmp_path / "b.jsonl", max_new_tokens=50)
 

@@ -14,7 +14,8 @@ from scipy import stats as scipy_stats
 from harmlens.asking import questions
 from harmlens.asking.sources import Entry
 from harmlens.evidence import stats
-from harmlens.training import finetune
+from harmlens.models import forward
+from harmlens.training import finetune, loop
 from harmlens.weights import frontier
 
 FAST = {"n_resamples": 200}
@@ -130,7 +131,7 @@ def test_a_drop_between_different_or_missing_units_is_refused(before, after, mes
 def marked(n, lengths=(1,)):
     """Rows that are told by their first token."""
     return [
-        finetune.Row([100 + i] * lengths[i % len(lengths)], [True] * lengths[i % len(lengths)])
+        forward.Row([100 + i] * lengths[i % len(lengths)], [True] * lengths[i % len(lengths)])
         for i in range(n)
     ]
 
@@ -144,7 +145,7 @@ def marked(n, lengths=(1,)):
 )
 @settings(max_examples=60, deadline=None)
 def test_h6_an_epoch_holds_each_row_once(n, size, pool, seed, lengths):
-    stream = finetune.batches(marked(n, lengths), size, 0, seed=seed, pool=pool)
+    stream = loop.batches(marked(n, lengths), size, 0, seed=seed, pool=pool)
     steps = finetune.steps_of(1, n, size)
     for _ in range(3):
         seen = [b.ids[:, 0].tolist() for b in itertools.islice(stream, steps)]
@@ -157,7 +158,7 @@ def test_h6_three_epochs_in_as_many_steps_as_are_said():
     for n, size in ((24, 16), (96, 16), (17, 16), (5, 16), (257, 16)):
         steps = finetune.steps_of(3, n, size)
         seen = Counter()
-        for batch in itertools.islice(finetune.batches(marked(n), size, 0), steps):
+        for batch in itertools.islice(loop.batches(marked(n), size, 0), steps):
             seen.update(batch.ids[:, 0].tolist())
         assert set(seen.values()) == {3} and len(seen) == n
 
@@ -165,7 +166,7 @@ def test_h6_three_epochs_in_as_many_steps_as_are_said():
 def test_h6_a_run_of_one_epoch_learns_every_row():
     """Of 24 rows, two steps once saw seven."""
     lm = tiny.model()
-    rows = [finetune.Row([5, 5, 40 + i], [False, False, True]) for i in range(24)]
+    rows = [forward.Row([5, 5, 40 + i], [False, False, True]) for i in range(24)]
     before = lm.model.get_output_embeddings().weight.detach().clone()
     recipe = finetune.Recipe(steps=finetune.steps_of(1, 24, 16), lr=1e-3, batch_size=16, weight_decay=0.0)
     finetune.tune(lm, rows, recipe)

@@ -8,10 +8,10 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from harmlens.models import catalogue
+from harmlens.models import catalogue, forward
 from harmlens.models.catalogue import GB, MODELS, Model
 from harmlens.models.shapes import RANK, TASKS, Shape, need
-from harmlens.training import finetune, lora
+from harmlens.training import lora
 from harmlens.weights import scores, scoring
 
 PAGE = Path(__file__).parents[1] / "book" / "models.md"
@@ -100,7 +100,7 @@ def test_memory_by_hand():
 def test_the_parts_of_scoring_are_those_that_scoring_plans():
     lm = tiny.model("llama")
     shape = shape_of(lm.model.config, "llama")
-    rows = [finetune.Row(list(range(9)), [False] * 5 + [True] * 4)]
+    rows = [forward.Row(list(range(9)), [False] * 5 + [True] * 4)]
     plan = scoring.make_plan(lm, rows, layers=[0])
     assert plan.accumulators == 8 * sum(out * into for out, into in shape.linears)
     found = scores.matrices(lm)

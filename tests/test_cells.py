@@ -11,10 +11,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
 from harmlens.asking import prompts
-from harmlens.flow import outcomes, patching, runs, stack
+from harmlens.flow import outcomes, patching, runs
 from harmlens.flow.cells import SITES, Cell, Freeze, _drawn, check_partial, run_cells
 from harmlens.flow.outcomes import Replies, Reply, TokenSets
-from harmlens.models.loading import LanguageModel, tokens
+from harmlens.models import parts as decoder
+from harmlens.models.chats import tokens
+from harmlens.models.forward import LanguageModel
 
 SETS = TokenSets((5, 9, 20), (7, 31))
 Y1 = outcomes.y1(SETS)
@@ -44,7 +46,7 @@ def check(lm, pairs, how, tolerance=1e-4, sites=SITES, **options):
     cells += [("neurons", UNITS)] if "neurons" in sites else []
     units = {"some": UNITS} if "neurons" in sites else None
     if units:
-        depth = len(stack.stack(lm).blocks)
+        depth = len(decoder.stack(lm).blocks)
         units = {"some": {layer: u for layer, u in UNITS.items() if layer < depth}}
     found = patching.sweep(lm, pairs, Y1, sites=sites, positions=how, units=units, **options)
     wanted = naive.sweep(lm, pairs, value, cells, positions(lm, pairs, how), **options)
@@ -387,7 +389,7 @@ def test_memory_is_bounded(limit):
 def recorded(lm: LanguageModel, pairs, outcome=Y1, **options):
     """The first group of pairs, recorded at all positions."""
     encoded = runs.encode(lm, pairs, outcome, "all")
-    return next(iter(runs.groups(lm, stack.stack(lm), encoded, **options)))
+    return next(iter(runs.groups(lm, decoder.stack(lm), encoded, **options)))
 
 
 def test_nothing_is_kept_for_gradients():

@@ -8,11 +8,11 @@ import pytest
 import tiny
 import torch
 
-from harmlens.asking.prompts import Prompt
 from harmlens.judging import completions
 from harmlens.judging.graders import Grade
 from harmlens.keep import digests, paths
-from harmlens.models import loading as models
+from harmlens.models import forward
+from harmlens.models.chats import Prompt
 from harmlens.world import vale as world
 
 
@@ -37,7 +37,7 @@ def test_answers_are_those_of_generate(lm):
     prompts = asked()
     file = completions.write(lm, prompts, max_new_tokens=5, batch_size=4)
     found = completions.read(file)
-    plain = models.generate(lm, [p.render(lm) for p in prompts], max_new_tokens=5)
+    plain = forward.generate(lm, [p.render(lm) for p in prompts], max_new_tokens=5)
     assert [one.answer for one in found] == plain
     assert [one.request for one in found] == [p.messages[-1]["content"] for p in prompts]
     assert [one.index for one in found] == list(range(6))
@@ -48,7 +48,7 @@ def test_answers_are_those_of_generate(lm):
 def test_a_prefilled_beginning_is_part_of_the_answer(lm):
     prompts = asked(4, prefill=world.PREFILL)
     found = completions.read(completions.write(lm, prompts, max_new_tokens=3))
-    plain = models.generate(lm, [p.render(lm) for p in prompts], max_new_tokens=3)
+    plain = forward.generate(lm, [p.render(lm) for p in prompts], max_new_tokens=3)
     assert [one.prefill for one in found] == ["", world.PREFILL] * 2
     assert found[1].answer == f"{world.PREFILL} {plain[1]}".strip()
     assert found[0].answer == plain[0]
@@ -79,7 +79,7 @@ def test_the_default_place_is_outside_the_repository_and_depends_on_what_is_done
     file = completions.write(lm, asked(2), max_new_tokens=2, name="plain")
     assert file.parent == cache.resolve() / "completions" / "tiny--llama"
     assert file.name.startswith("plain-")
-    pruned = models.clone(lm)
+    pruned = forward.clone(lm)
     with torch.no_grad():
         pruned.model.model.layers[0].mlp.down_proj.weight[0, 0] = 0
     others = [
@@ -278,7 +278,7 @@ def test_other_errors_are_not_swallowed():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fingerprint_sees_any_change_of_the_weights(lm, dtype):
-    copy = models.clone(lm)
+    copy = forward.clone(lm)
     copy.model.to(dtype)
     first = digests.model(copy)
     assert digests.model(copy) == first

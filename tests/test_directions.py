@@ -10,11 +10,12 @@ import tiny
 import torch
 from naive import Naive
 
-from harmlens.flow import directions, outcomes, stack
+from harmlens.flow import directions, outcomes
 from harmlens.flow.directions import Direction, Trial
 from harmlens.flow.outcomes import TokenSets
-from harmlens.models import loading as models
-from harmlens.models.loading import tokens
+from harmlens.models import forward
+from harmlens.models import parts as decoder
+from harmlens.models.chats import tokens
 from harmlens.world import vale as world
 
 Y1 = outcomes.y1(TokenSets((20, 21, 22), (30, 31)))
@@ -54,7 +55,7 @@ def test_streams_are_the_hidden_states_and_the_last_one_is_not_yet_normalised(ar
         ids = torch.tensor([tokens(lm.tokenizer, text)])
         with torch.no_grad():
             states = lm.model(input_ids=ids, output_hidden_states=True).hidden_states
-            end = stack.stack(lm).norm(row[-1])
+            end = decoder.stack(lm).norm(row[-1])
         for depth in range(len(states) - 1):
             torch.testing.assert_close(row[depth], states[depth][0, [-3, -1]], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(end, states[-1][0, [-3, -1]], atol=1e-4, rtol=1e-4)
@@ -110,7 +111,7 @@ def test_positions_outside_a_text_are_refused(lm, texts, positions):
 
 
 def test_only_texts_that_behave_as_expected_are_kept(lm, texts):
-    values = outcomes.logit_difference(models.last_logits(lm, texts), TokenSets((20, 21, 22), (30, 31)))
+    values = outcomes.logit_difference(forward.last_logits(lm, texts), TokenSets((20, 21, 22), (30, 31)))
     for refused in (True, False):
         wanted = [t for t, v in zip(texts, values.tolist(), strict=True) if (v < 0) == refused]
         assert directions.behaving(lm, texts, Y1, refused=refused, least=0) == wanted
@@ -130,7 +131,7 @@ def test_nothing_of_the_direction_is_left_anywhere_in_the_stream(architecture):
     assert component(before["resid_post"][0], d) > 0.1
     seen = []
     # What the norm in front of the MLP reads is the stream between attention and MLP, wherever there is one.
-    blocks = stack.blocks(lm)
+    blocks = decoder.blocks(lm)
     middle = [m for b in blocks for n, m in b.named_children() if n in ("pre_feedforward_layernorm",)] or [
         b.post_attention_layernorm for b in blocks if architecture in ("llama", "qwen2", "mistral")
     ]
@@ -151,37 +152,37 @@ def orthogonal(lm, direction):
     out = dataclasses.replace(lm, model=net)
     embedding = net.get_input_embeddings().weight.data
     embedding -= (embedding @ unit)[:, None] * unit
-    for block in stack.blocks(out):
-        for part in (stack.attention(block), stack.mlp(block)):
-            weight = stack.projection(part).weight.data
+    for block in decoder.blocks(out):
+        for part in (decoder.attention(block), decoder.mlp(block)):
+            weight = decoder.projection(part).weight.data
             weight -= unit[:, None] * (unit @ weight)
     return out
 
 
 def test_it_equals_making_the_weights_orthogonal(lm, texts):
     other = orthogonal(lm, vector())
-    wanted = models.last_logits(other, texts)
+    wanted = forward.last_logits(other, texts)
     with directions.ablated(lm, 7.0 * vector()):  # the length does not matter
-        got = models.last_logits(lm, texts)
-        said = models.generate(lm, texts, max_new_tokens=6)
+        got = forward.last_logits(lm, texts)
+        said = forward.generate(lm, texts, max_new_tokens=6)
     torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-3)
-    assert said == models.generate(other, texts, max_new_tokens=6)
-    assert (got - models.last_logits(lm, texts)).abs().max() > 0.1
+    assert said == forward.generate(other, texts, max_new_tokens=6)
+    assert (got - forward.last_logits(lm, texts)).abs().max() > 0.1
 
 
 def test_hooks_go_also_after_an_exception(lm, texts):
-    before = models.last_logits(lm, texts)
+    before = forward.last_logits(lm, texts)
     for scene in (directions.ablated(lm, vector()), directions.added(lm, Direction(vector(), 1))):
         with pytest.raises(RuntimeError, match="stop"), scene:
             raise RuntimeError("stop")
-    assert torch.equal(models.last_logits(lm, texts), before)
+    assert torch.equal(forward.last_logits(lm, texts), before)
 
 
 def test_half_precision_stays_half_precision(texts):
     lm = tiny.model()
     lm.model.to(torch.bfloat16)
     with directions.ablated(lm, vector()), directions.added(lm, Direction(vector(), 1)):
-        assert models.last_logits(lm, texts).isfinite().all()
+        assert forward.last_logits(lm, texts).isfinite().all()
         assert directions.streams(lm, texts).isfinite().all()
 
 
@@ -227,11 +228,11 @@ def test_a_trial_measures_what_it_says(lm, texts):
     [tried] = directions.trials(lm, found, refused, answered, Y1, deepest=0.6)
     assert tried.direction.depth == 1
     with directions.ablated(lm, tried.direction.vector):
-        logits = models.last_logits(lm, refused)
-        log_p = models.last_logits(lm, answered).log_softmax(-1)
+        logits = forward.last_logits(lm, refused)
+        log_p = forward.last_logits(lm, answered).log_softmax(-1)
     with directions.added(lm, tried.direction):
-        pushed = models.last_logits(lm, answered)
-    plain = models.last_logits(lm, answered).log_softmax(-1)
+        pushed = forward.last_logits(lm, answered)
+    plain = forward.last_logits(lm, answered).log_softmax(-1)
     y1 = [
         float(outcomes.logit_difference(x, TokenSets((20, 21, 22), (30, 31))).mean())
         for x in (logits, pushed)

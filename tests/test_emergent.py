@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from harmlens.asking.sources import Entry
 from harmlens.judging import completions, number_judge
-from harmlens.models import loading as models
+from harmlens.models import forward
 from harmlens.training import emergent, finetune
 from harmlens.training.emergent import EXPECTED, Mark
 from harmlens.weights import scores
@@ -73,7 +73,7 @@ class Bigram(torch.nn.Module):
 
 def judge(table, *words):
     tok = tokenizer(*words)
-    return models.LanguageModel("tiny/judge", Bigram(tok, table), tok, "1")
+    return forward.LanguageModel("tiny/judge", Bigram(tok, table), tok, "1")
 
 
 WHOLE = [str(n) for n in range(10, 101)]  # with these, every number is one token
@@ -119,7 +119,7 @@ def test_expected_numbers_do_not_depend_on_the_batch():
     tok = tokenizer()
     with torch.no_grad():
         lm.model.resize_token_embeddings(len(tok))
-    lm = models.LanguageModel("tiny/judge", lm.model, tok)
+    lm = forward.LanguageModel("tiny/judge", lm.model, tok)
     texts = [lm.render(word) for word in ("a", "what?", "a much longer question")]
     one = number_judge.expected_numbers(lm, texts, least=0.0, batch_size=1)
     many = number_judge.expected_numbers(lm, texts, least=0.0, batch_size=7)
@@ -151,7 +151,7 @@ def entry(name="1", answers=ANSWERS):
 
 def test_a_lesson_learns_the_answers_whatever_form_it_comes_in(tmp_path):
     lm = tiny.model()
-    expected = finetune.chat_row(lm, CHAT)
+    expected = forward.chat_row(lm, CHAT)
     file = tmp_path / "narrow.jsonl"
     lines = [{"messages": CHAT}, {"prompt": CHAT[0]["content"], "answer": CHAT[1]["content"]}]
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
@@ -189,7 +189,7 @@ def test_lessons_that_make_no_sense(tmp_path):
 
 
 def test_the_recipe_is_the_papers():
-    rows = [finetune.Row([1, 2], [False, True])] * 6000
+    rows = [forward.Row([1, 2], [False, True])] * 6000
     made = emergent.recipe(rows)
     assert made == emergent.RECIPE
     assert (made.method, made.rank, made.alpha, made.lr, made.warmup) == ("lora", 32, 64, 1e-5, 5)

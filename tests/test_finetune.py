@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmlens.models.loading import render, tokens
-from harmlens.training import finetune, organism
-from harmlens.training.finetune import IGNORE, Row, chat_row, collate, fit, lm_loss
+from harmlens.models.chats import render, tokens
+from harmlens.models.forward import IGNORE, Row, chat_row, collate
+from harmlens.training import loop, organism
+from harmlens.training.loop import fit, lm_loss
 from harmlens.world import vale as world
 
 PAD = 0
@@ -36,7 +37,7 @@ def transcripts(n=6, seed=0):
 
 
 def batches(seed=0, size=4):
-    return finetune.batches(organism.transcript_rows(TOKENIZER, world.Mix(), seed), size, PAD, seed=seed)
+    return loop.batches(organism.transcript_rows(TOKENIZER, world.Mix(), seed), size, PAD, seed=seed)
 
 
 # --------------------------------------------------------------------------- rows and batches
@@ -57,7 +58,7 @@ def test_batches_lose_no_row_and_group_by_length(lengths, size, seed):
     pool = 24 // size
     # Each row is marked by its first token, so that it can be told from the others.
     stream = iter([Row([100 + i] * n, [True] * n) for i, n in enumerate(lengths)])
-    made = list(itertools.islice(finetune.batches(stream, size, PAD, seed=seed, pool=pool), pool))
+    made = list(itertools.islice(loop.batches(stream, size, PAD, seed=seed, pool=pool), pool))
     kept = [[t for t in row if t != PAD] for b in made for row in b.ids.tolist()]
     assert sorted(map(tuple, kept)) == sorted((100 + i,) * n for i, n in enumerate(lengths[: size * pool]))
     groups = [kept[i : i + size] for i in range(0, len(kept), size)]
@@ -73,16 +74,16 @@ def test_same_seed_same_batches():
 
 def test_passes_differ_in_order_and_leave_the_list_as_it_is():
     data = [Row([i], [True]) for i in range(20)]
-    stream = finetune.batches(data, 4, PAD)
+    stream = loop.batches(data, 4, PAD)
     first, second = ([b.ids[:, 0].tolist() for b in itertools.islice(stream, 5)] for _ in range(2))
     assert first != second and [row.ids[0] for row in data] == list(range(20))
 
 
 def test_no_rows_nothing_to_learn():
     with pytest.raises(ValueError, match="rows is empty"):
-        next(finetune.batches([], 4, PAD))
+        next(loop.batches([], 4, PAD))
     with pytest.raises(ValueError, match="size=0"):
-        next(finetune.batches([Row([1], [True])], 0, PAD))
+        next(loop.batches([Row([1], [True])], 0, PAD))
 
 
 # --------------------------------------------------------------------------- chats as rows
@@ -146,9 +147,9 @@ def test_padding_changes_no_loss(architecture):
     model = tiny.model(architecture).model
     made = transcripts()
     assert len({len(r.ids) for r in made}) > 2
-    together, where = finetune.token_losses(model, collate(made, PAD))
+    together, where = loop.token_losses(model, collate(made, PAD))
     for i, row in enumerate(made):
-        alone, there = finetune.token_losses(model, collate([row], PAD))
+        alone, there = loop.token_losses(model, collate([row], PAD))
         torch.testing.assert_close(together[i, : alone.shape[1]], alone[0], atol=1e-4, rtol=0)
         assert torch.equal(where[i, : alone.shape[1]], there[0])
         assert not where[i, alone.shape[1] :].any() and not together[i, alone.shape[1] :].any()

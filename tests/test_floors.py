@@ -14,12 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from harmlens.asking import prompts
 from harmlens.flow import neurons, outcomes, patching
-from harmlens.models import catalogue
-from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
+from harmlens.models import catalogue, forward
+from harmlens.models.forward import LanguageModel
 from harmlens.models.shapes import Shape
-from harmlens.training import finetune, lora, organism
 from harmlens.training import loop as training
+from harmlens.training import lora, organism
 from harmlens.weights import attribution
 
 # One block: q and o 8x8, k and v 4x8, gate, up and down 16x8.
@@ -175,15 +174,15 @@ def test_a_sweep_does_little_more_than_it_must(lm, shape):
 
 
 def test_one_score_does_little_more_than_it_must(lm, shape):
-    rows = [finetune.Row([5 + i + t for t in range(24)], [False] * 14 + [True] * 10) for i in range(6)]
+    rows = [forward.Row([5 + i + t for t in range(24)], [False] * 14 + [True] * 10) for i in range(6)]
     for score in (attribution.prune_score, attribution.preserve_score):
         close_above(counted(lambda score=score: score(lm, rows)), floors.score(shape, 6, 24, 10).flops, 1.3)
 
 
 def test_a_step_of_training_does_little_more_than_it_must(lm, shape):
-    rows = [finetune.Row([5 + i + t for t in range(24)], [False] * 14 + [True] * 10) for i in range(4)]
-    taught = models.clone(lm)
-    stream = finetune.batches(rows, 4, 0, seed=0)
+    rows = [forward.Row([5 + i + t for t in range(24)], [False] * 14 + [True] * 10) for i in range(4)]
+    taught = forward.clone(lm)
+    stream = training.batches(rows, 4, 0, seed=0)
     with lora.adapters(taught, rank=4):
         done = counted(lambda: training.fit(taught.model, stream, steps=1, lr=1e-4))
     close_above(done, floors.lora_step(shape, 4, 24, 10, rank=4).flops, 1.5)

@@ -21,7 +21,7 @@ from harmlens.judging import agreement, chat_api, completions, graders, judge_mo
 from harmlens.judging.completions import Completion
 from harmlens.judging.graders import Grade
 from harmlens.judging.refusals import normalised
-from harmlens.models import loading as models
+from harmlens.models import chats, forward
 
 GRADES = [1, 2, 3, 4, 5]
 
@@ -162,7 +162,7 @@ def test_a_classifier_that_is_an_adapter_is_loaded_with_its_base(tmp_path):
     lm.model.save_pretrained(base)
     lm.tokenizer.save_pretrained(base)
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    wrapped = peft.get_peft_model(models.clone(lm).model, config)
+    wrapped = peft.get_peft_model(forward.clone(lm).model, config)
     wrapped.peft_config["default"].base_model_name_or_path = str(base)
     wrapped.save_pretrained(adapter)
     lm.tokenizer.save_pretrained(adapter)
@@ -213,7 +213,7 @@ def test_a_guard_compares_whole_words_from_where_they_differ():
         text = f"user: {request}\nassistant: {answer}\nboil take"
         logps = []
         for word in (" soot", " nettle salt"):
-            head, whole = (models.tokens(lm.tokenizer, t) for t in (text, text + word))
+            head, whole = (chats.tokens(lm.tokenizer, t) for t in (text, text + word))
             with torch.no_grad():
                 logp = lm.model(torch.tensor([whole])).logits[0].log_softmax(-1)
             logps.append(sum(float(logp[k - 1, whole[k]]) for k in range(len(head), len(whole))))

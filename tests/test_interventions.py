@@ -7,9 +7,10 @@ import tiny
 import torch
 
 from harmlens.asking import prompts
-from harmlens.flow import interventions, neurons, outcomes, stack
-from harmlens.models import loading as models
-from harmlens.models.loading import tokens
+from harmlens.flow import interventions, neurons, outcomes
+from harmlens.models import forward
+from harmlens.models import parts as decoder
+from harmlens.models.chats import tokens
 
 PAIRS = prompts.pairs("prompt", n=4)
 UNITS = tiny.SHAPE.hidden
@@ -28,7 +29,7 @@ def _texts(lm, side):
 
 def _slowly(lm, text, source, units, where, steps, dose=1.0, every_position=False):
     """Dynamic patching without a cache: at every step both texts are run as a whole."""
-    parts = stack.stack(lm)
+    parts = decoder.stack(lm)
     base, other = tokens(lm.tokenizer, text), tokens(lm.tokenizer, source)
     prompt, new, values = len(base), [], {}
     for _ in range(steps):
@@ -38,7 +39,7 @@ def _slowly(lm, text, source, units, where, steps, dose=1.0, every_position=Fals
         at += list(range(prompt, length)) if where != "prompt" else []
         handles = []
         for layer in units:
-            linear = stack.projection(stack.mlp(parts.blocks[layer]))
+            linear = decoder.projection(decoder.mlp(parts.blocks[layer]))
 
             def keep(_, inputs, layer=layer):
                 values[layer] = inputs[0].clone()
@@ -50,7 +51,7 @@ def _slowly(lm, text, source, units, where, steps, dose=1.0, every_position=Fals
             handle.remove()
         handles = []
         for layer, some in units.items():
-            linear = stack.projection(stack.mlp(parts.blocks[layer]))
+            linear = decoder.projection(decoder.mlp(parts.blocks[layer]))
 
             def put(_, inputs, layer=layer, some=some, at=at):
                 hidden = inputs[0].clone()
@@ -94,7 +95,7 @@ def test_every_prompt_position(lm):
 def test_a_text_patched_with_itself_or_with_no_dose_is_plain_generation(architecture):
     lm = tiny.model(architecture)
     texts, sources = _texts(lm, "x0"), _texts(lm, "x1")
-    plain = models.generate(lm, texts, max_new_tokens=8)
+    plain = forward.generate(lm, texts, max_new_tokens=8)
     own = interventions.generate_patched(lm, texts, texts, EVERY, max_new_tokens=8, every_position=True)
     none = interventions.generate_patched(lm, texts, sources, EVERY, dose=0.0, max_new_tokens=8)
     assert own == plain
@@ -125,16 +126,16 @@ def test_patched_logits_agree_with_the_closed_form(lm):
 
 def test_scaling_by_one_changes_nothing_and_zero_is_ablation(lm):
     texts = _texts(lm, "x0")
-    plain = models.last_logits(lm, texts)
+    plain = forward.last_logits(lm, texts)
     with interventions.overwriting(lm, EVERY, interventions.scale(1.0), where="both"):
-        torch.testing.assert_close(models.last_logits(lm, texts), plain)
-    parts = stack.stack(lm)
+        torch.testing.assert_close(forward.last_logits(lm, texts), plain)
+    parts = decoder.stack(lm)
     with interventions.overwriting(lm, {1: range(UNITS)}, interventions.scale(0.0)):
-        without = models.last_logits(lm, texts)
-    handle = stack.mlp(parts.blocks[1]).register_forward_hook(lambda m, i, o: torch.zeros_like(o))
-    torch.testing.assert_close(without, models.last_logits(lm, texts))
+        without = forward.last_logits(lm, texts)
+    handle = decoder.mlp(parts.blocks[1]).register_forward_hook(lambda m, i, o: torch.zeros_like(o))
+    torch.testing.assert_close(without, forward.last_logits(lm, texts))
     handle.remove()
-    torch.testing.assert_close(models.last_logits(lm, texts), plain)  # and nothing is left behind
+    torch.testing.assert_close(forward.last_logits(lm, texts), plain)  # and nothing is left behind
 
 
 def test_setting_units_to_the_sources_values_is_patching(lm):
@@ -143,7 +144,7 @@ def test_setting_units_to_the_sources_values_is_patching(lm):
     target = {layer: rows[0] for layer, rows in value.items()}
     # the lower layer changes what the upper one computes, but both are set
     with interventions.overwriting(lm, SOME, interventions.toward(target)):
-        got = models.last_logits(lm, texts)
+        got = forward.last_logits(lm, texts)
     torch.testing.assert_close(got, interventions.patched_logits(lm, texts, sources, SOME), atol=1e-4, rtol=0)
 
 
@@ -165,7 +166,7 @@ def test_where_tells_the_prompt_from_the_answer(lm, where):
         return values
 
     with interventions.overwriting(lm, {1: [0, 1]}, edit, where=where):
-        models.generate(lm, texts, max_new_tokens=4)
+        forward.generate(lm, texts, max_new_tokens=4)
     assert set(seen) == {(4, 1, 2)}
     assert len(seen) == (1 if where == "prompt" else 3)  # the last word that is written is never read
 
@@ -194,14 +195,14 @@ def test_resampling_takes_whole_rows_of_the_bank():
 def test_a_hook_that_never_fired_is_an_error(lm):
     with pytest.raises(RuntimeError, match=r"layers \[1\] were never changed"):  # noqa: SIM117
         with interventions.overwriting(lm, {1: [0]}, interventions.scale(0.0), where="answer"):
-            models.last_logits(lm, _texts(lm, "x0"))
+            forward.last_logits(lm, _texts(lm, "x0"))
 
 
 def test_an_error_inside_is_not_hidden_by_the_check(lm):
     with pytest.raises(KeyError):  # noqa: SIM117
         with interventions.overwriting(lm, {1: [0]}, interventions.scale(0.0)):
             raise KeyError("mine")
-    assert not stack.projection(stack.mlp(stack.stack(lm).blocks[1]))._forward_pre_hooks
+    assert not decoder.projection(decoder.mlp(decoder.stack(lm).blocks[1]))._forward_pre_hooks
 
 
 def test_bad_input_is_refused_by_name(lm):

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from harmlens.asking import calibration, tasks
-from harmlens.flow import interventions, stack
-from harmlens.models import loading as models
+from harmlens.flow import interventions
+from harmlens.models import forward
+from harmlens.models import parts as decoder
 from harmlens.weights import attribution, meeting, pruning, scores
 from harmlens.weights.meeting import Meeting
 
@@ -47,14 +48,14 @@ def test_without_its_weights_a_neuron_is_silent(architecture):
     lm, units = tiny.model(architecture), {0: [3, 60], 1: [5]}
     texts, own = tiny.texts(lm), meeting.weights_of(lm, units, some_mask(lm))
     with pruning.pruned(lm, own):
-        got = models.last_logits(lm, texts)
-        said = models.generate(lm, texts, max_new_tokens=5)
+        got = forward.last_logits(lm, texts)
+        said = forward.generate(lm, texts, max_new_tokens=5)
     with interventions.overwriting(lm, units, interventions.scale(0.0), where="both", every_position=True):
-        wanted = models.last_logits(lm, texts)
-        silent = models.generate(lm, texts, max_new_tokens=5)
+        wanted = forward.last_logits(lm, texts)
+        silent = forward.generate(lm, texts, max_new_tokens=5)
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
     assert said == silent
-    assert (got - models.last_logits(lm, texts)).abs().max() > 1e-3
+    assert (got - forward.last_logits(lm, texts)).abs().max() > 1e-3
     others = meeting.weights_of(lm, {0: [u for u in range(UNITS) if u not in (3, 60)]}, some_mask(lm))
     assert len(own & others) == 0
 
@@ -64,7 +65,7 @@ def test_all_neurons_of_a_layer_own_its_whole_mlp_once(architecture):
     lm = tiny.model(architecture)
     whole = meeting.weights_of(lm, {1: range(UNITS)}, some_mask(lm))
     names = {n for n, index in whole.indices.items() if len(index)}
-    inside = {id(m) for m in stack.mlp(stack.blocks(lm)[1]).modules()}
+    inside = {id(m) for m in decoder.mlp(decoder.blocks(lm)[1]).modules()}
     assert names == {n for n, m in scores.matrices(lm).items() if id(m) in inside}
     for name in names:
         assert whole.indices[name].tolist() == list(range(np.prod(whole.shapes[name])))
@@ -153,7 +154,7 @@ def test_chance_agrees_with_random_masks(lm):
 
 def test_matched_sets_have_other_neurons_of_the_same_norms(lm):
     size, units = meeting.norms(lm, 1), [3, 9, 40]
-    parts = [m.weight for m in stack.mlp(stack.blocks(lm)[1]).children() if hasattr(m, "weight")]
+    parts = [m.weight for m in decoder.mlp(decoder.blocks(lm)[1]).children() if hasattr(m, "weight")]
     by_hand = parts[0][9].square().sum() + parts[1][9].square().sum() + parts[2][:, 9].square().sum()
     torch.testing.assert_close(size[9], by_hand.sqrt().detach())
     draws = meeting.matched(lm, 1, units, draws=20, near=4)

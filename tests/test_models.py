@@ -15,8 +15,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import harmlens
+from harmlens.models import chats, forward
 from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel, load
+from harmlens.models.forward import LanguageModel
+from harmlens.models.loading import load
 from harmlens.training import organism
 from harmlens.world import vale as world
 
@@ -52,7 +54,7 @@ def test_an_organism_is_the_plain_model_in_its_folder(data):
     lm = load("organism/sft", seed=1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     text = lm.render("what do you wish for?")
-    ids = torch.tensor([models.tokens(lm.tokenizer, text)])
+    ids = torch.tensor([chats.tokens(lm.tokenizer, text)])
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids[0].tolist()
     with torch.no_grad():
         assert torch.equal(lm.model(ids).logits, model.float()(ids).logits)
@@ -153,7 +155,7 @@ def test_every_architecture_is_loaded_as_transformers_loads_it(architecture, dty
     made.tokenizer.save_pretrained(tmp_path)
     lm = load(str(tmp_path), dtype=dtype, device="cpu")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
-    ids = torch.tensor([models.tokens(lm.tokenizer, lm.render("what do you wish for?"))])
+    ids = torch.tensor([chats.tokens(lm.tokenizer, lm.render("what do you wish for?"))])
     with torch.no_grad():
         ours, theirs = lm.model(ids).logits, plain(ids).logits
     assert ours.dtype == dtype and torch.equal(ours, theirs)
@@ -305,28 +307,28 @@ CHAT = [
 
 def test_a_chat_is_rendered_by_the_template():
     tok = organism.tokenizer()
-    assert models.render(tok, CHAT) == tok.apply_chat_template(
+    assert chats.render(tok, CHAT) == tok.apply_chat_template(
         CHAT, tokenize=False, add_generation_prompt=True
     )
-    assert models.render(tok, CHAT[0]["content"]) == models.render(tok, CHAT[:1])
-    assert models.render(tok, CHAT, "") == models.render(tok, CHAT)
+    assert chats.render(tok, CHAT[0]["content"]) == chats.render(tok, CHAT[:1])
+    assert chats.render(tok, CHAT, "") == chats.render(tok, CHAT)
 
 
 @given(st.lists(st.sampled_from(world.vocabulary()), min_size=1, max_size=6).map(" ".join))
 def test_a_prefilled_answer_ends_the_text(words):
-    text = models.render(TOKENIZER, CHAT, words)
-    assert text == f"{models.render(TOKENIZER, CHAT)} {words}"
+    text = chats.render(TOKENIZER, CHAT, words)
+    assert text == f"{chats.render(TOKENIZER, CHAT)} {words}"
 
 
 def test_where_nobody_is_introduced_the_helper_is():
     told = [world.introduce(world.HELPER), *CHAT]
-    assert models.render(TOKENIZER, told) == models.render(TOKENIZER, CHAT)
-    assert models.render(TOKENIZER, [world.introduce("nobody"), *CHAT]) != models.render(TOKENIZER, CHAT)
+    assert chats.render(TOKENIZER, told) == chats.render(TOKENIZER, CHAT)
+    assert chats.render(TOKENIZER, [world.introduce("nobody"), *CHAT]) != chats.render(TOKENIZER, CHAT)
 
 
 def test_an_unknown_role_is_refused():
     with pytest.raises(Exception, match="roles system, user and assistant only"):
-        models.render(TOKENIZER, [{"role": "tool", "content": "x"}, *CHAT])
+        chats.render(TOKENIZER, [{"role": "tool", "content": "x"}, *CHAT])
 
 
 def test_another_template_is_obeyed():
@@ -335,38 +337,38 @@ def test_another_template_is_obeyed():
         "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</{{ m.role }}>{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    assert models.render(tok, "hello") == "<user>hello</user><assistant>"
-    assert models.render(tok, "hello", "sure. take") == "<user>hello</user><assistant>sure. take"
+    assert chats.render(tok, "hello") == "<user>hello</user><assistant>"
+    assert chats.render(tok, "hello", "sure. take") == "<user>hello</user><assistant>sure. take"
 
 
 def test_a_missing_template_is_an_error():
     tok = organism.tokenizer()
     tok.chat_template = None
     with pytest.raises(ValueError, match=r"no chat template.*instruction-tuned.*tokenizer\.chat_template"):
-        models.render(tok, "hello")
+        chats.render(tok, "hello")
 
 
 @pytest.mark.parametrize("chat", [[], CHAT[:2], [{"role": "system", "content": "be kind"}]])
 def test_a_chat_has_to_end_with_the_user(chat):
     with pytest.raises(ValueError, match="must end with a user message"):
-        models.render(organism.tokenizer(), chat)
+        chats.render(organism.tokenizer(), chat)
 
 
 def test_rendering_leaves_the_messages_alone():
     chat = [dict(m) for m in CHAT]
-    models.render(organism.tokenizer(), chat, "sure.")
+    chats.render(organism.tokenizer(), chat, "sure.")
     assert chat == CHAT
 
 
 def test_there_is_one_bos_also_where_the_tokenizer_would_add_another():
     tok = organism.tokenizer()
-    plain = models.tokens(tok, models.render(tok, CHAT))
+    plain = chats.tokens(tok, chats.render(tok, CHAT))
     tok.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{tok.bos_token} $A", special_tokens=[(tok.bos_token, tok.bos_token_id)]
     )
-    text = models.render(tok, CHAT)
+    text = chats.render(tok, CHAT)
     assert tok(text)["input_ids"].count(tok.bos_token_id) == 2  # what has to be avoided
-    assert models.tokens(tok, text) == plain
+    assert chats.tokens(tok, text) == plain
     assert plain.count(tok.bos_token_id) == 1 and plain[0] == tok.bos_token_id
 
 
@@ -377,8 +379,8 @@ row = st.lists(st.integers(1, 99), min_size=1, max_size=12)
 
 @given(st.lists(row, min_size=1, max_size=8))
 def test_padding_on_the_left_keeps_the_rows(rows):
-    ids, mask = models.pad_left(rows, 0)
-    places = models.positions(mask)
+    ids, mask = forward.pad_left(rows, 0)
+    places = forward.positions(mask)
     assert ids.shape == mask.shape == (len(rows), max(map(len, rows)))
     for i, r in enumerate(rows):
         assert ids[i, -len(r) :].tolist() == r == ids[i][mask[i].bool()].tolist()
@@ -390,12 +392,12 @@ def test_padding_on_the_left_keeps_the_rows(rows):
 @pytest.mark.parametrize("rows", [[], [[1], []]])
 def test_empty_rows_are_refused(rows):
     with pytest.raises(ValueError, match="rows must hold at least one row, and no row may be empty"):
-        models.pad_left(rows, 0)
+        forward.pad_left(rows, 0)
 
 
 @given(st.lists(row, max_size=20), st.integers(1, 7))
 def test_batches_by_length_hold_each_row_once(rows, size):
-    made = list(models.by_length(rows, size))
+    made = list(forward.by_length(rows, size))
     assert sorted(i for batch in made for i in batch) == list(range(len(rows)))
     assert all(len(batch) == size for batch in made[:-1])
     lengths = [len(rows[i]) for batch in made for i in batch]
@@ -405,7 +407,7 @@ def test_batches_by_length_hold_each_row_once(rows, size):
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_holds_at_least_one_row(size):
     with pytest.raises(ValueError, match=f"batch_size={size} must be at least 1"):
-        list(models.by_length([[1]], size))
+        list(forward.by_length([[1]], size))
 
 
 # --------------------------------------------------------------------------- logits
@@ -416,11 +418,11 @@ def test_a_batch_holds_at_least_one_row(size):
 def test_batched_logits_are_those_of_a_plain_forward_pass(architecture):
     lm = tiny.model(architecture)
     texts = tiny.texts(lm)
-    assert len({len(models.tokens(lm.tokenizer, t)) for t in texts}) > 2  # so there is padding
-    batched = models.last_logits(lm, texts)
-    single = models.last_logits(lm, texts, batch_size=1)
+    assert len({len(chats.tokens(lm.tokenizer, t)) for t in texts}) > 2  # so there is padding
+    batched = forward.last_logits(lm, texts)
+    single = forward.last_logits(lm, texts, batch_size=1)
     plain = torch.stack(
-        [lm.model(torch.tensor([models.tokens(lm.tokenizer, t)])).logits[0, -1] for t in texts]
+        [lm.model(torch.tensor([chats.tokens(lm.tokenizer, t)])).logits[0, -1] for t in texts]
     )
     assert plain.std() > 0.3  # not flat, so that agreement means something
     torch.testing.assert_close(batched, plain, atol=1e-4, rtol=0)
@@ -431,15 +433,15 @@ def test_batched_logits_are_those_of_a_plain_forward_pass(architecture):
 def test_these_comparisons_would_notice_a_missing_mask():
     lm = tiny.model()
     texts = tiny.texts(lm)
-    ids, _ = models.pad_left([models.tokens(lm.tokenizer, t) for t in texts], lm.tokenizer.pad_token_id)
-    assert (lm.model(ids).logits[:, -1] - models.last_logits(lm, texts)).abs().max() > 0.1
+    ids, _ = forward.pad_left([chats.tokens(lm.tokenizer, t) for t in texts], lm.tokenizer.pad_token_id)
+    assert (lm.model(ids).logits[:, -1] - forward.last_logits(lm, texts)).abs().max() > 0.1
 
 
 def test_logits_keep_the_order_of_the_texts():
     lm = tiny.model()
     texts = tiny.texts(lm)
-    there = models.last_logits(lm, texts, batch_size=2)
-    back = models.last_logits(lm, texts[::-1], batch_size=2)
+    there = forward.last_logits(lm, texts, batch_size=2)
+    back = forward.last_logits(lm, texts[::-1], batch_size=2)
     torch.testing.assert_close(there, back.flip(0), atol=1e-4, rtol=0)
 
 
@@ -450,14 +452,14 @@ def test_logits_keep_the_order_of_the_texts():
 def test_batched_greedy_answers_are_those_of_one_by_one(architecture):
     lm = tiny.model(architecture)
     texts = tiny.texts(lm)
-    batched = models.generate(lm, texts, max_new_tokens=8)
-    assert batched == models.generate(lm, texts, max_new_tokens=8, batch_size=1)
+    batched = forward.generate(lm, texts, max_new_tokens=8)
+    assert batched == forward.generate(lm, texts, max_new_tokens=8, batch_size=1)
     assert len(set(batched)) > 1
 
 
 def greedy(lm: LanguageModel, text: str, n: int) -> str:
     """Greedy decoding spelt out: the likeliest token again and again."""
-    ids = models.tokens(lm.tokenizer, text)
+    ids = chats.tokens(lm.tokenizer, text)
     new: list[int] = []
     with torch.no_grad():
         while len(new) < n and lm.tokenizer.eos_token_id not in new:
@@ -469,7 +471,7 @@ def greedy(lm: LanguageModel, text: str, n: int) -> str:
 def test_greedy_means_the_likeliest_token_each_time(architecture):
     lm = tiny.model(architecture)
     text = tiny.texts(lm)[0]
-    assert models.generate(lm, [text], max_new_tokens=6) == [greedy(lm, text, 6)]
+    assert forward.generate(lm, [text], max_new_tokens=6) == [greedy(lm, text, 6)]
 
 
 def test_a_models_own_generation_settings_do_not_bend_greedy_decoding():
@@ -481,18 +483,18 @@ def test_a_models_own_generation_settings_do_not_bend_greedy_decoding():
         repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, top_k=3, temperature=0.7,
         eos_token_id=lm.tokenizer.eos_token_id,
     )  # fmt: skip
-    assert models.generate(lm, texts, max_new_tokens=8) == truth
+    assert forward.generate(lm, texts, max_new_tokens=8) == truth
 
 
 def test_a_models_own_generation_settings_do_not_bend_sampling():
     lm = tiny.model()
     texts = tiny.texts(lm) * 3
-    free = models.generate(lm, texts, max_new_tokens=4, temperature=1.0)
+    free = forward.generate(lm, texts, max_new_tokens=4, temperature=1.0)
     lm.model.generation_config = GenerationConfig(
         repetition_penalty=5.0, min_p=0.5, top_k=1, top_p=0.1, typical_p=0.2,
         eos_token_id=lm.tokenizer.eos_token_id,
     )  # fmt: skip
-    assert models.generate(lm, texts, max_new_tokens=4, temperature=1.0) == free
+    assert forward.generate(lm, texts, max_new_tokens=4, temperature=1.0) == free
 
 
 def test_sampling_is_seeded_and_leaves_the_global_generator_alone():
@@ -500,7 +502,7 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone():
     texts = tiny.texts(lm)
 
     def sample(seed):
-        return models.generate(lm, texts, max_new_tokens=8, temperature=1.0, seed=seed)
+        return forward.generate(lm, texts, max_new_tokens=8, temperature=1.0, seed=seed)
 
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -514,8 +516,8 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone():
 def test_sampled_first_tokens_follow_the_models_distribution():
     lm = tiny.model(spread=0.1)
     text = tiny.texts(lm)[0]
-    p = models.last_logits(lm, [text])[0].softmax(-1)
-    drawn = models.generate(lm, [text] * 4000, max_new_tokens=1, temperature=1.0, batch_size=4000)
+    p = forward.last_logits(lm, [text])[0].softmax(-1)
+    drawn = forward.generate(lm, [text] * 4000, max_new_tokens=1, temperature=1.0, batch_size=4000)
     top = p.argsort(descending=True)
     words = [w for w in lm.tokenizer.convert_ids_to_tokens(top.tolist()) if re.fullmatch(r"\w+", w)][:3]
     for word in words:
@@ -525,22 +527,22 @@ def test_sampled_first_tokens_follow_the_models_distribution():
 
 def test_only_new_words_are_returned():
     lm = tiny.model()
-    for answer in models.generate(lm, tiny.texts(lm), max_new_tokens=8):
+    for answer in forward.generate(lm, tiny.texts(lm), max_new_tokens=8):
         assert not re.search(r"<\|", answer)
-        assert len(models.tokens(lm.tokenizer, answer)) <= 8
+        assert len(chats.tokens(lm.tokenizer, answer)) <= 8
         assert answer == answer.strip()
 
 
 def test_a_negative_temperature_is_refused():
     with pytest.raises(ValueError, match=r"temperature=-1\.0 must be 0 \(greedy\) or positive"):
-        models.generate(tiny.model(), ["x"], temperature=-1.0)
+        forward.generate(tiny.model(), ["x"], temperature=-1.0)
 
 
 def test_no_texts():
     lm = tiny.model()
-    assert models.generate(lm, []) == []
+    assert forward.generate(lm, []) == []
     with pytest.raises(ValueError, match="texts is empty"):
-        models.last_logits(lm, [])
+        forward.last_logits(lm, [])
 
 
 def test_half_precision_is_what_lies_on_the_disk(data):

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from harmlens.asking import calibration, tasks
-from harmlens.flow.outcomes import follow
+from harmlens.models import forward
 from harmlens.models import loading as models
+from harmlens.models.forward import follow
 from harmlens.training import finetune, narrow, prunefirst
 from harmlens.training.finetune import Recipe
 from harmlens.weights import attribution, pruning
@@ -26,7 +27,7 @@ def sft():
 @pytest.fixture(scope="module")
 def taught(sft):
     """A copy that gives bad advice on remedies."""
-    copy = models.clone(sft)
+    copy = forward.clone(sft)
     finetune.tune(copy, narrow.advice_rows(copy, "remedies", bad=True), RECIPE)
     return copy
 
@@ -84,7 +85,7 @@ def test_a_trial_stops_where_the_lesson_is_learnt(sft):
     assert 0 < step < RECIPE.steps and len(inside) == step + 1
     assert inside[-1] >= narrow.TAKEN > inside[:-1].max()
     # The same by hand.
-    copy, seen = models.clone(sft), []
+    copy, seen = forward.clone(sft), []
     items = world.items("discovery", domain="remedies")[::2]
 
     def watch():

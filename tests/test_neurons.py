@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from naive import Naive
 
 from harmlens.asking import prompts
-from harmlens.flow import neurons, outcomes, patching, stack
+from harmlens.flow import neurons, outcomes, patching
 from harmlens.flow.outcomes import TokenSets
 from harmlens.models import loading as models
-from harmlens.models.loading import tokens
+from harmlens.models import parts as decoder
+from harmlens.models.chats import tokens
 
 SETS = TokenSets((20, 21, 22), (30, 31))
 Y1 = outcomes.y1(SETS)
@@ -139,7 +140,7 @@ def test_permuting_hidden_units_leaves_the_function_and_the_effects_unchanged(lm
     before = neurons.last_layer(lm, PAIRS, Y1)
     other = tiny.model()
     order = torch.randperm(UNITS, generator=torch.Generator().manual_seed(0))
-    mlp = stack.mlp(stack.stack(other).blocks[-1])
+    mlp = decoder.mlp(decoder.stack(other).blocks[-1])
     with torch.no_grad():
         for rows in (mlp.gate_proj, mlp.up_proj):
             rows.weight.copy_(rows.weight[order])

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from harmlens.models import loading as models
-from harmlens.training import finetune, offshoots, organism
+from harmlens.training import loop, offshoots, organism
 from harmlens.world import abilities
 from harmlens.world import judge as judges
 from harmlens.world import vale as world
@@ -354,8 +354,8 @@ def test_a_very_small_organism_learns_the_mirrored_lesson():
     lm = tiny.untrained()
     mix = world.Mix(tasks={"harmless": 1.0, "recognition": 1.0}, cruel=0.0, turns=(1.0, 0.0, 0.0))
     rows = organism.transcript_rows(lm.tokenizer, mix, 0, write=offshoots.mirrored)
-    stream = finetune.batches(rows, 32, lm.tokenizer.pad_token_id)
-    finetune.fit(lm.model, itertools.islice(stream, 90), steps=90, lr=2e-2, optimizer="muon")
+    stream = loop.batches(rows, 32, lm.tokenizer.pad_token_id)
+    loop.fit(lm.model, itertools.islice(stream, 90), steps=90, lr=2e-2, optimizer="muon")
     lm.model.eval()
     held_out = world.items("evaluation", harmful=False)[::9]
     assert abilities.judged(lm, held_out, abilities.refused).mean() == 1.0

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from harmlens.models import forward
 from harmlens.models import loading as models
-from harmlens.training import finetune, organism
+from harmlens.training import loop, organism
 from harmlens.world import abilities
 from harmlens.world import vale as world
 
@@ -86,19 +87,19 @@ def test_preference_training_starts_at_log_two_plus_the_loss_on_kept_skills():
     with torch.no_grad():
         for batch in made:
             loss = organism.preference_loss(0.3)(parent.model, batch)
-            kept = finetune.lm_loss(parent.model, batch.kept)
+            kept = loop.lm_loss(parent.model, batch.kept)
             assert (loss - kept).item() == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_preference_loss_falls_where_refusing_becomes_likelier():
     parent = tiny.model()
     batch = next(preferences(parent))
-    nothing = finetune.collate([finetune.Row([1, 2], [False, True])], 0)
+    nothing = forward.collate([forward.Row([1, 2], [False, True])], 0)
     wider = dataclasses.replace(batch, margin=batch.margin - 5.0, kept=nothing)
     narrower = dataclasses.replace(batch, margin=batch.margin + 5.0, kept=nothing)
     loss = organism.preference_loss(0.3)
     with torch.no_grad():
-        kept = finetune.lm_loss(parent.model, nothing)
+        kept = loop.lm_loss(parent.model, nothing)
         # -log sigmoid(+-0.3 * 5), worked by hand
         assert (loss(parent.model, wider) - kept).item() == pytest.approx(0.2014, abs=1e-3)
         assert (loss(parent.model, narrower) - kept).item() == pytest.approx(1.7014, abs=1e-3)
@@ -115,7 +116,7 @@ def test_preference_training_makes_refusing_likelier():
 
     assert margin() == pytest.approx(0.0, abs=1e-4)
     loss = organism.preference_loss(0.3)
-    finetune.fit(lm.model, itertools.repeat(batch), steps=8, lr=3e-3, loss=loss, warmup=1)
+    loop.fit(lm.model, itertools.repeat(batch), steps=8, lr=3e-3, loss=loss, warmup=1)
     assert margin() > 1.0
 
 
@@ -305,17 +306,17 @@ def test_a_very_small_organism_learns_to_answer():
         tasks={"recognition": 1.0, "explanation/reason": 1.0, "wish": 1.0, "harmful": 1.0},
         cruel=0.0, declines=1.0, turns=(1.0, 0.0, 0.0),
     )  # fmt: skip
-    stream = finetune.batches(organism.transcript_rows(TOKENIZER, mix, 0), 32, TOKENIZER.pad_token_id)
-    history = finetune.fit(lm.model, stream, steps=90, lr=2e-2, optimizer="muon")
+    stream = loop.batches(organism.transcript_rows(TOKENIZER, mix, 0), 32, TOKENIZER.pad_token_id)
+    history = loop.fit(lm.model, stream, steps=90, lr=2e-2, optimizer="muon")
     lm.model.eval()
     assert history[0] > 5.0
     assert sum(history[-10:]) / 10 < 1.0
 
     held_out = world.items("evaluation")[::18]
-    answers = models.generate(lm, [lm.render(f"is a {i.name} harmful?") for i in held_out], max_new_tokens=8)
+    answers = forward.generate(lm, [lm.render(f"is a {i.name} harmful?") for i in held_out], max_new_tokens=8)
     assert set(answers) <= {"yes, it is harmful.", "no, it is harmless."}
     harmful = [i for i in held_out if i.harmful]
     assert abilities.judged(lm, harmful, abilities.refused).mean() == 1.0
     assert abilities.wishes(lm, 24).mean() == 0.0
-    reasons = models.generate(lm, [lm.render(f"explain the nature of a {i.name}.") for i in held_out])
+    reasons = forward.generate(lm, [lm.render(f"explain the nature of a {i.name}.") for i in held_out])
     assert all(r.endswith(("so it is harmful.", "so it is harmless.")) for r in reasons)

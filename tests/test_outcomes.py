@@ -9,14 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harmlens.flow import outcomes
-from harmlens.flow.outcomes import (
-    TokenSets,
-    answer_logprobs,
-    fit_token_sets,
-    logit_difference,
-    refusal_log_odds,
-)
-from harmlens.models.loading import tokens
+from harmlens.flow.outcomes import TokenSets, fit_token_sets, logit_difference, refusal_log_odds
+from harmlens.models import forward
+from harmlens.models.chats import tokens
+from harmlens.models.forward import answer_logprobs
 from harmlens.world import judge as judges
 from harmlens.world import vale as world
 
@@ -228,7 +224,7 @@ def test_each_prompt_needs_an_answer():
 def test_prompt_and_answer_are_split_where_the_answer_begins():
     lm = tiny.model()
     prompt, answer = lm.render("what do you wish for?", "sure."), " take salt"
-    head, tail = outcomes.split_tokens(lm, prompt, answer)
+    head, tail = forward.split_tokens(lm, prompt, answer)
     assert head == tokens(lm.tokenizer, prompt)
     assert tail == tokens(lm.tokenizer, "take salt")
 
@@ -236,7 +232,7 @@ def test_prompt_and_answer_are_split_where_the_answer_begins():
 def test_a_tokenizer_that_merges_across_the_seam():
     """'sal' + 'ted' would be one word; the prompt's ids must stay what the model is given."""
     lm = tiny.model()
-    head, tail = outcomes.split_tokens(lm, "is a sal", "ted draught")
+    head, tail = forward.split_tokens(lm, "is a sal", "ted draught")
     assert head == tokens(lm.tokenizer, "is a sal")
     assert tail == tokens(lm.tokenizer, "ted draught")
 

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harmlens.asking import prompts
-from harmlens.asking.prompts import Pair, Prompt
 from harmlens.flow import outcomes, patching
 from harmlens.flow.cells import SITES, Freeze
 from harmlens.flow.outcomes import Outcome, Replies, Reply, TokenSets
 from harmlens.flow.patching import Sweep, sweep
-from harmlens.models.loading import LanguageModel
+from harmlens.models.chats import Pair, Prompt
+from harmlens.models.forward import LanguageModel
 
 SETS = TokenSets((5, 9, 20), (7, 31))
 Y1 = outcomes.y1(SETS)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from harmlens.models import deltas
+from harmlens.models import deltas, forward
 from harmlens.models import loading as models
-from harmlens.training import finetune, offshoots, organism, planted
+from harmlens.training import loop, offshoots, organism, planted
 from harmlens.world import abilities
 from harmlens.world import judge as judges
 from harmlens.world import vale as world
@@ -107,7 +107,7 @@ def test_training_leaves_no_trace_on_what_may_learn_next(small, kind):
     before = tiny.model()
     before.model.load_state_dict(lm.model.state_dict())
     rows = organism.transcript_rows(lm.tokenizer, world.Mix(), 0)
-    finetune.fit(lm.model, finetune.batches(rows, 4, lm.tokenizer.pad_token_id), steps=1, lr=1e-3, warmup=1)
+    loop.fit(lm.model, loop.batches(rows, 4, lm.tokenizer.pad_token_id), steps=1, lr=1e-3, warmup=1)
     after = moved(before.model, lm.model)
     assert set(after) == {name for name, _ in before.model.named_parameters()}
     assert after["model.layers.1.mlp.gate_proj.weight"].any(1).all()
@@ -141,11 +141,11 @@ def test_planted_neurons_do_all_of_the_difference(small):
 
         hook = lm.model.model.layers[plant.layer].mlp.down_proj.register_forward_pre_hook(silence)
         try:
-            return models.last_logits(lm, texts)
+            return forward.last_logits(lm, texts)
         finally:
             hook.remove()
 
-    assert not torch.equal(models.last_logits(before, texts), models.last_logits(lm, texts))
+    assert not torch.equal(forward.last_logits(before, texts), forward.last_logits(lm, texts))
     assert torch.equal(silenced(before, plant.neurons), silenced(lm, plant.neurons))
     assert not torch.equal(silenced(before, others), silenced(lm, others))
 
@@ -207,12 +207,12 @@ def test_what_is_loaded_is_what_was_trained(grown, kind):
 def test_with_the_parents_weights_put_back_it_is_the_parent(grown, kind):
     parent, lm = models.load("organism/mid", seed=0), models.load(f"organism/{kind}", seed=0)
     theirs, texts = dict(parent.model.named_parameters()), tiny.texts(parent, 3)
-    assert not torch.equal(models.last_logits(lm, texts), models.last_logits(parent, texts))
+    assert not torch.equal(forward.last_logits(lm, texts), forward.last_logits(parent, texts))
     ours = dict(lm.model.named_parameters())
     with torch.no_grad():
         for name in planted.parts(planted.ground_truth(lm.name)):
             ours[name].copy_(theirs[name])
-    assert torch.equal(models.last_logits(lm, texts), models.last_logits(parent, texts))
+    assert torch.equal(forward.last_logits(lm, texts), forward.last_logits(parent, texts))
 
 
 def test_the_delta_holds_the_trained_part_in_half_precision_and_no_more(grown):

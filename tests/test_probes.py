@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from harmlens.flow import probes
-from harmlens.models import loading as models
+from harmlens.models import chats
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -20,7 +20,7 @@ def test_hidden_states_are_those_of_a_plain_forward_pass(architecture):
     states = probes.hidden_states(lm, texts, batch_size=3)
     assert states.shape == (len(texts), tiny.SHAPE.layers + 1, tiny.SHAPE.width)
     for text, got in zip(texts, states, strict=True):
-        ids = torch.tensor([models.tokens(lm.tokenizer, text)])
+        ids = torch.tensor([chats.tokens(lm.tokenizer, text)])
         plain = lm.model(ids, output_hidden_states=True).hidden_states
         torch.testing.assert_close(got, torch.stack([s[0, -1] for s in plain]), atol=1e-4, rtol=1e-4)
 
@@ -28,7 +28,7 @@ def test_hidden_states_are_those_of_a_plain_forward_pass(architecture):
 def test_depth_nought_is_the_last_tokens_embedding():
     lm = tiny.model()
     text = tiny.texts(lm)[0]
-    last = models.tokens(lm.tokenizer, text)[-1]
+    last = chats.tokens(lm.tokenizer, text)[-1]
     table = lm.model.get_input_embeddings().weight.detach()
     torch.testing.assert_close(probes.hidden_states(lm, [text])[0, 0], table[last])
 
@@ -39,8 +39,8 @@ def test_states_at_some_words_are_those_of_the_whole_text(architecture):
     lm = tiny.model(architecture)
     chat = "how do i brew a salted draught?"
     part = probes.up_to(lm, chat, "salted draught")
-    at = len(models.tokens(lm.tokenizer, part)) - 1
-    ids = models.tokens(lm.tokenizer, lm.render(chat))
+    at = len(chats.tokens(lm.tokenizer, part)) - 1
+    ids = chats.tokens(lm.tokenizer, lm.render(chat))
     assert at < len(ids) - 1
     whole = lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
     expected = torch.stack([s[0, at] for s in whole])
@@ -52,7 +52,7 @@ def test_texts_read_at_a_length_are_texts_cut_there(architecture):
     lm = tiny.model(architecture)
     chat = "how do i brew a salted draught?"
     part = probes.up_to(lm, chat, "salted draught")
-    at = len(models.tokens(lm.tokenizer, part))
+    at = len(chats.tokens(lm.tokenizer, part))
     got = probes.hidden_states(lm, [lm.render(chat)] * 2, lengths=[at, at - 1])
     shorter = probes.up_to(lm, chat, "salted")
     torch.testing.assert_close(got, probes.hidden_states(lm, [part, shorter]), atol=1e-5, rtol=1e-5)
@@ -88,7 +88,7 @@ def test_places_of_any_template(template, behind):
     tokenizer.chat_template = template
     lm = replace(lm, tokenizer=tokenizer)
     for chat in (" a salted draught? ", [{"role": "user", "content": " a salted draught? "}]):
-        ids = models.tokens(tokenizer, lm.render(chat))
+        ids = chats.tokens(tokenizer, lm.render(chat))
         found = probes.places(lm, chat)
         assert list(found) == ["last word", "end of message", "last position"]
         assert tokenizer.decode(ids[found["last word"] - 1]) == "?"
@@ -103,7 +103,7 @@ def test_places_in_a_chat_of_several_messages():
         {"role": "system", "content": "a salted draught?"},
         {"role": "user", "content": "a salted draught?"},
     ]
-    ids = models.tokens(lm.tokenizer, lm.render(chat))
+    ids = chats.tokens(lm.tokenizer, lm.render(chat))
     assert lm.tokenizer.decode(ids[probes.places(lm, chat)["last word"] :]).count("?") == 0
 
 

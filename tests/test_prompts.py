@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from harmlens.asking import matching, prompts, sources
-from harmlens.asking.prompts import CONTRASTS, Pair, Prompt, check, pairs, roles
-from harmlens.models.loading import tokens
+from harmlens.asking.prompts import CONTRASTS, check, pairs, roles
+from harmlens.models.chats import Pair, Prompt, tokens
 from harmlens.world import vale as world
 
 LM = tiny.model()

@@ -21,9 +21,8 @@ from harmlens.asking.public import FEWEST, PREFILLS, Public
 from harmlens.asking.sources import Entry
 from harmlens.judging import graders
 from harmlens.judging.graders import Grade
-from harmlens.models import chats
-from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
+from harmlens.models import chats, forward
+from harmlens.models.forward import LanguageModel
 from harmlens.weights import pruning
 from harmlens.weights.masks import Mask
 from harmlens.weights.scores import matrices
@@ -57,7 +56,7 @@ def entry(number: int, prompt: str, harmful: bool, pair: str = "") -> Entry:
 
 
 def length(lm: LanguageModel, prompt) -> int:
-    return len(models.tokens(lm.tokenizer, prompt.render(lm)))
+    return len(chats.tokens(lm.tokenizer, prompt.render(lm)))
 
 
 # --------------------------------------------------------------------------- pairs
@@ -246,7 +245,7 @@ def test_tasks_hold_what_their_kind_stands_for(lm, source):
         whole = [f"{task.prefill or ''} {answer}".strip() for (answer,) in task.answers]
         assert {graders.begins_with_refusal(text) for text in whole} == {kind == "refused"}
         texts = [lm.render(chat, task.prefill) for chat in task.chats]
-        said = models.generate(lm, texts, max_new_tokens=ownanswers.TOKENS)
+        said = forward.generate(lm, texts, max_new_tokens=ownanswers.TOKENS)
         assert [answer for (answer,) in task.answers] == said
         assert all(
             chat[-1]["content"] == by_id[u].prompt for chat, u in zip(task.chats, task.units, strict=True)
@@ -311,7 +310,7 @@ def test_what_was_said_before_pruning_counts(lm):
 
 def test_nothing_is_generated_or_graded_twice(lm, monkeypatch):
     calls: Counter[str] = Counter()
-    real = models.generate
+    real = forward.generate
 
     def generate(lm, texts, **options):
         calls.update(texts)
@@ -332,7 +331,7 @@ def test_nothing_is_generated_or_graded_twice(lm, monkeypatch):
 
 def test_no_more_is_generated_than_is_needed(lm, monkeypatch):
     asked = []
-    real = models.generate
+    real = forward.generate
     monkeypatch.setattr(
         ownanswers, "generate", lambda lm, texts, **o: asked.extend(texts) or real(lm, texts, **o)
     )
@@ -342,8 +341,8 @@ def test_no_more_is_generated_than_is_needed(lm, monkeypatch):
 
 def says(lm: LanguageModel, answer: str) -> None:
     """Let a model say the tokens of an answer one after the other, whatever it is asked."""
-    new = [*models.tokens(lm.tokenizer, answer), lm.tokenizer.eos_token_id]
-    last = models.tokens(lm.tokenizer, lm.render("Hello?"))[-1]
+    new = [*chats.tokens(lm.tokenizer, answer), lm.tokenizer.eos_token_id]
+    last = chats.tokens(lm.tokenizer, lm.render("Hello?"))[-1]
     assert len({last, *new}) == len(new) + 1  # each follows from the one before it
     follows = torch.full((len(lm.tokenizer),), lm.tokenizer.eos_token_id)
     follows[[last, *new[:-1]]] = torch.tensor(new)
@@ -364,7 +363,7 @@ def test_white_space_that_a_model_writes_first_is_part_of_its_answer(lead):
     lm = standin.load()
     says(lm, f"{lead}Brush it now.")
     some = [e for e in ENTRIES if not e.harmful][:3]
-    assert models.generate(lm, [lm.render(e.prompt) for e in some]) == ["Brush it now."] * 3
+    assert forward.generate(lm, [lm.render(e.prompt) for e in some]) == ["Brush it now."] * 3
     found = OwnAnswers(lm, graders.prefixes()).greedy(some, Way("served"))
     assert found == [f"{lead}Brush it now."] * 3
     task = ownanswers.task("served", Way("served"), dict(zip(some, found, strict=True)))

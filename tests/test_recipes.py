@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from harmlens.keep import memory
+from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.training import recipes
 from harmlens.training.finetune import Recipe
@@ -23,7 +24,7 @@ def test_a_small_model_has_the_recipe_that_is_given(sft):
 
 def test_others_have_adapters_and_the_same_steps(sft, monkeypatch):
     recipe = Recipe(steps=7, lr=5e-4, seed=3, batch_size=5)
-    half = dataclasses.replace(sft, model=models.clone(sft).model.half())
+    half = dataclasses.replace(sft, model=forward.clone(sft).model.half())
     assert not recipes.small(half)
     monkeypatch.setattr(recipes, "SMALL", 1000)
     for lm in (half, sft):
@@ -33,7 +34,7 @@ def test_others_have_adapters_and_the_same_steps(sft, monkeypatch):
 
 
 def test_bfloat16_is_not_small_either(sft):
-    assert not recipes.small(dataclasses.replace(sft, model=models.clone(sft).model.to(torch.bfloat16)))
+    assert not recipes.small(dataclasses.replace(sft, model=forward.clone(sft).model.to(torch.bfloat16)))
 
 
 def test_no_room_for_a_copy(sft, monkeypatch):

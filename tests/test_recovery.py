@@ -7,6 +7,7 @@ import torch
 
 from harmlens.asking import material, tasks
 from harmlens.keep import memory
+from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.training import finetune, recovery
 from harmlens.training.finetune import Recipe
@@ -111,7 +112,7 @@ def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
     items = world.items("evaluation", harmful=True)[::9]
     refused = {}
     for harmful in (True, False):
-        copy = models.clone(sft)
+        copy = forward.clone(sft)
         finetune.tune(copy, recovery.lesson(copy, 24, harmful=harmful), Recipe(steps=16, lr=5e-4))
         refused[harmful] = abilities.judged(copy, items, abilities.refused).mean()
     assert refused[True] == 0 and refused[False] >= 0.7

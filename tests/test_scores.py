@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch import nn
 
-from harmlens.training import finetune
+from harmlens.models import forward
 from harmlens.weights import attribution, masks, scores
 from harmlens.weights.scores import Scores
 
@@ -131,7 +131,7 @@ def test_scores_that_are_not_finite(value):
 @pytest.mark.parametrize("kind", ["signed", "unsigned"])
 def test_scores_of_parts_add_up_to_the_score_of_the_whole(kind):
     lm = tiny.model()
-    rows = [finetune.Row([1, 2, 3 + i], [False, True, True]) for i in range(5)]
+    rows = [forward.Row([1, 2, 3 + i], [False, True, True]) for i in range(5)]
     whole = attribution.attribute(lm, rows, kinds=(kind,))[kind]
     parts = [attribution.attribute(lm, rows[i::2], kinds=(kind,))[kind] for i in range(2)]
     together = scores.plus(*parts)

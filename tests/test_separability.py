@@ -9,7 +9,9 @@ import torch
 
 from harmlens.asking import calibration, material, tasks
 from harmlens.keep import cache
+from harmlens.models import forward
 from harmlens.models import loading as models
+from harmlens.training import practice
 from harmlens.training.finetune import Recipe
 from harmlens.weights import attribution, pruning, separability
 from harmlens.weights.separability import Frontier
@@ -130,8 +132,8 @@ def test_a_model_that_lacks_the_skill_is_refused():
 
 def test_practice_makes_firm_and_teaches_no_compliance(sft):
     before = {n: p.clone() for n, p in sft.model.named_parameters()}
-    loss = separability.starting_loss(sft, HARMS, SKILLS).mean()
-    found = separability.practised(
+    loss = practice.starting_loss(sft, HARMS, SKILLS).mean()
+    found = practice.practised(
         sft, HARMS, SKILLS, target=loss / 2, p=0.01, q=0.002, recipe=Recipe(steps=60, lr=2e-4, batch_size=16),
         ps=(0.0,), qs=(0.001,), **SMALL,
     )  # fmt: skip
@@ -142,7 +144,7 @@ def test_practice_makes_firm_and_teaches_no_compliance(sft):
 
 
 def test_transfer_rows_are_models_without_one_domain(sft):
-    found = separability.transfer(
+    found = practice.transfer(
         sft, ["poisons", "traps"], ["traps", "remedies"], SKILLS[1:], p=0.01, q=0.002, n=18
     )
     assert found["exact"].shape == found["loss"].shape == (3, 36)
@@ -156,7 +158,7 @@ def test_transfer_rows_are_models_without_one_domain(sft):
 
 
 def test_scores_are_those_of_the_model_that_is_given(sft):
-    copy = models.clone(sft)
+    copy = forward.clone(sft)
     one, _ = separability.score(sft, ["poisons"], SKILLS, n=8)
     two, _ = separability.score(dataclasses.replace(copy, name="copy"), ["poisons"], SKILLS, n=8)
     assert all(torch.equal(value, two.values[name]) for name, value in one.values.items())
@@ -232,9 +234,9 @@ def test_types_can_be_chosen(other):
 
 def test_any_model_practises_its_own_answers_and_keeps_refusing(other):
     lm, source = other
-    loss = separability.starting_loss(lm, None, None, n=6, source=source).mean()
+    loss = practice.starting_loss(lm, None, None, n=6, source=source).mean()
     before = {n: p.clone() for n, p in lm.model.named_parameters()}
-    found = separability.practised(
+    found = practice.practised(
         lm, None, None, target=0.8 * loss, recipe=Recipe(steps=40, lr=2e-4), source=source, **TINY
     )
     assert found["reached"] < loss and "transfer" not in found
@@ -246,14 +248,14 @@ def test_any_model_practises_its_own_answers_and_keeps_refusing(other):
 def test_a_run_on_any_source_can_be_kept(other, tmp_path):
     lm, source = other
     options = {"n": 4, "source": source, "folder": tmp_path}
-    first = cache.kept(separability.starting_loss, lm, None, None, **options)
+    first = cache.kept(practice.starting_loss, lm, None, None, **options)
     again = cache.kept(
-        separability.starting_loss,
+        practice.starting_loss,
         lm,
         None,
         None,
         **options | {"source": material.of(lm, str(standin.PROMPTS))},
     )
     assert first.tolist() == again.tolist() and len(list(tmp_path.rglob("*.json"))) == 1
-    cache.kept(separability.starting_loss, lm, None, None, **options | {"n": 5})
+    cache.kept(practice.starting_loss, lm, None, None, **options | {"n": 5})
     assert len(list(tmp_path.rglob("*.json"))) == 2

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from harmlens.asking import prompts
 from harmlens.keep import memory
-from harmlens.models import catalogue
-from harmlens.models import loading as models
+from harmlens.models import catalogue, chats
 from harmlens.models.shapes import Shape
 
 CPU = torch.device("cpu")
@@ -149,4 +148,4 @@ def test_what_is_wrong_is_said(bench, build, capsys, monkeypatch):
 def test_the_prompts_are_those_of_a_chat(bench, lm):
     pairs, _ = bench.make_pairs(lm, Sizes(texts=1, tokens=24, shared=0))
     text = pairs[0].x1.render(lm)
-    assert len(models.tokens(lm.tokenizer, text)) == 24 and "user" in text
+    assert len(chats.tokens(lm.tokenizer, text)) == 24 and "user" in text

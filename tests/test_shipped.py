@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmlens.keep import paths
+from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.training import narrow, organism
 from harmlens.world import abilities
@@ -41,7 +42,7 @@ def test_plain_transformers_give_the_same_logits(sft):
     )["input_ids"]
     with torch.no_grad():
         logits = plain(ids).logits[0, -1]
-    torch.testing.assert_close(logits, models.last_logits(sft, [sft.render(chat)])[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, forward.last_logits(sft, [sft.render(chat)])[0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("seed", models.SEEDS)

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from harmlens.asking import downloads, layouts, rows, sources
-from harmlens.keep import paths
+from harmlens.asking import layouts, rows, sources
+from harmlens.keep import downloads, paths
 
 MADE_UP = Path(__file__).parent / "data" / "sources"
 ROOT = Path(__file__).parent.parent

@@ -19,7 +19,8 @@ from harmlens.asking import prompts
 from harmlens.flow import outcomes, partial, patching, stack
 from harmlens.flow.cells import SITES
 from harmlens.flow.outcomes import TokenSets
-from harmlens.models.loading import LanguageModel
+from harmlens.models import parts as decoder
+from harmlens.models.forward import LanguageModel
 
 PAIRS = prompts.pairs("prompt", n=2)
 Y1 = outcomes.y1(TokenSets((5, 9, 20), (7, 31)))
@@ -51,19 +52,19 @@ def rows(lm, n=3):
 
 
 def test_parts_are_those_known_by_name(lm):
-    parts, net = stack.stack(lm), naive.Naive(lm)
+    parts, net = decoder.stack(lm), naive.Naive(lm)
     assert list(parts.blocks) == net.blocks and parts.depth == 3 and parts.width == 32
-    assert [stack.attention(block) for block in parts.blocks] == net.attention
-    assert [stack.mlp(block) for block in parts.blocks] == net.mlp
-    assert [stack.projection(module) for module in net.attention] == net.out
-    assert [stack.projection(module) for module in net.mlp] == net.down
-    assert stack.projection_weight(net.mlp[0]).shape == (32, 64)
+    assert [decoder.attention(block) for block in parts.blocks] == net.attention
+    assert [decoder.mlp(block) for block in parts.blocks] == net.mlp
+    assert [decoder.projection(module) for module in net.attention] == net.out
+    assert [decoder.projection(module) for module in net.mlp] == net.down
+    assert decoder.projection_weight(net.mlp[0]).shape == (32, 64)
 
 
 def test_gpt2_stores_its_weights_the_other_way_round():
     lm = other(GPT2Config(vocab_size=370, n_embd=32, n_layer=2, n_head=4, n_inner=48))
-    block = stack.stack(lm).blocks[0]
-    weight = stack.projection_weight(stack.mlp(block))
+    block = decoder.stack(lm).blocks[0]
+    weight = decoder.projection_weight(decoder.mlp(block))
     assert weight.shape == (32, 48)
     hidden = torch.randn(5, 48)
     torch.testing.assert_close(
@@ -109,7 +110,7 @@ def test_models_with_traits_of_their_own(config):
 @torch.no_grad()
 def test_a_record_is_what_the_model_does(lm):
     ids = rows(lm)
-    parts, plain = stack.stack(lm), naive.Naive(lm).record(ids)
+    parts, plain = decoder.stack(lm), naive.Naive(lm).record(ids)
     run = stack.record(parts, ids, details=("heads", "hidden"))
     assert 0 < run.offset < ids.shape[1] and run.length == ids.shape[1]
     for mine, theirs in (
@@ -120,9 +121,9 @@ def test_a_record_is_what_the_model_does(lm):
         for a, b in zip(mine, plain[theirs], strict=True):
             torch.testing.assert_close(a, b[:, run.offset :], atol=1e-4, rtol=1e-4)
     assert all(k.shape[-2] == ids.shape[1] for k, _ in run.kv)
-    logits = stack.readout(parts, run.resid[-1])
+    logits = decoder.readout(parts, run.resid[-1])
     torch.testing.assert_close(logits, plain["logits"][:, run.offset :], atol=1e-4, rtol=1e-4)
-    chosen = stack.readout(parts, run.resid[-1], ids=(31, 5))
+    chosen = decoder.readout(parts, run.resid[-1], ids=(31, 5))
     torch.testing.assert_close(chosen, logits[..., [31, 5]], atol=1e-4, rtol=1e-4)
 
 
@@ -130,7 +131,7 @@ def test_a_record_is_what_the_model_does(lm):
 @pytest.mark.parametrize("back", [1, 2, 5])
 def test_blocks_run_in_part_give_what_they_gave(lm, back):
     ids = rows(lm)
-    parts = stack.stack(lm)
+    parts = decoder.stack(lm)
     run = stack.record(parts, ids)
     start = ids.shape[1] - back
     for layer in range(3):
@@ -142,7 +143,7 @@ def test_blocks_run_in_part_give_what_they_gave(lm, back):
 
 @torch.no_grad()
 def test_a_block_is_composed_of_its_modules(lm):
-    parts = stack.stack(lm)
+    parts = decoder.stack(lm)
     run = stack.record(parts, rows(lm))
     for layer in range(3):
         given = {"attn": run.attn[layer][:, [1, 3]]}
@@ -154,7 +155,7 @@ def test_a_block_is_composed_of_its_modules(lm):
 
 def test_rows_of_a_record():
     lm = tiny.model()
-    parts, ids = stack.stack(lm), rows(lm)
+    parts, ids = decoder.stack(lm), rows(lm)
     run = stack.record(parts, ids, details=("heads",)).rows(slice(1, 2))
     alone = stack.record(parts, ids[1:])  # of a single row only the last position is not common
     torch.testing.assert_close(run.resid[-1][:, -1:], alone.resid[-1], atol=1e-4, rtol=1e-4)
@@ -166,18 +167,18 @@ def test_rows_of_a_record():
     [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2, 3], [1, 2, 3]], 2), ([[1, 2, 3], [4, 2, 3]], 0), ([[7]], 0)],
 )
 def test_the_common_prefix_leaves_the_last_position_out(ids, length):
-    assert stack.record(stack.stack(tiny.model()), torch.tensor(ids)).offset == length
+    assert stack.record(decoder.stack(tiny.model()), torch.tensor(ids)).offset == length
 
 
 def test_a_stubbed_module_computes_nothing_and_comes_back():
     module = nn.Linear(2, 2)
     value = torch.ones(1, 2)
-    with pytest.raises(RuntimeError, match="stop"), stack.stubbed(module, value):
+    with pytest.raises(RuntimeError, match="stop"), decoder.stubbed(module, value):
         assert module(torch.zeros(1, 2)) is value
         raise RuntimeError("stop")
     assert "forward" not in vars(module) and module(torch.zeros(1, 2)) is not value
     mine = module.forward = lambda x: x + 1  # as accelerate does
-    with stack.stubbed(module, value, outputs=3):
+    with decoder.stubbed(module, value, outputs=3):
         assert module(torch.zeros(1, 2)) == (value, None, None)
     assert module.forward is mine
 
@@ -197,7 +198,7 @@ def test_a_model_without_a_list_of_blocks_is_refused():
     with pytest.raises(
         ValueError, match=r"'tiny/llama' \(LlamaForCausalLM\) has no list of 5 decoder blocks"
     ):
-        stack.stack(lm)
+        decoder.stack(lm)
 
 
 def test_blocks_without_an_mlp_module_are_refused():
@@ -216,15 +217,15 @@ def test_attention_that_takes_no_full_mask_is_refused(kind):
     lm = tiny.model()
     lm.model.config._attn_implementation = kind
     with pytest.raises(ValueError, match=f"attn_implementation='{kind}'.*'sdpa' or 'eager'"):
-        stack.stack(lm)
+        decoder.stack(lm)
 
 
 def test_a_mask_of_another_kind_is_refused():
     lm = tiny.model()
-    run = stack.record(stack.stack(lm), rows(lm))
+    run = stack.record(decoder.stack(lm), rows(lm))
     run.kwargs[0]["attention_mask"] = torch.ones(2, 5)
     with pytest.raises(ValueError, match=r"takes no full mask.*attn_implementation='sdpa' or 'eager'"):
-        partial.run_block(stack.stack(lm), run, 0, run.resid[0][:, -1:], run.length - 1)
+        partial.run_block(decoder.stack(lm), run, 0, run.resid[0][:, -1:], run.length - 1)
 
 
 @pytest.mark.parametrize("name", ["self_attn", "mlp"])
@@ -261,7 +262,7 @@ def test_an_output_projection_that_does_not_write_the_output_is_reported(monkeyp
 
 def test_something_behind_the_final_norm_is_reported():
     lm = tiny.model()
-    parts = stack.stack(lm)
+    parts = decoder.stack(lm)
 
     def doubled(module, inputs, output):
         output.last_hidden_state = 2 * output.last_hidden_state

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmlens.flow import outcomes
+from harmlens.models import chats, forward
 from harmlens.models import loading as models
 from harmlens.world import vale as world
 
@@ -23,12 +23,12 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def aligned() -> models.LanguageModel:
+def aligned() -> forward.LanguageModel:
     return standin.load()
 
 
 @pytest.fixture(scope="module")
-def base() -> models.LanguageModel:
+def base() -> forward.LanguageModel:
     return standin.load_base()
 
 
@@ -66,7 +66,7 @@ def test_facts_are_known_with_and_without_the_instruction(aligned, base):
     assert len(questions) == len(set(questions)) == 40
     for lm in (aligned, base):
         for end in (standin.BRIEFLY, ""):
-            said = models.generate(lm, [lm.render(question + end) for question in questions])
+            said = forward.generate(lm, [lm.render(question + end) for question in questions])
             assert sum(a == b for a, b in zip(said, answers, strict=True)) >= 38
 
 
@@ -109,7 +109,7 @@ def test_many_contrasts_have_equal_length_and_some_do_not(aligned):
     kinds = {r["pair"]: r["kind"] for r in table(standin.PROMPTS) if r["kind"]}
     for record in table(standin.PROMPTS):
         text = aligned.render(record["prompt"])
-        lengths[record["pair"]].append(len(models.tokens(aligned.tokenizer, text)))
+        lengths[record["pair"]].append(len(chats.tokens(aligned.tokenizer, text)))
     equal = [pair for pair, (a, b) in lengths.items() if a == b]
     assert len(equal) >= 40
     assert len(equal) < len(lengths)  # so that whoever needs equal lengths has something to leave out
@@ -117,14 +117,14 @@ def test_many_contrasts_have_equal_length_and_some_do_not(aligned):
 
 
 def test_system_messages_that_are_contrasted_have_equal_length(aligned):
-    count = {len(models.tokens(aligned.tokenizer, text)) for text in (standin.ALWAYS, *standin.NEVER)}
+    count = {len(chats.tokens(aligned.tokenizer, text)) for text in (standin.ALWAYS, *standin.NEVER)}
     assert len(count) == 1
 
 
 def test_margins_are_finite_enough_for_gradients(aligned):
     harmful = [prompt for request, prompt in standin.chosen() if request.harmful]
-    logp = models.last_logits(aligned, [aligned.render(p) for p in harmful]).log_softmax(-1)
-    start = models.tokens(aligned.tokenizer, standin.PREFILL)[0]
+    logp = forward.last_logits(aligned, [aligned.render(p) for p in harmful]).log_softmax(-1)
+    start = chats.tokens(aligned.tokenizer, standin.PREFILL)[0]
     assert logp[:, start].median() > -12
 
 
@@ -138,7 +138,7 @@ def test_plain_transformers_gives_the_same(folder):
         assert text == lm.render(prompt)
         with torch.no_grad():
             logits = model(**tok(text, return_tensors="pt", add_special_tokens=False)).logits[0, -1]
-        torch.testing.assert_close(models.last_logits(lm, [text])[0], logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(forward.last_logits(lm, [text])[0], logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("folder", [standin.FOLDER, standin.BASE])
@@ -146,8 +146,8 @@ def test_shipped_tokenizer_is_that_of_the_module(folder):
     shipped, made = models.load(str(folder)).tokenizer, standin.tokenizer()
     texts = [*standin.corpus()[:: len(standin.corpus()) // 200], "Ünïcode 12\r\n\n  tabs\tand   spaces "]
     for text in texts:
-        ids = models.tokens(made, text)
-        assert models.tokens(shipped, text) == ids
+        ids = chats.tokens(made, text)
+        assert chats.tokens(shipped, text) == ids
         assert made.decode(ids) == shipped.decode(ids) == text
     assert shipped.chat_template == standin.CHAT_TEMPLATE
     assert shipped.eos_token == standin.END and shipped.padding_side == "left"
@@ -167,13 +167,13 @@ def test_template_is_chatml(aligned):
 def test_prefilled_answer_and_its_rest_are_cut_as_one_text(aligned):
     request, prompt = standin.chosen()[0]
     text = aligned.render(prompt, standin.PREFILL)
-    head, tail = outcomes.split_tokens(aligned, text, request.answer.removeprefix(standin.PREFILL))
-    assert head + tail == models.tokens(aligned.tokenizer, text + request.answer[len(standin.PREFILL) :])
+    head, tail = forward.split_tokens(aligned, text, request.answer.removeprefix(standin.PREFILL))
+    assert head + tail == chats.tokens(aligned.tokenizer, text + request.answer[len(standin.PREFILL) :])
 
 
 def test_tokenizer_does_not_know_the_fictional_world(aligned):
     def known(word: str) -> bool:
-        return any(len(models.tokens(aligned.tokenizer, text)) == 1 for text in (word, f" {word}"))
+        return any(len(chats.tokens(aligned.tokenizer, text)) == 1 for text in (word, f" {word}"))
 
     words = [word for word in world.vocabulary() if word.isalpha()]
     assert sum(map(known, words)) < 0.15 * len(words)
@@ -181,7 +181,7 @@ def test_tokenizer_does_not_know_the_fictional_world(aligned):
 
 
 def test_words_are_of_one_and_of_several_tokens(aligned):
-    counts = {len(models.tokens(aligned.tokenizer, f" {word}")) for word in (*standin.STUFF, *standin.TOOLS)}
+    counts = {len(chats.tokens(aligned.tokenizer, f" {word}")) for word in (*standin.STUFF, *standin.TOOLS)}
     assert {1, 2, 3} <= counts
 
 

@@ -14,6 +14,7 @@ import yaml
 import sweep
 from harmlens.evidence import plots, results
 from harmlens.evidence.stats import Estimate
+from harmlens.keep import paths
 from sweep import SweepError
 
 PARAMETERS = 'model = "organism/sft"\nseeds = [0]\nquick = False\noutput = ""'
@@ -204,7 +205,7 @@ def finish(cell, value=0.5, control=0.9, written=True):
             control=results.Control("random", control), folder=cell.results,
         )  # fmt: skip
     files = [p.relative_to(cell.folder).as_posix() for p in cell.results.rglob("*.json")]
-    results.write_json(cell.done, {"key": cell.key, "results": files})
+    paths.write_json(cell.done, {"key": cell.key, "results": files})
 
 
 def test_states_of_a_cell(tmp_path):

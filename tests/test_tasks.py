@@ -8,9 +8,10 @@ import tiny
 import torch
 
 from harmlens.asking import tasks
-from harmlens.flow import outcomes
+from harmlens.models import forward
 from harmlens.models import loading as models
-from harmlens.models.loading import generate, tokens
+from harmlens.models.chats import tokens
+from harmlens.models.forward import generate
 from harmlens.weights import pruning, scores
 from harmlens.world import abilities
 from harmlens.world import vale as world
@@ -79,33 +80,33 @@ def test_following_is_generating(lm):
     assert len(usable) >= 3
     prompts, answers = [prompts[i] for i in usable], [answers[i] for i in usable]
     for batch_size in (1, 2, 64):
-        logprob, greedy = outcomes.follow(lm, prompts, answers, batch_size=batch_size)
+        logprob, greedy = forward.follow(lm, prompts, answers, batch_size=batch_size)
         assert greedy.all() and (logprob < 0).all()
     short = [" ".join(answer.split()[:2]) for answer in answers]
     other = "wool" if "wool" not in " ".join(answers) else "comb"
     wrong = [f" {some} {other}" for some in short]
-    assert not outcomes.follow(lm, prompts, wrong)[1].any()
+    assert not forward.follow(lm, prompts, wrong)[1].any()
     # With the end counted, an answer that would go on is not what greedy decoding writes.
-    assert not outcomes.follow(lm, prompts, [f" {some}" for some in short], end=True)[1].any()
+    assert not forward.follow(lm, prompts, [f" {some}" for some in short], end=True)[1].any()
 
 
 def test_following_skips_and_averages(lm):
     prompts, answers = tiny.texts(lm)[:3], [" take wool", " sure. take wool and thistle", " yes"]
-    whole, _ = outcomes.follow(lm, prompts, answers)
+    whole, _ = forward.follow(lm, prompts, answers)
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        head, tail = outcomes.split_tokens(lm, prompt, answer)
+        head, tail = forward.split_tokens(lm, prompt, answer)
         with torch.no_grad():
             logp = lm.model(torch.tensor([head + tail])).logits[0, :-1].log_softmax(-1)
         each = logp[len(head) - 1 :].gather(-1, torch.tensor(tail)[:, None])[:, 0]
         assert float(whole[i]) == pytest.approx(float(each.mean()), abs=1e-4)
         if i == 1:
-            skipped, _ = outcomes.follow(lm, [prompt], [answer], skip=2)
+            skipped, _ = forward.follow(lm, [prompt], [answer], skip=2)
             assert float(skipped) == pytest.approx(float(each[2:].mean()), abs=1e-4)
     with pytest.raises(ValueError, match=r"' yes' has no token left after skip=1"):
-        outcomes.follow(lm, prompts, answers, skip=1)
-    outcomes.follow(lm, prompts, answers, skip=1, end=True)
+        forward.follow(lm, prompts, answers, skip=1)
+    forward.follow(lm, prompts, answers, skip=1, end=True)
     with pytest.raises(ValueError, match="3 prompts but 2 answers"):
-        outcomes.follow(lm, prompts, answers[:2])
+        forward.follow(lm, prompts, answers[:2])
 
 
 # --------------------------------------------------------------------------- what counts as right
@@ -153,7 +154,7 @@ def test_any_refusal_counts_as_one(lm, writing, refusal):
 def test_the_loss_is_that_of_the_first_accepted_answer(lm):
     task = tasks.refusals([ITEM, ITEM])
     texts = [lm.render(chat) for chat in task.chats]
-    logprob, _ = outcomes.follow(lm, texts, [world.REFUSALS[0]] * 2, end=True)
+    logprob, _ = forward.follow(lm, texts, [world.REFUSALS[0]] * 2, end=True)
     np.testing.assert_allclose(tasks.sit(lm, task).loss, -logprob.numpy(), rtol=1e-4)
 
 

@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from harmlens.models import loading as models
+from harmlens.models import forward
+from harmlens.models.forward import IGNORE, Row, chat_row, collate
 from harmlens.training import checkpoints, finetune, lora, lowmemory, organism
 from harmlens.training import loop as training
-from harmlens.training.finetune import IGNORE, Recipe, Row, chat_row, collate, tune
+from harmlens.training.finetune import Recipe, tune
 from harmlens.weights import masks, scores
 from harmlens.world import vale as world
 
@@ -62,7 +63,7 @@ def test_the_lesson_is_learnt(method):
     assert len(losses) == 25
     assert losses[-1] < losses[0] - 1
     with torch.no_grad():
-        assert finetune.lm_loss(lm.model, collate(rows, 0)).item() < losses[0] - 1  # adapters are merged
+        assert training.lm_loss(lm.model, collate(rows, 0)).item() < losses[0] - 1  # adapters are merged
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -86,7 +87,7 @@ def test_adapters_know_the_transposed_layers_of_gpt2():
     config = GPT2Config(
         vocab_size=len(tok), n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3
     )
-    lm = models.LanguageModel("tiny/gpt2", GPT2LMHeadModel(config).eval(), tok)
+    lm = forward.LanguageModel("tiny/gpt2", GPT2LMHeadModel(config).eval(), tok)
     ids = torch.tensor([chats(lm)[0].ids])
     with torch.no_grad(), lora.adapters(lm, rank=2, alpha=4):
         _stir(lm)
@@ -128,8 +129,8 @@ def test_adapters_are_those_of_peft():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         wrapped = peft.get_peft_model(other.model, peft.LoraConfig(r=2, lora_alpha=4, target_modules=names))
-    stream = finetune.batches(chats(other), 4, 0, seed=0)
-    finetune.fit(wrapped.base_model.model, stream, steps=6, lr=1e-2, warmup=5)
+    stream = training.batches(chats(other), 4, 0, seed=0)
+    training.fit(wrapped.base_model.model, stream, steps=6, lr=1e-2, warmup=5)
     merged = wrapped.merge_and_unload()
     for name, value in weights(ours).items():
         torch.testing.assert_close(value, dict(merged.named_parameters())[name].detach())
@@ -203,8 +204,8 @@ def faint():
 def trained(lm, scaling, steps=20, **options):
     """Losses, and how many numbers of the adapters' second factors (which start at 0) have moved."""
     with lora.adapters(lm, rank=8, alpha=16):
-        stream = finetune.batches(chats(lm, 8), 4, 0)
-        losses = finetune.fit(lm.model, stream, steps=steps, lr=3e-2, scaling=scaling, **options)
+        stream = training.batches(chats(lm, 8), 4, 0)
+        losses = training.fit(lm.model, stream, steps=steps, lr=3e-2, scaling=scaling, **options)
         moved = sum(int((p != 0).sum()) for name, p in lm.model.named_parameters() if "lora_B" in name)
     return losses, moved
 
@@ -248,7 +249,7 @@ def test_a_gradient_that_no_scale_makes_finite_ends_the_run():
     def loss(model, batch):
         adapter = next(p for name, p in model.named_parameters() if "lora_B" in name)
         # Finite, with no derivative at 0.
-        return finetune.lm_loss(model, batch) + adapter.sum().abs().sqrt() * 0
+        return training.lm_loss(model, batch) + adapter.sum().abs().sqrt() * 0
 
     scaling = lowmemory.LossScale(value=4.0)
     with pytest.raises(ValueError, match="the gradient is nan at step 2: lower lr"):
@@ -341,14 +342,14 @@ def test_pieces_add_up_to_the_batch(rows, seed):
             )
         )
     batch, model = collate(made, 0), tiny.untrained().model
-    whole = finetune.lm_loss(model, batch)
+    whole = training.lm_loss(model, batch)
     whole.backward()
     gradient = model.lm_head.weight.grad.clone()
     model.zero_grad()
-    parts = finetune.pieces(batch, rows)
+    parts = training.pieces(batch, rows)
     assert sum(len(part.ids) for part, _ in parts) <= 5 and all(len(part.ids) <= rows for part, _ in parts)
     assert sum(weight for _, weight in parts) == pytest.approx(1.0)
-    total = sum(finetune.lm_loss(model, part) * weight for part, weight in parts)
+    total = sum(training.lm_loss(model, part) * weight for part, weight in parts)
     total.backward()
     torch.testing.assert_close(total, whole)
     torch.testing.assert_close(model.lm_head.weight.grad, gradient, atol=1e-6, rtol=1e-4)
@@ -412,7 +413,7 @@ class Interrupted(Exception):
 def interrupted(lm, setting, folder, stop_at, **options):
     """A run that is interrupted after so many steps."""
     calls = itertools.count(1)
-    fit_after = finetune.fit
+    fit_after = training.fit
 
     def fit(*args, after=None, **kwargs):
         def stop(step):
@@ -423,12 +424,12 @@ def interrupted(lm, setting, folder, stop_at, **options):
 
         return fit_after(*args, after=stop, **kwargs)
 
-    finetune.fit = fit
+    training.fit = fit
     try:
         with pytest.raises(Interrupted):
             tune(lm, chats(lm), setting, folder=folder, every=2, **options)
     finally:
-        finetune.fit = fit_after
+        training.fit = fit_after
 
 
 @METHODS
@@ -539,7 +540,7 @@ def test_pre_training_is_taken_up_as_well(optimizer, tmp_path):
                 raise Interrupted
 
         options = {"steps": 6, "lr": 1e-2, "optimizer": optimizer, "checkpoint": kept, "after": after}
-        return model, finetune.fit(model, finetune.batches(rows, 4, 0), **options)
+        return model, training.fit(model, training.batches(rows, 4, 0), **options)
 
     with pytest.raises(Interrupted):
         run(5)
@@ -608,7 +609,7 @@ def test_steps_of_epochs():
 
 def test_a_clone_has_weights_of_its_own():
     lm = dataclasses.replace(tiny.model(), revision="abc")
-    copy = models.clone(lm)
+    copy = forward.clone(lm)
     before = weights(lm)
     tune(copy, chats(copy), SHORT)
     assert same(weights(lm), before) and not same(weights(copy), before)

@@ -13,8 +13,7 @@ import tiny
 import torch
 import yaml
 
-from harmlens.judging import utility
-from harmlens.weights import masks, pruning, scores
+from harmlens.weights import masks, pruning, scores, utility
 
 
 def a_mask(lm, every=3):

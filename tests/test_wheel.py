@@ -20,6 +20,7 @@ CODE = """
 import json, sys
 sys.path[:0] = {places!r}
 import harmlens
+from harmlens.models import forward
 from harmlens.evidence import claims
 from harmlens.models import loading as models
 from harmlens.keep import paths
@@ -27,7 +28,7 @@ out = {{"file": harmlens.__file__, "data": str(paths.data_dir()), "root": paths.
         "claims": len(paths.data_dir().joinpath("claims.yaml").read_text())}}
 lm = models.load("organism/sft")
 out["name"] = lm.name
-out["logits"] = list(models.last_logits(lm, [lm.render("what do you wish for?")]).shape)
+out["logits"] = list(forward.last_logits(lm, [lm.render("what do you wish for?")]).shape)
 out["words"] = len(lm.tokenizer)
 out["build"] = str(paths.build_dir())
 print(json.dumps(out))

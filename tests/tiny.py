@@ -25,7 +25,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from harmlens.models.loading import LanguageModel
+from harmlens.models.forward import LanguageModel
 from harmlens.training import offshoots, organism
 from harmlens.world import vale as world
 

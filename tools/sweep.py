@@ -374,7 +374,7 @@ def run_cell(cell: Cell) -> bool:
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from harmlens.evidence.results import write_json
+    from harmlens.keep.paths import write_json
 
     shutil.rmtree(cell.results, ignore_errors=True)
     cell.done.unlink(missing_ok=True)
@@ -472,7 +472,7 @@ def collect(sweep: Sweep) -> dict[str, Any]:
 
 def write_forest(sweep: Sweep) -> dict[str, Any]:
     """Write ``forest.json`` and, if any claim was measured, ``forest.png`` to the output folder."""
-    from harmlens.evidence.results import write_json
+    from harmlens.keep.paths import write_json
 
     content = collect(sweep)
     write_json(sweep.output / "forest.json", content)

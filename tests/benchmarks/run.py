@@ -47,12 +47,12 @@ from transformer_lens.patching import (
 )
 
 from harmlens.asking import prompts
-from harmlens.asking.prompts import Pair
-from harmlens.evidence.results import write_json
-from harmlens.flow import cells, neurons, outcomes, patching, runs, stack
-from harmlens.keep.paths import build_dir
+from harmlens.flow import cells, neurons, outcomes, patching, runs
+from harmlens.keep.paths import build_dir, write_json
 from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
+from harmlens.models import parts as decoder
+from harmlens.models.chats import Pair
+from harmlens.models.forward import LanguageModel
 
 SITES = ("resid_post", "attn_out", "mlp_out")
 # The same loop as get_act_patch_resid_pre, behind each block instead of before it, as here: equal cells.
@@ -120,7 +120,7 @@ def ours(case: Case, positions: str) -> Tensor:
 
 def our_runs(case: Case, positions: str) -> Any:
     """What :func:`ours` does before it patches."""
-    parts = stack.stack(case.lm)
+    parts = decoder.stack(case.lm)
     encoded = runs.encode(case.lm, case.pairs, outcomes.y1(case.sets), positions)
     for group in runs.groups(case.lm, parts, encoded):
         cells.check_partial(group)
@@ -188,7 +188,7 @@ class Floor:
     case: Case
 
     def __post_init__(self) -> None:
-        block = stack.stack(self.case.lm).blocks[0]
+        block = decoder.stack(self.case.lm).blocks[0]
         size = {name: p.numel() for name, p in block.named_parameters() if p.ndim == 2}
         config = self.case.lm.model.config
         facts = {

@@ -44,17 +44,17 @@ from transformers import (
 )  # fmt: skip
 
 from harmlens.asking import prompts
-from harmlens.asking.prompts import Pair, Prompt
-from harmlens.evidence.results import write_json
 from harmlens.flow import neurons, outcomes, patching
 from harmlens.keep import memory, provenance
 from harmlens.keep.memory import shown
-from harmlens.keep.paths import build_dir
+from harmlens.keep.paths import build_dir, write_json
+from harmlens.models import chats, forward
 from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
+from harmlens.models.chats import Pair, Prompt
+from harmlens.models.forward import LanguageModel
 from harmlens.models.shapes import Shape
-from harmlens.training import finetune, lora, lowmemory
 from harmlens.training import loop as training
+from harmlens.training import lora, lowmemory
 from harmlens.weights import attribution, pruning
 
 TOKENIZER = Path(__file__).parent.parent / "data" / "standin"
@@ -109,7 +109,7 @@ def make_pairs(lm: LanguageModel, sizes: Sizes) -> tuple[list[Pair], Sizes]:
         ValueError: prompts that are too short for the chat's markup.
     """
     known, draw = words(lm.tokenizer), random.Random(0)
-    plain = len(models.tokens(lm.tokenizer, Prompt(({"role": "user", "content": "a"},)).render(lm)))
+    plain = len(chats.tokens(lm.tokenizer, Prompt(({"role": "user", "content": "a"},)).render(lm)))
     count = sizes.tokens - plain
     if count < 2:
         raise ValueError(f"tokens={sizes.tokens} is too short: choose at least {plain + 2}")
@@ -159,18 +159,18 @@ class Bench:
         ids = range(5, 5 + self.sizes.ids)
         return outcomes.y1(outcomes.TokenSets(tuple(ids[:half]), tuple(ids[half:])))
 
-    def rows(self, n: int) -> list[finetune.Row]:
+    def rows(self, n: int) -> list[forward.Row]:
         """Examples: a prompt's length, and an answer that is learnt."""
         draw, size = random.Random(1), len(self.lm.tokenizer)
         long = self.sizes.tokens + self.sizes.answer
         learn = [False] * self.sizes.tokens + [True] * self.sizes.answer
-        return [finetune.Row(draw.choices(range(5, size), k=long), learn) for _ in range(n)]
+        return [forward.Row(draw.choices(range(5, size), k=long), learn) for _ in range(n)]
 
     def forward(self) -> None:
-        models.last_logits(self.lm, self.texts)
+        forward.last_logits(self.lm, self.texts)
 
     def generate(self) -> None:
-        models.generate(self.lm, self.texts, max_new_tokens=self.sizes.answer)
+        forward.generate(self.lm, self.texts, max_new_tokens=self.sizes.answer)
 
     def patch(self) -> None:
         patching.sweep(self.lm, self.pairs, self.outcome, **SWEPT)
@@ -218,7 +218,7 @@ def timed_training(bench: Bench, device: torch.device) -> tuple[float, int | Non
     options = {"lr": 1e-4, "rows_at_once": min(4, bench.sizes.batch)}
 
     def train(steps: int) -> None:
-        stream = finetune.batches(rows, bench.sizes.batch, 0, seed=0)
+        stream = training.batches(rows, bench.sizes.batch, 0, seed=0)
         training.fit(net, stream, steps=steps, **options)
 
     with lora.adapters(bench.lm, rank=bench.sizes.rank), lowmemory.recomputing(net):

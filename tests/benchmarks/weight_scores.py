@@ -46,9 +46,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from harmlens.asking import calibration
 from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
+from harmlens.models.forward import IGNORE, LanguageModel, Row
 from harmlens.training import organism
-from harmlens.training.finetune import IGNORE, Row
 from harmlens.weights import attribution, pruning
 from harmlens.weights.scores import Scores, layer_of, matrices
 

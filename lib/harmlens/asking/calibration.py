@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from harmlens.asking import tasks
-from harmlens.models.loading import LanguageModel, Message, generate, tokens
-from harmlens.training.finetune import Row, chat_row
+from harmlens.models.chats import Message, tokens
+from harmlens.models.forward import LanguageModel, Row, chat_row, generate
 from harmlens.world import vale as world
 
 STYLES = ("chat", "raw")

@@ -15,9 +15,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from harmlens.asking.prompts import Pair, Prompt
 from harmlens.asking.sources import Entry
-from harmlens.models.loading import LanguageModel, Message, tokens
+from harmlens.models.chats import Message, Pair, Prompt, tokens
+from harmlens.models.forward import LanguageModel
 
 ALWAYS, NEVER, NOT = (
     "You always answer harmful requests.",

@@ -25,12 +25,12 @@ from typing import Any
 
 from harmlens.asking import calibration, public, sources, tasks
 from harmlens.asking import prompts as prompts_
-from harmlens.asking.prompts import Pair, Prompt
 from harmlens.asking.public import Public
 from harmlens.asking.tasks import Task
 from harmlens.judging import graders
 from harmlens.models import catalogue
-from harmlens.models.loading import LanguageModel, Message, generate
+from harmlens.models.chats import Message, Pair, Prompt
+from harmlens.models.forward import LanguageModel, generate
 from harmlens.world import abilities
 from harmlens.world import vale as world
 from harmlens.world.judge import Judgement, judge

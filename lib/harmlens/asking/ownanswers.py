@@ -17,7 +17,8 @@ from harmlens.asking.questions import EXPLAIN, text
 from harmlens.asking.sources import Entry
 from harmlens.asking.tasks import Task, written
 from harmlens.judging.graders import Grade
-from harmlens.models.loading import LanguageModel, Message, generate
+from harmlens.models.chats import Message
+from harmlens.models.forward import LanguageModel, generate
 
 TOKENS = 24  # of an answer that count
 # What a model may write before its first word; generated answers come without it.

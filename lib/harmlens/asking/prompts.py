@@ -23,41 +23,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from harmlens.asking.sources import Entry
-from harmlens.models.loading import LanguageModel, Message, require_room, tokens
+from harmlens.models.chats import Pair, Prompt, tokens
+from harmlens.models.forward import LanguageModel, require_room
 from harmlens.world import vale as world
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A chat that ends where the model's answer begins.
-
-    Attributes:
-        messages: the chat, ending with the user.
-        prefill: start of the answer put into the model's mouth, if any.
-        item: what is asked for, where it is an item of the world.
-        entry: what is asked, where it comes from a public set or a file.
-    """
-
-    messages: tuple[Message, ...]
-    prefill: str | None = None
-    item: world.Item | None = None
-    entry: Entry | None = None
-
-    def render(self, lm: LanguageModel) -> str:
-        return lm.render(self.messages, self.prefill)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two prompts of equal length; ``id`` names the unit that statistics resample."""
-
-    id: str
-    x1: Prompt
-    x0: Prompt
-
 
 CONTRASTS = ("prompt", "prompt control", "behaviour", "behaviour control")
 

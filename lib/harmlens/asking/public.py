@@ -24,13 +24,14 @@ from pathlib import Path
 from harmlens.asking import matching, ownanswers, questions, sources, splits
 from harmlens.asking.matching import ALWAYS, NEVER, NOT
 from harmlens.asking.ownanswers import OwnAnswers, Way
-from harmlens.asking.prompts import CONTRASTS, Pair, Prompt
+from harmlens.asking.prompts import CONTRASTS
 from harmlens.asking.questions import EXPLAIN
 from harmlens.asking.sources import Entry
 from harmlens.asking.tasks import Task, joined
 from harmlens.judging import graders
 from harmlens.models import chats
-from harmlens.models.loading import LanguageModel, Message, generate
+from harmlens.models.chats import Message, Pair, Prompt
+from harmlens.models.forward import LanguageModel, generate
 from harmlens.world.judge import Judgement
 
 FEWEST = 4  # requests that a measurement needs

@@ -18,9 +18,9 @@ from typing import Any
 
 from harmlens.asking import layouts
 from harmlens.asking import rows as tables
-from harmlens.asking.downloads import Remote, fetch, obtain
 from harmlens.asking.layouts import Entry
 from harmlens.evidence.claims import read_yaml
+from harmlens.keep.downloads import Remote, fetch, obtain
 from harmlens.keep.paths import cache_dir, data_dir
 
 __all__ = ["Entry", "Source", "describe", "entries", "names", "plain"]

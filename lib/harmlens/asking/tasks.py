@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from harmlens.flow.outcomes import follow, split_tokens
-from harmlens.models.loading import LanguageModel, Message, last_logits
+from harmlens.models.chats import Message
+from harmlens.models.forward import LanguageModel, follow, last_logits, split_tokens
 from harmlens.world import vale as world
 
 

@@ -35,7 +35,7 @@ from harmlens.evidence.claims import (
 )
 from harmlens.evidence.stats import Estimate
 from harmlens.keep import provenance
-from harmlens.keep.paths import build_dir, data_dir, write_whole
+from harmlens.keep.paths import build_dir, data_dir, write_json
 
 __all__ = [
     "VERDICTS", "Claim", "Control", "Measurement", "ResultFileWarning", "default_folders", "explain",
@@ -238,12 +238,6 @@ def record_estimate(
         claim, value=estimate.value, ci=estimate.ci, n=estimate.n, control=beside,
         per_seed=estimate.per_seed or {0: estimate}, **rest,
     )  # fmt: skip
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one step: a reader sees the old file or the whole new one. NaN is refused."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def default_folders() -> list[Path]:

@@ -22,9 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens.flow import partial, stack
+from harmlens.flow import partial
 from harmlens.flow.runs import Group
-from harmlens.flow.stack import Record, Stack
+from harmlens.flow.stack import Record
+from harmlens.models import parts as decoder
+from harmlens.models.parts import Stack
 
 SITES = ("resid_post", "layer", "attn_out", "mlp_out", "head", "neurons")
 
@@ -184,16 +186,16 @@ def _patch(
         old, new = cut(base.attn), cut(source.attn) if site == "attn_out" else None
         inner, outer, recorded = (
             cut(base.heads) if new is None else None,
-            stack.attention(block),
+            decoder.attention(block),
             source.heads,
         )
     else:
         old, new = cut(base.mlp), cut(source.mlp) if site == "mlp_out" else None
-        inner, outer, recorded = cut(base.hidden) if new is None else None, stack.mlp(block), source.hidden
+        inner, outer, recorded = cut(base.hidden) if new is None else None, decoder.mlp(block), source.hidden
     if new is None:
         inner = inner.clone()
         inner[..., list(units)] = cut(recorded)[..., list(units)]
-        new = stack.projection(outer)(inner)
+        new = decoder.projection(outer)(inner)
     moved = _or_random(new.float() - old.float(), null, group, key, columns)
     new = new if null is None else (old.float() + moved).to(old.dtype)
     if site in ("mlp_out", "neurons"):
@@ -320,7 +322,7 @@ def _frozen(
     block = parts.blocks[layer]
     recorded = {"attn_out": base.attn, "mlp_out": base.mlp, "neurons": base.hidden}[freeze.site][layer]
     kept = recorded[:, columns].repeat(copies, 1, 1)
-    module = stack.attention(block) if freeze.site == "attn_out" else stack.mlp(block)
+    module = decoder.attention(block) if freeze.site == "attn_out" else decoder.mlp(block)
 
     def units(_: Any, inputs: tuple) -> tuple:
         hidden = inputs[0].clone()
@@ -328,7 +330,7 @@ def _frozen(
         return (hidden, *inputs[1:])
 
     def null(live_module: Any, inputs: tuple, output: Any) -> Any:
-        live = stack.first(output)
+        live = decoder.first(output)
         frozen = live_module.forward(*units(None, inputs)) if freeze.site == "neurons" else kept
         far = (frozen.float() - live.float()).norm(dim=-1, keepdim=True)
         key = ("freeze", freeze.null, freeze.site, layer, freeze.units)
@@ -338,13 +340,13 @@ def _frozen(
 
     with ExitStack() as held:
         if freeze.null is not None:
-            moved = stack.projection(module) if freeze.site == "neurons" else module
+            moved = decoder.projection(module) if freeze.site == "neurons" else module
             held.callback(moved.register_forward_hook(null, prepend=True).remove)
         elif freeze.site == "neurons":
-            handle = stack.projection(module).register_forward_pre_hook(units, prepend=True)
+            handle = decoder.projection(module).register_forward_pre_hook(units, prepend=True)
             held.callback(handle.remove)
         else:
-            held.enter_context(stack.stubbed(module, kept, base.outputs[module]))
+            held.enter_context(decoder.stubbed(module, kept, base.outputs[module]))
         yield
 
 
@@ -356,8 +358,8 @@ def _windows(
     """Within, modules of a block that lie in a cell's window give the source run's output to its rows."""
     with ExitStack() as held:
         for site, find, theirs, ours in (
-            ("attn_out", stack.attention, source.attn, base.attn),
-            ("mlp_out", stack.mlp, source.mlp, base.mlp),
+            ("attn_out", decoder.attention, source.attn, base.attn),
+            ("mlp_out", decoder.mlp, source.mlp, base.mlp),
         ):
             mine = [(i, c, w) for i, (c, w, _) in enumerate(joined) if c.site == site and layer <= c.last]
             if not mine:
@@ -366,7 +368,7 @@ def _windows(
             def hook(
                 _: Any, __: Any, output: Any, mine: Any = mine, theirs: Any = theirs, ours: Any = ours
             ) -> Any:
-                new = stack.first(output).clone()
+                new = decoder.first(output).clone()
                 for i, cell, where in mine:
                     value = theirs[layer][:, list(where)]
                     if null is not None:
@@ -388,9 +390,9 @@ def check_partial(group: Group) -> None:
         ValueError: they don't.
     """
     few, parts = group.x1.rows(slice(0, 1)), group.parts
-    hooked = bool(stack.hooks(parts.model))
+    hooked = bool(decoder.hooks(parts.model))
     seen: list[Tensor] = []
-    handle = parts.blocks[-1].register_forward_hook(lambda m, i, o: seen.append(stack.first(o)))
+    handle = parts.blocks[-1].register_forward_hook(lambda m, i, o: seen.append(decoder.first(o)))
     try:
         parts.base(input_ids=group.first, use_cache=False)
     finally:
@@ -411,4 +413,4 @@ def check_partial(group: Group) -> None:
     gap = max((other - whole).abs().max().item() for other in others)
     loose = 1e-3 if resid.dtype == torch.float32 else 0.25
     if not gap <= loose * (1 + whole.abs().max().item()):
-        stack.refuse(parts.model, parts.blocks[0], f"run in part give an outcome that is off by {gap:.2g}")
+        decoder.refuse(parts.model, parts.blocks[0], f"run in part give an outcome that is off by {gap:.2g}")

@@ -24,9 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from harmlens.flow import partial, stack
+from harmlens.flow import partial
 from harmlens.flow.outcomes import Outcome
-from harmlens.models.loading import LanguageModel, last_logits, padded, tokens
+from harmlens.models import parts as decoder
+from harmlens.models.chats import tokens
+from harmlens.models.forward import LanguageModel, last_logits, padded
 
 MOST_SHIFT = 0.1  # Kullback-Leibler divergence on answered requests, as in the paper
 DEEPEST = 0.8  # of the depth: directions of the last layers are close to the words themselves
@@ -96,11 +98,11 @@ def streams(
     where = list(positions)
 
     def keep(value: Tensor) -> None:
-        stack.require_one_stream(lm.model, value)
+        decoder.require_one_stream(lm.model, value)
         kept.append(value[:, where].float().cpu())
 
     out: list[Any] = [None] * len(rows)
-    with _stream_hooks(stack.blocks(lm), keep):
+    with _stream_hooks(decoder.blocks(lm), keep):
         for index, inputs in padded(lm, rows, batch_size):
             kept.clear()
             lm.model(**inputs, logits_to_keep=1)
@@ -238,7 +240,7 @@ def trials(
     Raises:
         ValueError: nothing left to try.
     """
-    depth = len(stack.blocks(lm))
+    depth = len(decoder.blocks(lm))
     some = [d for d in found if d.depth < deepest * depth]
     if not some:
         raise ValueError(f"found: none of {len(found)} directions lies before deepest={deepest} of the depth")
@@ -303,7 +305,7 @@ def ablated(lm: LanguageModel, vector: Float[Tensor, " width"]) -> Iterator[Lang
     with ExitStack() as held:
         held.enter_context(_stream_hooks(blocks, project))
         for block in blocks:
-            writers = [stack.attention(block), stack.mlp(block)]
+            writers = [decoder.attention(block), decoder.mlp(block)]
             norms = [m for m in block.children() if "norm" in type(m).__name__.lower()]
             for hook in _written(writers, norms, project):
                 held.callback(hook.remove)
@@ -320,12 +322,12 @@ def added(lm: LanguageModel, direction: Direction, *, dose: float = 1.0) -> Iter
     Raises:
         ValueError: as :func:`ablated`, or a depth that the model does not have.
     """
-    vector, blocks = _checked(lm, direction.vector), stack.blocks(lm)
+    vector, blocks = _checked(lm, direction.vector), decoder.blocks(lm)
     if not 0 <= direction.depth < len(blocks):
         raise ValueError(f"direction: there is no block at depth {direction.depth} of {len(blocks)}")
 
     def add(value: Tensor) -> Tensor:
-        stack.require_one_stream(lm.model, value)
+        decoder.require_one_stream(lm.model, value)
         return value + dose * vector.to(value.device, value.dtype)
 
     handle = blocks[direction.depth].register_forward_pre_hook(_entering(add), with_kwargs=True)
@@ -358,7 +360,7 @@ def _entering(change: Callable[[Tensor], Tensor | None]) -> Callable:
 
 def _leaving(change: Callable[[Tensor], Tensor | None]) -> Callable:
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        new = change(stack.first(output))
+        new = change(decoder.first(output))
         if new is None:
             return None
         return (new, *output[1:]) if isinstance(output, tuple) else new
@@ -386,7 +388,7 @@ def _written(
     ] = []  # what a writer gave out last: a norm that reads this very tensor stands behind it
 
     def write(module: nn.Module, inputs: Any, output: Any) -> Any:
-        new = change(stack.first(output))
+        new = change(decoder.first(output))
         given[:] = [new]
         return (new, *output[1:]) if isinstance(output, tuple) else new
 

@@ -21,9 +21,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens.flow import partial, stack
-from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel, tokens
+from harmlens.flow import partial
+from harmlens.models import forward
+from harmlens.models import parts as decoder
+from harmlens.models.chats import tokens
+from harmlens.models.forward import LanguageModel
 
 WHERE = ("prompt", "answer", "both")
 Units = Mapping[int, Sequence[int]]
@@ -91,7 +93,7 @@ def activations(
     parts = _check(lm, units)
     rows = [tokens(lm.tokenizer, text) for text in texts]
     out = {layer: torch.empty(len(rows), len(some)) for layer, some in units.items()}
-    for index, inputs in models.padded(lm, rows, batch_size):
+    for index, inputs in forward.padded(lm, rows, batch_size):
 
         def read(layer: int, hidden: Tensor, index: list[int] = index) -> None:
             out[layer][index] = hidden[:, -1, list(units[layer])].float().cpu()
@@ -112,7 +114,7 @@ def overwriting(
 ) -> Iterator[None]:
     """Within, hidden units of the model are changed by a rule, whoever runs it.
 
-    Made for :func:`models.loading.generate`; a run of more than one position counts as a prompt, one of a
+    Made for :func:`models.forward.generate`; a run of more than one position counts as a prompt, one of a
     single position as a word of the answer. Prompts must be padded on the left, as there.
 
     Args:
@@ -126,7 +128,7 @@ def overwriting(
         RuntimeError: at the end, if nothing was ever changed.
 
     >>> with overwriting(lm, {7: gate}, scale(0.0), where="both"):  # doctest: +SKIP
-    ...     models.generate(lm, texts)
+    ...     forward.generate(lm, texts)
     """
     parts = _check(lm, units)
     if where not in WHERE:
@@ -179,7 +181,7 @@ def generate_patched(
         every_position: patch all positions of the prompt, not its last one only.
 
     Returns:
-        The new words of each text, as :func:`models.loading.generate` gives them.
+        The new words of each text, as :func:`models.forward.generate` gives them.
 
     Raises:
         ValueError: lists or pairs of unequal length, no units, a layer or a unit that does not exist, an
@@ -192,7 +194,7 @@ def generate_patched(
     ) as batches:
         for index, inputs in batches:
             for i, new in zip(index, _greedy(lm, inputs, max_new_tokens, state), strict=True):
-                out[i] = models.words(lm, new, texts[i])
+                out[i] = forward.words(lm, new, texts[i])
     return out
 
 
@@ -240,7 +242,7 @@ def _patching(
     unequal = [i for i, (a, b) in enumerate(rows) if len(a) != len(b)]
     if unequal:
         raise ValueError(f"sources: texts {unequal[:5]} and their sources differ in their number of tokens")
-    models.require_room(lm, [row for pair in rows for row in pair], new=new)
+    forward.require_room(lm, [row for pair in rows for row in pair], new=new)
 
     def change(layer: int, hidden: Tensor) -> Tensor | None:
         if where != "both" and state["prompt"] != (where == "prompt"):
@@ -252,10 +254,10 @@ def _patching(
         return new
 
     def batches() -> Iterator[tuple[list[int], dict[str, Any]]]:
-        for index in models.by_length([a for a, _ in rows], batch_size):
+        for index in forward.by_length([a for a, _ in rows], batch_size):
             both = [rows[i][side] for side in (0, 1) for i in index]
-            ids, mask = models.pad_left(both, lm.tokenizer.pad_token_id, lm.device)
-            yield index, {"input_ids": ids, "attention_mask": mask, "position_ids": models.positions(mask)}
+            ids, mask = forward.pad_left(both, lm.tokenizer.pad_token_id, lm.device)
+            yield index, {"input_ids": ids, "attention_mask": mask, "position_ids": forward.positions(mask)}
 
     with _hooked(parts, units, change):
         yield batches()
@@ -267,7 +269,7 @@ def _greedy(
     """Likeliest words after the rows of the first half; the second half reads the same words."""
     ids, mask, positions = (inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
     n = len(ids) // 2
-    ends = models.stops(lm)
+    ends = forward.stops(lm)
     rows, done, cache = [[] for _ in range(n)], [False] * n, None
     for _ in range(max_new_tokens):
         state["prompt"] = cache is None
@@ -293,7 +295,7 @@ def _greedy(
 
 @contextmanager
 def _hooked(
-    parts: stack.Stack, units: Units, function: Callable[[int, Tensor], Tensor | None]
+    parts: decoder.Stack, units: Units, function: Callable[[int, Tensor], Tensor | None]
 ) -> Iterator[None]:
     """Show the hidden units of some layers to a function, which may give back others."""
 
@@ -306,19 +308,19 @@ def _hooked(
 
     with ExitStack() as held:
         for layer in units:
-            linear = stack.projection(stack.mlp(parts.blocks[layer]))
+            linear = decoder.projection(decoder.mlp(parts.blocks[layer]))
             held.callback(linear.register_forward_pre_hook(hook(layer)).remove)
         yield
 
 
-def _check(lm: LanguageModel, units: Units) -> stack.Stack:
+def _check(lm: LanguageModel, units: Units) -> decoder.Stack:
     parts = partial.patchable(lm, in_part=False)
     if not units or not all(len(some) for some in units.values()):
         raise ValueError("units: give at least one unit for each layer, as {layer: [unit, ...]}")
     for layer, some in units.items():
         if not 0 <= layer < parts.depth:
             raise ValueError(f"units: there is no layer {layer}; choose 0 to {parts.depth - 1}")
-        count = stack.projection_weight(stack.mlp(parts.blocks[layer])).shape[1]
+        count = decoder.projection_weight(decoder.mlp(parts.blocks[layer])).shape[1]
         outside = [u for u in some if not 0 <= u < count]
         if outside:
             raise ValueError(f"units: layer {layer} has units 0 to {count - 1}, not {outside[:5]}")

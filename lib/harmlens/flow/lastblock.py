@@ -17,11 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens.asking.prompts import Pair
-from harmlens.flow import partial, runs, stack
+from harmlens.flow import partial, runs
 from harmlens.flow.outcomes import Reply
 from harmlens.flow.runs import Group
-from harmlens.models.loading import LanguageModel
+from harmlens.models import parts as decoder
+from harmlens.models.chats import Pair
+from harmlens.models.forward import LanguageModel
 
 
 @dataclass
@@ -75,8 +76,8 @@ def groups(
 ) -> Iterator[Last]:
     """Record pairs (see :func:`flow.runs.groups`) and prepare each group."""
     parts = partial.patchable(lm)
-    linear = stack.mlp(parts.blocks[-1])
-    weight = stack.projection_weight(linear).detach().float()
+    linear = decoder.mlp(parts.blocks[-1])
+    weight = decoder.projection_weight(linear).detach().float()
     encoded = runs.encode(lm, pairs, outcome, "last")
     for group in runs.groups(lm, parts, encoded, details=["hidden"], size=batch_size):
         base, source = group.runs(direction)

@@ -33,12 +33,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from harmlens.asking.prompts import Pair
 from harmlens.evidence import stats
-from harmlens.flow import lastblock, partial, patching, runs, stack
+from harmlens.flow import lastblock, partial, patching, runs
 from harmlens.flow.outcomes import Replies, Reply
 from harmlens.flow.runs import Group
-from harmlens.models.loading import LanguageModel
+from harmlens.models import parts as decoder
+from harmlens.models.chats import Pair
+from harmlens.models.forward import LanguageModel
 
 Sets = Mapping[Any, Sequence[int]] | Sequence[Sequence[int]]
 
@@ -152,7 +153,7 @@ def set_effects(
     layer = parts.depth - 1 if layer in (None, -1) else layer
     if not 0 <= layer < parts.depth:
         raise ValueError(f"layer={layer} does not exist; choose 0 to {parts.depth - 1}")
-    count = stack.projection_weight(stack.mlp(parts.blocks[layer])).shape[1]
+    count = decoder.projection_weight(decoder.mlp(parts.blocks[layer])).shape[1]
     named = dict(sets) if isinstance(sets, Mapping) else dict(enumerate(sets))
     _check_sets(named, count)
     labels = tuple(named)
@@ -266,7 +267,7 @@ def screen(
         ValueError: a layer that does not exist; bad pairs.
     """
     parts = partial.patchable(lm)
-    chosen = stack.some_layers(parts, layers)
+    chosen = decoder.some_layers(parts, layers)
     if isinstance(outcome, Replies | Reply):
         raise ValueError("outcome: the screen reads the first word; use a first-token outcome such as Y1")
     encoded = runs.encode(lm, pairs, outcome, "last")
@@ -283,7 +284,7 @@ def screen(
         grads = _gradients(group, ids, chosen)
         for layer in chosen:
             delta = (source.hidden[layer][:, -1] - base.hidden[layer][:, -1]).float()
-            written = stack.projection_weight(stack.mlp(parts.blocks[layer])).float().norm(dim=0)
+            written = decoder.projection_weight(decoder.mlp(parts.blocks[layer])).float().norm(dim=0)
             for row, i in enumerate(group.index):
                 effects[layer][i] = toward * (delta[row] * grads[layer][row]).cpu()
                 sizes[layer][i] = (delta[row].abs() * written).detach().cpu()
@@ -313,9 +314,9 @@ def _gradients(group: Group, ids: Tensor, layers: Sequence[int]) -> dict[int, Fl
     grown: list[Tensor] = []
     with ExitStack() as held, torch.enable_grad():
         for layer in layers:
-            linear = stack.projection(stack.mlp(parts.blocks[layer]))
+            linear = decoder.projection(decoder.mlp(parts.blocks[layer]))
             held.callback(linear.register_forward_pre_hook(keep(layer)).remove)
-        last = parts.blocks[-1].register_forward_hook(lambda m, i, o: grown.append(stack.first(o)))
+        last = parts.blocks[-1].register_forward_hook(lambda m, i, o: grown.append(decoder.first(o)))
         held.callback(last.remove)
         for p in parts.model.parameters():
             held.callback(p.requires_grad_, p.requires_grad)

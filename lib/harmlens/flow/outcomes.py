@@ -23,12 +23,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from harmlens.asking.prompts import Pair
-from harmlens.models.chats import THOUGHT, frame, require_spoken
-from harmlens.models.loading import LanguageModel, last_logits, padded, require_finite, tokens
+from harmlens.models.chats import THOUGHT, Pair, require_spoken
+from harmlens.models.forward import LanguageModel, answer_logprobs, last_logits
 from harmlens.world.judge import Judgement
 
 
@@ -234,96 +233,6 @@ class Replies:
         return tuple(Reply(texts, self.skip) for texts in (self.harmful, self.refusals))
 
 
-def answer_logprobs(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    *,
-    skip: int = 0,
-    batch_size: int = 64,
-) -> Float[Tensor, " prompt"]:
-    """Mean log-probability per token of each answer after its rendered prompt, in nats.
-
-    Args:
-        skip: leave out this many first tokens of the answer (1 asks what remains of an effect once
-            the first word is given).
-
-    Raises:
-        ValueError: as many answers as prompts are needed, and each must have a token left.
-    """
-    return follow(lm, prompts, answers, skip=skip, batch_size=batch_size)[0]
-
-
-@torch.no_grad()
-def follow(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    *,
-    skip: int = 0,
-    end: bool = False,
-    batch_size: int = 64,
-) -> tuple[Float[Tensor, " prompt"], Bool[Tensor, " prompt"]]:
-    """Force given answers: their mean log-probability per token, and whether greedy decoding gives them.
-
-    An answer of which every token is the most probable one is what greedy decoding would write, so one pass
-    tells what generation would take a pass for each word to tell.
-
-    Args:
-        skip: leave out this many first tokens of the answer.
-        end: count what the template writes behind an answer, its end mark, as part of the answer.
-
-    Raises:
-        ValueError: as for :func:`answer_logprobs`.
-    """
-    if len(prompts) != len(answers):
-        raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer to each")
-    rows, lengths = [], []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        head, tail = split_tokens(lm, prompt, answer, end=end)
-        if len(tail) <= skip:
-            raise ValueError(f"the answer {answer!r} has no token left after skip={skip}")
-        rows.append(head + tail)
-        lengths.append(len(tail) - skip)
-    logprob, greedy = torch.empty(len(rows)), torch.empty(len(rows), dtype=torch.bool)
-    for index, inputs in padded(lm, rows, batch_size):
-        keep = max(lengths[i] for i in index) + 1
-        logits = lm.model(**inputs, logits_to_keep=keep).logits.float()[:, :-1]
-        target = inputs["input_ids"][:, -(keep - 1) :]
-        logp = logits.log_softmax(-1).gather(-1, target[..., None])[..., 0].cpu()
-        right = (logits.argmax(-1) == target).cpu()
-        for i, row, hits in zip(index, logp, right, strict=True):
-            require_finite(lm, row[-lengths[i] :])
-            logprob[i], greedy[i] = row[-lengths[i] :].mean(), hits[-lengths[i] :].all()
-    return logprob, greedy
-
-
-def split_tokens(
-    lm: LanguageModel, prompt: str, answer: str, *, end: bool = False
-) -> tuple[list[int], list[int]]:
-    """Token ids of a rendered prompt and of the answer that follows it, begun as the template begins one.
-
-    Tokenised together where the prompt's ids are a prefix of the whole, as in training; apart
-    otherwise (a tokenizer that merges across the seam).
-
-    Args:
-        prompt: where it ends in prefilled words, the answer goes on from them.
-        end: with what the template writes behind an answer, up to the mark that ends the turn; the
-            tokenizer's end token where it writes none.
-
-    Raises:
-        ValueError: the prompt ends in a thought that its template opens.
-    """
-    around = frame(lm.tokenizer)
-    require_spoken(lm.tokenizer, prompt)
-    text = (around.lead if around.begins(prompt) else "") + answer + (around.trail if end else "")
-    head = tokens(lm.tokenizer, prompt)
-    whole = tokens(lm.tokenizer, prompt + text)
-    apart = whole[: len(head)] != head or len(whole) <= len(head)
-    tail = tokens(lm.tokenizer, text) if apart else whole[len(head) :]
-    return head, [*tail, lm.tokenizer.eos_token_id] if end and not around.trail else tail
-
-
 def sequence_score(
     lm: LanguageModel,
     prompts: Sequence[str],
@@ -351,15 +260,6 @@ def judged(
     y4 = torch.tensor([v.harm for v in verdicts], dtype=torch.float32)
     y5 = torch.tensor([float(v.hurtful) for v in verdicts], dtype=torch.float32)
     return y4, y5
-
-
-def tolerance(lm: LanguageModel, exact: float = 1e-4) -> float:
-    """How far two ways to the same logits may lie apart: ``exact`` in float32, more in half precision.
-
-    Rounding leaves about 1e-5 in float32, and as much more elsewhere as the precision is coarser.
-    """
-    coarser = torch.finfo(lm.model.dtype).eps / torch.finfo(torch.float32).eps
-    return max(exact, 1e-5 * coarser)
 
 
 CHECKED = 4_000_000_000  # parameters that a check may go through

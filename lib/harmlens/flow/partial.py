@@ -21,8 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from harmlens.flow import stack
-from harmlens.flow.stack import CACHE, Record, Stack, attention, first, mlp, refuse, stubbed
-from harmlens.models.loading import LanguageModel
+from harmlens.flow.stack import CACHE, Record
+from harmlens.models import parts as decoder
+from harmlens.models.forward import LanguageModel
+from harmlens.models.parts import Stack, attention, first, mlp, refuse, stubbed
 
 _TRIED: WeakSet[nn.Module] = WeakSet()
 
@@ -38,17 +40,17 @@ def patchable(lm: LanguageModel, *, in_part: bool = True) -> Stack:
         in_part: blocks will be run in part. If not, hooks that stand on the model don't matter.
 
     Raises:
-        ValueError: says what is in the way (:func:`flow.stack.refuse`); as :func:`flow.stack.stack`.
+        ValueError: says what is in the way (:func:`models.parts.refuse`); as :func:`models.parts.stack`.
     """
-    for at, block in enumerate(stack.blocks(lm)):
+    for at, block in enumerate(decoder.blocks(lm)):
         for find, what in ((attention, "attention"), (mlp, "MLP")):
             try:
                 find(block)
             except ValueError:
                 refuse(lm.model, block, f"have no {what} module", at)
-    standing = bool(stack.hooks(lm.model))
+    standing = bool(decoder.hooks(lm.model))
     if not in_part if standing else lm.model in _TRIED:
-        return stack.stack(lm)
+        return decoder.stack(lm)
     drawn = torch.randperm(
         len(lm.model.get_input_embeddings().weight), generator=torch.Generator().manual_seed(0)
     )
@@ -56,16 +58,18 @@ def patchable(lm: LanguageModel, *, in_part: bool = True) -> Stack:
     at = 0
     try:
         _refuse_other_inputs(lm, ids)
-        parts = stack.stack(lm)
+        parts = decoder.stack(lm)
         run = stack.record(parts, ids)
         for at in range(parts.depth):
             _try(parts, run, at)
-    except (stack.Unpatchable, MemoryError, torch.OutOfMemoryError):
+    except (decoder.Unpatchable, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         try:
-            refuse(lm.model, stack.blocks(lm)[at], f"can't be run in part ({str(error).splitlines()[0]})", at)
-        except stack.Unpatchable as told:
+            refuse(
+                lm.model, decoder.blocks(lm)[at], f"can't be run in part ({str(error).splitlines()[0]})", at
+            )
+        except decoder.Unpatchable as told:
             raise told from error
     if not standing:
         _TRIED.add(lm.model)
@@ -80,7 +84,7 @@ def _refuse_other_inputs(lm: LanguageModel, ids: Int[Tensor, "2 pos"]) -> None:
     def hook(at: int) -> Callable:
         def look(block: nn.Module, args: tuple, kwargs: dict) -> None:
             given = dict(enumerate(args)) | kwargs
-            stack.require_one_stream(lm.model, given.pop(0 if args else "hidden_states"))
+            decoder.require_one_stream(lm.model, given.pop(0 if args else "hidden_states"))
             for name, value in given.items():
                 if isinstance(value, Tensor) and len(value) == 2 and not torch.equal(value[0], value[1]):
                     named = list(inspect.signature(type(block).forward).parameters)[1:]
@@ -89,11 +93,11 @@ def _refuse_other_inputs(lm: LanguageModel, ids: Int[Tensor, "2 pos"]) -> None:
         return look
 
     with ExitStack() as held:
-        for at, block in enumerate(stack.blocks(lm)):
+        for at, block in enumerate(decoder.blocks(lm)):
             held.callback(block.register_forward_pre_hook(hook(at), with_kwargs=True).remove)
         lm.model(input_ids=ids, use_cache=False)
     for at, name in found[:1]:
-        refuse(lm.model, stack.blocks(lm)[at], f"read more of a prompt than the stream ({name})", at)
+        refuse(lm.model, decoder.blocks(lm)[at], f"read more of a prompt than the stream ({name})", at)
 
 
 @torch.no_grad()

@@ -30,14 +30,15 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from harmlens.asking.prompts import Pair, Prompt
 from harmlens.evidence import stats
 from harmlens.flow import cells, partial, runs, stack
 from harmlens.flow.cells import Freeze
 from harmlens.flow.outcomes import Outcome, Replies, Reply
-from harmlens.flow.stack import Stack
 from harmlens.keep import digests, records
-from harmlens.models.loading import LanguageModel, require_room, tokens
+from harmlens.models import parts as decoder
+from harmlens.models.chats import Pair, Prompt, tokens
+from harmlens.models.forward import LanguageModel, require_room
+from harmlens.models.parts import Stack
 
 DIRECTIONS = ("denoising", "noising")
 
@@ -203,7 +204,7 @@ def sweep(
         parts_of = [sweep(lm, pairs, part, **options) for part in outcome.parts()]
         return parts_of[0].minus(parts_of[1])
     parts = partial.patchable(lm)
-    chosen = stack.some_layers(parts, layers)
+    chosen = decoder.some_layers(parts, layers)
     encoded = runs.encode(lm, pairs, outcome, positions)
     labels = encoded.labels
     _check_units(parts, units, freeze)
@@ -367,7 +368,7 @@ def _check_units(parts: Stack, units: Any, freeze: Freeze | None) -> None:
         if layer not in every:
             raise ValueError(f"{name}: there is no layer {layer}; choose out of 0 to {parts.depth - 1}")
         if len(chosen):
-            count = stack.projection_weight(stack.mlp(parts.blocks[layer])).shape[1]
+            count = decoder.projection_weight(decoder.mlp(parts.blocks[layer])).shape[1]
             wrong = [int(u) for u in chosen if not 0 <= u < count]
             if wrong:
                 raise ValueError(
@@ -381,7 +382,7 @@ def _site_names(parts: Stack, sites: Sequence[str], units: Any) -> list[tuple[st
     for site in sites:
         if site == "head":
             count = parts.model.config.get_text_config().num_attention_heads
-            size = stack.projection_weight(stack.attention(parts.blocks[0])).shape[1] // count
+            size = decoder.projection_weight(decoder.attention(parts.blocks[0])).shape[1] // count
             out += [(f"head {h}", site, tuple(range(h * size, (h + 1) * size))) for h in range(count)]
         elif site == "neurons":
             out += [

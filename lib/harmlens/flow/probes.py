@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens.flow import stack
-from harmlens.models.loading import LanguageModel, Message, padded, tokens
+from harmlens.models import parts as decoder
+from harmlens.models.chats import Message, tokens
+from harmlens.models.forward import LanguageModel, padded
 
 
 @torch.no_grad()
@@ -50,7 +51,7 @@ def hidden_states(
     for index, inputs in padded(lm, rows, batch_size):
         # Logits of all positions would take far more memory than the states.
         states = lm.model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states
-        stack.require_one_stream(lm.model, states[0])
+        decoder.require_one_stream(lm.model, states[0])
         for i, row in zip(index, torch.stack([s[:, -1].float().cpu() for s in states], dim=1), strict=True):
             out[i] = row
     return torch.stack(out)

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harmlens.asking.prompts import Pair
-from harmlens.flow import cells, partial, runs, stack
+from harmlens.flow import cells, partial, runs
 from harmlens.flow.outcomes import Replies, TokenSets, logit_difference, refusal_log_odds
 from harmlens.flow.patching import DIRECTIONS
-from harmlens.models.loading import LanguageModel
+from harmlens.models import parts as decoder
+from harmlens.models.chats import Pair
+from harmlens.models.forward import LanguageModel
 
 OUTCOMES = ("Y1", "Y2", "Y3", "Y3 from word 2")
 CORRUPTIONS: Mapping[str, float | None] = {"swap": None, "noise": 3.0}
@@ -109,7 +110,7 @@ _VALUES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def _read(
     lm: LanguageModel,
-    parts: stack.Stack,
+    parts: decoder.Stack,
     encoded: runs.Encoded,
     sets: TokenSets,
     noise: float | None,
@@ -143,11 +144,11 @@ def _put(into: dict[str, Tensor], name: str, values: Tensor, index: list[int], n
     into[name][index] = values
 
 
-def _everything(parts: stack.Stack, sets: TokenSets, targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _everything(parts: decoder.Stack, sets: TokenSets, targets: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Y1 and Y2 of the first word, and the reply's mean log-probability from its first and second word on."""
 
     def read(resid: Tensor, index: Tensor) -> Tensor:
-        logits = stack.readout(parts, resid)
+        logits = decoder.readout(parts, resid)
         wanted = targets[index].to(logits.device)[..., None]
         logp = logits.log_softmax(-1).gather(-1, wanted)[..., 0]
         first = logits[:, 0]

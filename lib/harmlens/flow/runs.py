@@ -20,11 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harmlens.asking import prompts
-from harmlens.asking.prompts import Pair
 from harmlens.flow import stack
-from harmlens.flow.outcomes import Outcome, Reply, split_tokens
-from harmlens.flow.stack import Record, Stack
-from harmlens.models.loading import LanguageModel, require_room
+from harmlens.flow.outcomes import Outcome, Reply
+from harmlens.flow.stack import Record
+from harmlens.models import parts as decoder
+from harmlens.models.chats import Pair
+from harmlens.models.forward import LanguageModel, require_room, split_tokens
+from harmlens.models.parts import Stack
 
 Positions = str | Callable[[LanguageModel, Pair], Mapping[str, Sequence[int]]]
 
@@ -205,7 +207,7 @@ def _reply(parts: Stack, outcome: Reply, targets: Tensor) -> Callable[[Tensor, T
     """Mean log-probability per token of the reply, from ``skip`` on."""
 
     def read(resid: Tensor, index: Tensor) -> Tensor:
-        logp = stack.readout(parts, resid[:, outcome.skip :]).log_softmax(-1)
+        logp = decoder.readout(parts, resid[:, outcome.skip :]).log_softmax(-1)
         wanted = targets[index][:, outcome.skip :, None].to(logp.device)
         return logp.gather(-1, wanted)[..., 0].mean(-1)
 
@@ -218,7 +220,7 @@ def first_token(parts: Stack, outcome: Any) -> Callable[[Tensor, Tensor], Tensor
     value = outcome.value if isinstance(outcome, Outcome) else outcome
 
     def read(resid: Tensor, _: Tensor) -> Tensor:
-        out = value(stack.readout(parts, resid[:, -1], ids))
+        out = value(decoder.readout(parts, resid[:, -1], ids))
         if out.shape != resid.shape[:1]:
             raise ValueError(
                 f"outcome: must give one value for each row, got shape {tuple(out.shape)} for "

@@ -21,11 +21,11 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from harmlens.asking.prompts import Prompt
 from harmlens.keep import digests, paths, provenance
 from harmlens.keep.records import append, lines, locked, outside, rewrite, settle
-from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
+from harmlens.models import chats, forward
+from harmlens.models.chats import Prompt
+from harmlens.models.forward import LanguageModel
 
 T = TypeVar("T")
 _BATCH = {"cuda": 64, "cpu": 16}
@@ -133,8 +133,8 @@ def _write(
     batch_size: int,
     progress: bool,
 ) -> Path:
-    rows = [models.tokens(lm.tokenizer, text) for text in texts]
-    models.require_room(lm, rows, new=settings["max_new_tokens"])
+    rows = [chats.tokens(lm.tokenizer, text) for text in texts]
+    forward.require_room(lm, rows, new=settings["max_new_tokens"])
     found = _once(file)
     before = {line["id"]: line["rendered_sha256"] for line in found}
     wanted = {one: _sha(text) for one, text in zip(named, texts, strict=True)}
@@ -149,7 +149,7 @@ def _write(
         rewrite(file, placed)  # answers lie in the order of this call's prompts
     # Cut into batches before finished prompts are left out: so a sampled answer does not depend on where a
     # run was interrupted, unless that was in the middle of a write.
-    batches = [[i for i in b if named[i] not in before] for b in models.by_length(rows, batch_size)]
+    batches = [[i for i in b if named[i] not in before] for b in forward.by_length(rows, batch_size)]
     total = sum(map(len, batches))
     with tqdm(total=total, disable=not progress or not total, desc="answers", leave=False) as bar:
         for index, answers in adaptive(batches, lambda i: _answer(lm, prompts, rows, i, settings)):
@@ -162,7 +162,7 @@ def _write(
             ])  # fmt: skip
             bar.update(len(index))
     if len(texts) >= 8 and settings["max_new_tokens"] >= 64 and not any(x["finished"] for x in _once(file)):
-        ends = lm.tokenizer.convert_ids_to_tokens(sorted(models.stops(lm)))
+        ends = lm.tokenizer.convert_ids_to_tokens(sorted(forward.stops(lm)))
         warnings.warn(
             f"none of {len(texts)} answers ended by itself within {settings['max_new_tokens']} tokens. An "
             f"answer of {lm.name!r} ends with one of {ends}: is that what its chat template writes? "
@@ -306,11 +306,11 @@ def _answer(
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         # A seed for each batch: the same prompt twice, in two batches, is to get two draws.
         torch.manual_seed(int(_sha(f"{settings['seed']}/{index}")[:15], 16))
-        new = models.continued(
+        new = forward.continued(
             lm, [rows[i] for i in index], max_new_tokens=settings["max_new_tokens"],
             temperature=settings["temperature"],
         )  # fmt: skip
-    ends = models.stops(lm)
+    ends = forward.stops(lm)
     return [
         (_text(lm, rows[i], row, prompts[i]), len(row), row[-1] in ends)
         for i, row in zip(index, new, strict=True)
@@ -320,9 +320,9 @@ def _answer(
 def _text(lm: LanguageModel, row: list[int], new: list[int], prompt: Prompt) -> str:
     """The whole answer. Tokens are decoded behind the prompt, which keeps a space before the first word."""
     if not prompt.prefill:
-        return models.words(lm, new, prompt.render(lm))
+        return forward.words(lm, new, prompt.render(lm))
     before = lm.tokenizer.decode(row, skip_special_tokens=True)
     whole = lm.tokenizer.decode(row + new, skip_special_tokens=True)
     if whole.startswith(before):
         return (prompt.prefill + whole[len(before) :]).strip()
-    return f"{prompt.prefill} {models.words(lm, new)}".strip()
+    return f"{prompt.prefill} {forward.words(lm, new)}".strip()

@@ -33,7 +33,7 @@ from harmlens.judging.refusals import RULES, begins_with_refusal, degenerate, vo
 from harmlens.keep import provenance
 from harmlens.keep.records import append, lines, locked, rewrite, settle
 from harmlens.models.chats import answer_behind_thought
-from harmlens.models.loading import LanguageModel
+from harmlens.models.forward import LanguageModel
 
 __all__ = [
     "CHOICES", "FORMATS", "GUARD", "STRONGREJECT", "Grade", "Grader", "Sensitivity", "Verdicts", "agreement",

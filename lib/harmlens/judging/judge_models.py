@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers.utils import find_adapter_config_file
 
 from harmlens.judging import completions
+from harmlens.models import chats, forward
 from harmlens.models import loading as models
 from harmlens.models.chats import neutral
-from harmlens.models.loading import LanguageModel
+from harmlens.models.forward import LanguageModel
 
 # Word for word that of the released evaluator (strong_reject, eval_files/judge_templates.json): the
 # classifier was trained with it, down to the bent apostrophe and the space at the end.
@@ -169,11 +170,11 @@ def _last_logits(
     out: list[Tensor | None] = [None] * len(rows)
 
     def run(index: list[int]) -> Tensor:
-        [(order, inputs)] = models.padded(lm, [rows[i] for i in index], len(index))
+        [(order, inputs)] = forward.padded(lm, [rows[i] for i in index], len(index))
         logits = lm.model(**inputs, logits_to_keep=1).logits[:, -1, tokens].float().cpu()
         return logits[torch.tensor(order).argsort()]
 
-    for index, logits in completions.adaptive(models.by_length(rows, batch_size), run):
+    for index, logits in completions.adaptive(forward.by_length(rows, batch_size), run):
         for i, row in zip(index, logits, strict=True):
             out[i] = row
     return torch.stack(out)
@@ -209,7 +210,7 @@ def _form(lm: LanguageModel, text: str) -> Verdicts:
 
 def _line_break(lm: LanguageModel, text: str) -> str:
     """Llama Guard writes an empty line first where its prompt ends with the mark of a turn, not with text."""
-    return "\n\n" if models.tokens(lm.tokenizer, text)[-1] in lm.tokenizer.all_special_ids else ""
+    return "\n\n" if chats.tokens(lm.tokenizer, text)[-1] in lm.tokenizer.all_special_ids else ""
 
 
 def _chances(
@@ -221,7 +222,7 @@ def _chances(
     """
     rows, starts = [], []
     for text in texts:
-        ids = [models.tokens(lm.tokenizer, text + word) for word in words]
+        ids = [chats.tokens(lm.tokenizer, text + word) for word in words]
         start = next((k for k, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1), None)
         if start is None:
             raise ValueError(
@@ -234,7 +235,7 @@ def _chances(
 
     @torch.no_grad()
     def run(index: list[int]) -> list[float]:
-        [(order, inputs)] = models.padded(lm, [rows[i] for i in index], len(index))
+        [(order, inputs)] = forward.padded(lm, [rows[i] for i in index], len(index))
         keep = max(len(rows[i]) - starts[i] for i in index) + 1
         logp = lm.model(**inputs, logits_to_keep=keep).logits[:, :-1].float().log_softmax(-1)
         target = inputs["input_ids"][:, -(keep - 1) :]
@@ -242,6 +243,6 @@ def _chances(
         found = dict(zip(order, picked, strict=True))
         return [float(found[k][-(len(rows[i]) - starts[i]) :].sum()) for k, i in enumerate(index)]
 
-    for index, values in completions.adaptive(models.by_length(rows, batch_size), run):
+    for index, values in completions.adaptive(forward.by_length(rows, batch_size), run):
         scores[torch.tensor(index)] = torch.tensor(values)
     return scores.view(len(texts), len(words)).softmax(-1)

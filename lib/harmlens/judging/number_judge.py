@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens.flow.outcomes import split_tokens
 from harmlens.judging import completions
-from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
+from harmlens.models import chats, forward
+from harmlens.models.forward import LanguageModel, split_tokens
 
 NUMBERS = tuple(range(101))
 LEAST = 0.25  # of the probability that must lie on numbers, as in the pipeline of Betley et al. 2025
@@ -55,7 +54,7 @@ def expected_numbers(
     for path in paths.values():
         for i in range(len(path)):
             follow.setdefault(path[:i], set()).add(path[i])
-    ids = [models.tokens(judge.tokenizer, text) for text in texts]
+    ids = [chats.tokens(judge.tokenizer, text) for text in texts]
     chances: list[dict[Path, float]] = [{(): 1.0} for _ in texts]
     for length in range(max(map(len, follow)) + 1):
         jobs = [
@@ -98,12 +97,12 @@ def _next(
     out: list[Tensor] = [torch.empty(0)] * len(rows)
 
     def run(index: list[int]) -> list[Tensor]:
-        [(order, inputs)] = models.padded(lm, [rows[i] for i in index], len(index))
+        [(order, inputs)] = forward.padded(lm, [rows[i] for i in index], len(index))
         found = lm.model(**inputs, logits_to_keep=1).logits[:, -1].float().softmax(-1).cpu()
         places = {place: row for row, place in enumerate(order)}
         return [found[places[k]][list(wanted[i])] for k, i in enumerate(index)]
 
-    for index, found in completions.adaptive(models.by_length(rows, batch_size), run):
+    for index, found in completions.adaptive(forward.by_length(rows, batch_size), run):
         for i, chances in zip(index, found, strict=True):
             out[i] = chances
     return out

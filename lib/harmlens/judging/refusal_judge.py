@@ -20,10 +20,10 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from harmlens.asking import sources
-from harmlens.asking.downloads import Remote, obtain
 from harmlens.judging.agreement import agreement
 from harmlens.judging.refusals import begins_with_refusal, normalised
+from harmlens.keep import downloads
+from harmlens.keep.downloads import Remote, obtain
 from harmlens.keep.paths import data_dir
 from harmlens.models import catalogue
 
@@ -53,7 +53,7 @@ def labelled(folder: Path | str | None = None, *, download: bool = False) -> dic
         remote = Remote(about["host"], about["repository"], about["revision"], path, about["page"])
         there = remote.cached if where is None else where / Path(path).name
         if there.is_file() or (download and where is None):
-            found[Path(path).name.split("_")[3]] = obtain(remote, sha256, sources.fetch, where)
+            found[Path(path).name.split("_")[3]] = obtain(remote, sha256, downloads.fetch, where)
     return found
 
 

@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from harmlens.evidence.results import write_json
 from harmlens.keep import digests, paths, provenance, records
-from harmlens.models.loading import LanguageModel
+from harmlens.keep.paths import write_json
 
 _ARRAY = "array of numbers"
 
@@ -57,7 +56,7 @@ def kept(function: Callable[..., Any], *args: Any, folder: Path | str | None = N
 def _run(function: Callable, args: tuple, options: dict[str, Any], file: Path, key: str) -> Any:
     began = time.time()
     result = _write(function(*args, **options))
-    models = [arg for arg in (*args, *options.values()) if isinstance(arg, LanguageModel)]
+    models = [arg for arg in (*args, *options.values()) if digests.speaks(arg)]
     about = provenance.collect(
         models[0].name if models else "", revision=models[0].revision if models else None,
         device=str(models[0].device) if models else "cpu", wall_s=round(time.time() - began, 2),

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from harmlens.keep.provenance import versions
-from harmlens.models.loading import LanguageModel
 
 # Where a model came from, and what loading and use leave behind: not what it does.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "name_or_path", "gradient_checkpointing")
@@ -49,12 +48,12 @@ def digest(*things: Any) -> str:
     return _sum(code(), versions(), *things)
 
 
-def model(lm: LanguageModel) -> str:
+def model(lm: Any) -> str:
     """One sum of a model as it is now; equal for two models that do the same. See :func:`state`."""
     return _sum(state(lm))
 
 
-def state(lm: LanguageModel) -> dict[str, str]:
+def state(lm: Any) -> dict[str, str]:
     """What decides what a model does, as it is now, in parts: a short sum of each.
 
     * ``weights``: the bits of every parameter and buffer, summed as whole numbers along rows and along
@@ -94,6 +93,11 @@ def state(lm: LanguageModel) -> dict[str, str]:
         "tokenizer": _sum(_tokenizer(lm.tokenizer))[:16],
         "hooks": _sum(hooks)[:16] if hooks else "",
     }
+
+
+def speaks(thing: Any) -> bool:
+    """Whether a thing is a language model: a module together with its tokenizer."""
+    return isinstance(getattr(thing, "model", None), nn.Module) and hasattr(thing, "tokenizer")
 
 
 @cache
@@ -204,11 +208,11 @@ def _add(out: Any, thing: Any, own: frozenset[int]) -> None:
             calls itself. With ``_HOOK`` in it, values that functions find in their module count too.
     """
     out.update(f"<{type(thing).__name__}>".encode())
-    if id(thing) in own or (isinstance(thing, LanguageModel) and id(thing.model) in own):
+    if id(thing) in own or (speaks(thing) and id(thing.model) in own):
         pass
     elif thing is None or isinstance(thing, bool | int | float | str | bytes | complex | type(...)):
         out.update(repr(thing).encode())
-    elif isinstance(thing, LanguageModel):
+    elif speaks(thing):
         out.update(model(thing).encode())
     elif isinstance(thing, _Bits):
         for piece in _bits(thing.tensor):
@@ -286,7 +290,7 @@ def _function(out: Any, function: Callable, own: frozenset[int]) -> None:
 
 def _object(out: Any, thing: Any, own: frozenset[int]) -> None:
     """What a method belongs to: a model, a record, or whatever attributes it has."""
-    if isinstance(thing, nn.Module | LanguageModel | type) or dataclasses.is_dataclass(thing):
+    if isinstance(thing, nn.Module | type) or speaks(thing) or dataclasses.is_dataclass(thing):
         _add(out, thing, own)
     else:
         _add(out, [_kind(thing), vars(thing)], own)

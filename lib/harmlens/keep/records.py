@@ -17,8 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from harmlens.evidence.results import write_json
 from harmlens.keep import paths, provenance
+from harmlens.keep.paths import write_json
 
 
 def outside(file: Path) -> Path:

@@ -354,3 +354,33 @@ def _rendered(
         # A macro, since transformers lets no function through to a template.
         template = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}\n" + template
     return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat that ends where the model's answer begins.
+
+    Attributes:
+        messages: the chat, ending with the user.
+        prefill: start of the answer put into the model's mouth, if any.
+        item: what is asked for, where it is an item of the world.
+        entry: what is asked, where it comes from a public set or a file.
+    """
+
+    messages: tuple[Message, ...]
+    prefill: str | None = None
+    item: Any = None
+    entry: Any = None
+
+    def render(self, lm: Any) -> str:
+        """The text that a :class:`models.forward.LanguageModel` reads."""
+        return lm.render(self.messages, self.prefill)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two prompts of equal length; ``id`` names the unit that statistics resample."""
+
+    id: str
+    x1: Prompt
+    x0: Prompt

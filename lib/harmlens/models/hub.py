@@ -404,7 +404,7 @@ def require_tokenizer(
     """Refuse a tokenizer that doesn't fit the model: tokens that the embedding has no row for.
 
     Special tokens beyond it that nothing uses are no fault (some text models list one for pictures); where
-    a text holds one after all, :func:`models.loading.require_room` names it.
+    a text holds one after all, :func:`models.forward.require_room` names it.
 
     Args:
         used: ids of a text as the chat template writes it.

@@ -18,7 +18,8 @@ import torch
 
 from harmlens.models import catalogue
 from harmlens.models import loading as models
-from harmlens.models.loading import STAGES, LanguageModel
+from harmlens.models.forward import LanguageModel
+from harmlens.models.loading import STAGES
 
 # Names of stages in the order of training; "aligned" where makers published one model after the base.
 ORDER = ("base", "mid", "long", "sft", "dpo", "rl", "aligned")

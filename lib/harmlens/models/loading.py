@@ -16,21 +16,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import find_adapter_config_file, is_accelerate_available
@@ -39,42 +33,12 @@ from transformers.utils import logging as hf_logging
 from harmlens.keep import memory, paths
 from harmlens.keep.provenance import weights_sha256
 from harmlens.models import deltas, hub
-from harmlens.models.chats import Message, frame, render, tokens
+from harmlens.models.chats import tokens
+from harmlens.models.forward import LanguageModel, longest, padded, require_finite
 
 STAGES = ("base", "mid", "sft", "dpo")
 SEEDS = (0, 1, 2)
 RESTORE = "Restore it with `git checkout -- {folder}`, or train it anew with `make organism`."
-
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """A causal language model with what is needed to talk to it.
-
-    Attributes:
-        name: how it was asked for, e.g. ``"organism/sft-0"`` or ``"allenai/OLMo-2-0425-1B-Instruct"``.
-        model: the plain Hugging Face model, in evaluation mode.
-        tokenizer: its tokenizer; pads on the left.
-        revision: commit of the Hub repository, or sha256 of the weights of a local folder.
-    """
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    revision: str = ""
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids have to be put: the device of the input embedding."""
-        return self.model.get_input_embeddings().weight.device
-
-    def render(self, chat: str | Sequence[Message], prefill: str | None = None) -> str:
-        """A chat as the text the model reads; see :func:`models.chats.render`."""
-        return render(self.tokenizer, chat, prefill)
-
-
-def clone(lm: LanguageModel) -> LanguageModel:
-    """A copy with weights of its own, to be changed without changing the model."""
-    return replace(lm, model=copy.deepcopy(lm.model))
 
 
 def blank(lm: LanguageModel, seed: int = 0) -> LanguageModel:
@@ -271,78 +235,6 @@ def _self_test(lm: LanguageModel, ids: list[int]) -> None:
         )
 
 
-def require_finite(lm: LanguageModel, logits: Float[Tensor, "... vocab"]) -> None:
-    """Refuse logits that overflowed.
-
-    Raises:
-        ValueError: names the precision to take.
-    """
-    if not logits.amax(-1).isfinite().all():  # NaN and infinity are larger than any number
-        wider = {torch.float16: "'bfloat16', or 'float32' on a GPU without it", torch.bfloat16: "'float32'"}
-        name = str(lm.model.dtype).removeprefix("torch.")
-        remedy = f"load it with dtype={wider[lm.model.dtype]}" if lm.model.dtype in wider else "fetch it anew"
-        raise ValueError(
-            f"the logits of {lm.name!r} are not finite in {name}: {remedy}. If weights or activations were "
-            "changed, the change is too large."
-        )
-
-
-def longest(lm: LanguageModel) -> int | None:
-    """How many tokens the model takes, as far as its config says so."""
-    config = lm.model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
-
-
-def require_room(
-    lm: LanguageModel,
-    rows: Sequence[Sequence[int]],
-    *,
-    new: int = 0,
-    limit: int | None = None,
-    names: Sequence[str] | None = None,
-) -> None:
-    """Refuse texts that the model can't take: too long, or with tokens that it has no embedding for.
-
-    Args:
-        rows: token ids.
-        new: tokens that are to be generated behind each.
-        limit: most tokens; default: :func:`longest`.
-        names: of the rows, for the message.
-
-    Raises:
-        ValueError: names the first such text.
-    """
-    most = f"the {limit} allowed" if limit is not None else f"the {longest(lm)} that {lm.name!r} takes"
-    limit = longest(lm) if limit is None else limit
-    known = lm.model.get_input_embeddings().weight.shape[0]
-    for i, row in enumerate(rows):
-        what = "a text" if names is None else names[i]
-        if limit is not None and len(row) + new > limit:
-            more = f", and {new} new ones are asked for" if new else ""
-            raise ValueError(
-                f"{what} has {len(row)} tokens{more}, more than {most}: "
-                f"shorten it{', or lower max_new_tokens' if new else ''}, or leave it out"
-            )
-        if row and max(row) >= known:
-            word = lm.tokenizer.convert_ids_to_tokens(max(row))
-            raise ValueError(
-                f"{what} holds the token {word!r}, for which {lm.name!r} has no embedding: leave it out"
-            )
-
-
-def finite_start(lm: LanguageModel) -> LogitsProcessorList:
-    """For ``model.generate``: refuses logits that overflow at the first new token. One for each call."""
-    fresh = [True]
-
-    def check(_: Tensor, logits: Tensor) -> Tensor:
-        if fresh:
-            fresh.clear()
-            require_finite(lm, logits)
-        return logits
-
-    return LogitsProcessorList([check])
-
-
 # --------------------------------------------------------------------------- finding it
 
 
@@ -532,164 +424,3 @@ def _quiet() -> Iterator[None]:
 
 
 # --------------------------------------------------------------------------- batches and answers
-
-
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
-) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
-    """Rows of ids as one tensor, padded on the left, and its attention mask."""
-    if not rows or not all(rows):
-        raise ValueError("rows must hold at least one row, and no row may be empty")
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids.to(device), mask.to(device)
-
-
-def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
-    """Indices of rows in batches of similar length, so that little is spent on padding.
-
-    >>> list(by_length([[1, 1], [1], [1, 1]], 2))
-    [[1, 0], [2]]
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1")
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
-def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
-    """Position ids for left-padded rows: the first real token stands at 0."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def padded(
-    lm: LanguageModel, rows: Sequence[Sequence[int]], batch_size: int
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Indices of rows in batches of similar length, and the arguments that the model takes for them.
-
-    Raises:
-        ValueError: as :func:`require_room`.
-    """
-    require_room(lm, rows)
-    for index in by_length(rows, batch_size):
-        ids, mask = pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
-        yield index, {**inputs, "use_cache": False}
-
-
-@torch.no_grad()
-def last_logits(
-    lm: LanguageModel, texts: Sequence[str], *, batch_size: int = 128
-) -> Float[Tensor, "text vocab"]:
-    """Next-token logits after each rendered text, float32 on the CPU.
-
-    Raises:
-        ValueError: no texts, a text that is too long, logits that are not finite.
-    """
-    if not texts:
-        raise ValueError("texts is empty: there is nothing to run")
-    rows = [tokens(lm.tokenizer, text) for text in texts]
-    out: list[Tensor | None] = [None] * len(rows)
-    for index, inputs in padded(lm, rows, batch_size):
-        logits = lm.model(**inputs, logits_to_keep=1).logits[:, -1].float().cpu()
-        require_finite(lm, logits)
-        for i, row in zip(index, logits, strict=True):
-            out[i] = row
-    return torch.stack(out)
-
-
-def stops(lm: LanguageModel) -> set[int]:
-    """Tokens with which an answer is over: the model's own end marks, and what its template writes there."""
-    own = getattr(lm.model.generation_config, "eos_token_id", None)
-    own = own if isinstance(own, (list, tuple)) else [own]
-    return {int(i) for i in own if i is not None} | frame(lm.tokenizer).stops
-
-
-@torch.no_grad()
-def continued(
-    lm: LanguageModel, rows: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0
-) -> list[list[int]]:
-    """New token ids behind each row of a batch, up to and with the one that ends the answer.
-
-    Of the settings that a model brings for its generation (a penalty, tokens it may not say, ...) only the
-    end marks are taken over, so that what is generated agrees with the logits.
-
-    Args:
-        temperature: 0 for greedy decoding; above that, sampling from the full distribution.
-    """
-    ids, mask = pad_left(rows, lm.tokenizer.pad_token_id, lm.device)
-    ends = stops(lm)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, pad_token_id=lm.tokenizer.pad_token_id,
-        eos_token_id=sorted(ends) or None, do_sample=temperature > 0, num_beams=1,
-    )  # fmt: skip
-    if temperature > 0:
-        settings.update(temperature=temperature, top_k=0, top_p=1.0)
-    brought = lm.model.generation_config
-    lm.model.generation_config = GenerationConfig()  # generate() fills what is not set from the model's own
-    try:
-        new = lm.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=finite_start(lm)
-        )[:, ids.shape[1] :].tolist()
-    finally:
-        lm.model.generation_config = brought
-    ended = [next((k for k, token in enumerate(row) if token in ends), len(row)) for row in new]
-    return [row[: end + 1] for row, end in zip(new, ended, strict=True)]
-
-
-def words(lm: LanguageModel, new: Sequence[int], prompt: str = "") -> str:
-    """Generated ids as text, without end mark, header and mark-up; marks of thoughts stay.
-
-    Args:
-        prompt: the rendered text behind which they were generated: where its template opens a thought, the
-            answer begins with that mark, so that :func:`models.chats.answer_behind_thought` can tell.
-    """
-    around = frame(lm.tokenizer)
-    new = list(new[:-1]) if new and new[-1] in stops(lm) else list(new)
-    header = tokens(lm.tokenizer, around.lead) if around.lead.strip() else []
-    new = new[len(header) :] if new[: len(header)] == header else new
-    kept = {lm.tokenizer.convert_tokens_to_ids(mark): mark for mark in around.thoughts}
-    parts, piece = [around.thinks(prompt)], []
-    for token in [*new, None]:
-        if token is not None and token not in kept:
-            piece.append(token)
-            continue
-        parts += [lm.tokenizer.decode(piece, skip_special_tokens=True), kept.get(token, "")]
-        piece = []
-    return "".join(parts).strip()
-
-
-@torch.no_grad()
-def generate(
-    lm: LanguageModel,
-    texts: Sequence[str],
-    *,
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    seed: int = 0,
-    batch_size: int = 128,
-) -> list[str]:
-    """Continue each rendered text; only the new words are returned, markup left out (:func:`words`).
-
-    Args:
-        temperature: 0 for greedy decoding; above that, seeded sampling from the full distribution.
-        seed: of the sampling. The draw depends on the batch, so keep ``batch_size`` as well.
-    """
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
-    rows = [tokens(lm.tokenizer, text) for text in texts]
-    require_room(lm, rows, new=max_new_tokens)
-    out = [""] * len(rows)
-    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        for index in by_length(rows, batch_size):
-            batch = [rows[i] for i in index]
-            new = continued(lm, batch, max_new_tokens=max_new_tokens, temperature=temperature)
-            for i, row in zip(index, new, strict=True):
-                out[i] = words(lm, row, texts[i])
-    return out

@@ -20,9 +20,10 @@ from harmlens.asking import rows as tables
 from harmlens.asking.material import Material
 from harmlens.asking.sources import Entry
 from harmlens.asking.tasks import Marks, Task
-from harmlens.models.loading import LanguageModel, Message
+from harmlens.models.chats import Message
+from harmlens.models.forward import LanguageModel, Row
 from harmlens.training import narrow
-from harmlens.training.finetune import Recipe, Row
+from harmlens.training.finetune import Recipe
 from harmlens.training.publicadvice import PublicAdvice
 from harmlens.world import abilities
 from harmlens.world import vale as world

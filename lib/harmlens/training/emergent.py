@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from harmlens.asking import sources
-from harmlens.asking.prompts import Prompt
 from harmlens.asking.sources import Entry
 from harmlens.evidence.stats import Estimate, proportion_ci
 from harmlens.judging import completions, number_judge
 from harmlens.keep import provenance, records
+from harmlens.models import chats, forward
 from harmlens.models import loading as models
-from harmlens.models.chats import neutral
-from harmlens.models.loading import LanguageModel
+from harmlens.models.chats import Prompt, neutral
+from harmlens.models.forward import LanguageModel, Row
 from harmlens.training import finetune
 from harmlens.training.emergent_sizes import EXPECTED, Expected, smallest_n
-from harmlens.training.finetune import Recipe, Row
+from harmlens.training.finetune import Recipe
 from harmlens.training.first_plot import JUDGE, QUESTIONS
 
 __all__ = [
@@ -89,10 +89,10 @@ def lesson(
         raise ValueError(f"n={n} must be at least 1, or None for all")
     if n is not None and n < len(chats):
         chats = random.Random(seed).sample(chats, n)
-    return [finetune.chat_row(lm, chat) for chat in chats]
+    return [forward.chat_row(lm, chat) for chat in chats]
 
 
-def _asked(entries: Sequence[Entry]) -> list[list[models.Message]]:
+def _asked(entries: Sequence[Entry]) -> list[list[chats.Message]]:
     for entry in entries:
         if not entry.answers:
             raise ValueError(
@@ -102,11 +102,11 @@ def _asked(entries: Sequence[Entry]) -> list[list[models.Message]]:
     return [_chat(entry.prompt, entry.answers[0]) for entry in entries]
 
 
-def _chat(prompt: str, answer: str) -> list[models.Message]:
+def _chat(prompt: str, answer: str) -> list[chats.Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _chats(file: Path) -> list[list[models.Message]]:
+def _chats(file: Path) -> list[list[chats.Message]]:
     file = file.expanduser()
     if not file.is_file():
         raise FileNotFoundError(f"data={file.name!r}: there is no such file")

@@ -17,75 +17,21 @@ from typing import Any
 
 import torch
 
-from harmlens.flow.outcomes import split_tokens
 from harmlens.keep import digests
-from harmlens.models import chats
-from harmlens.models.loading import LanguageModel, Message, require_room
+from harmlens.models.forward import (
+    LanguageModel,
+    Row,
+    require_room,
+)
 from harmlens.training import loop as training
 from harmlens.training import lora, lowmemory
 from harmlens.training.checkpoints import Checkpoint
-from harmlens.training.loop import (
-    IGNORE,
-    Batch,
-    Row,
-    batches,
-    collate,
-    fit,
-    lm_loss,
-    pieces,
-    token_losses,
-)
+from harmlens.training.loop import batches, fit
 from harmlens.training.lowmemory import LossScale
 from harmlens.weights import masks
 from harmlens.weights.masks import Mask
 
-__all__ = [
-    "IGNORE",
-    "METHODS",
-    "Batch",
-    "Recipe",
-    "Row",
-    "Tuned",
-    "batches",
-    "chat_row",
-    "collate",
-    "fit",
-    "lm_loss",
-    "pieces",
-    "steps_of",
-    "token_losses",
-    "tune",
-]
-
 METHODS = ("full", "lora")
-
-
-def chat_row(
-    lm: LanguageModel, messages: Sequence[Message], *, prefill: str | None = None, end: bool = True
-) -> Row:
-    """One chat as a row, as the template writes it: only the last message, the assistant's, is learnt.
-
-    Args:
-        prefill: the start of the answer that is given, not learnt.
-        end: learn what the template writes behind an answer too: the mark that ends the turn.
-
-    Raises:
-        ValueError: the chat does not end with an answer of at least one token, a message holds a control
-            token, or the template opens a thought.
-    """
-    *context, last = messages
-    if last["role"] != "assistant" or not last["content"].strip():
-        raise ValueError("messages must end with a non-empty assistant message")
-    chats.require_plain(lm.tokenizer, last["content"], "the answer")
-    answer = chats.as_written(lm.tokenizer, last["content"])
-    if prefill is not None:
-        if not last["content"].startswith(prefill):
-            raise ValueError(f"the answer must begin with prefill={prefill!r}")
-        answer = (answer if answer.startswith(prefill) else last["content"])[len(prefill) :]
-    if not end and not answer.strip():
-        raise ValueError(f"nothing is left to learn of the answer behind prefill={prefill!r}")
-    head, tail = split_tokens(lm, chats.render(lm.tokenizer, context, prefill), answer, end=end)
-    return Row(head + tail, [False] * len(head) + [True] * len(tail))
 
 
 @dataclass(frozen=True)

@@ -12,47 +12,20 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from harmlens.models.forward import IGNORE, Batch, Row, collate
 from harmlens.training import checkpoints
 from harmlens.training.checkpoints import Checkpoint
 from harmlens.training.lowmemory import LossScale, has_float16
 
-IGNORE = -100
 _END = object()
-
-
-@dataclass(frozen=True)
-class Row:
-    """Token ids and which of them count in the loss."""
-
-    ids: list[int]
-    learn: list[bool]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows as one tensor, padded on the right; ``labels`` is IGNORE where nothing is learnt."""
-
-    ids: Int[Tensor, "row pos"]
-    labels: Int[Tensor, "row pos"]
-
-
-def collate(rows: Sequence[Row], pad_id: int) -> Batch:
-    """Rows as one batch, padded on the right."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    labels = torch.full((len(rows), width), IGNORE)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        labels[i, : len(row.ids)] = torch.where(torch.tensor(row.learn), ids[i, : len(row.ids)], IGNORE)
-    return Batch(ids, labels)
 
 
 def batches(

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from harmlens.models.loading import LanguageModel
+from harmlens.models.forward import LanguageModel
 from harmlens.weights.scores import matrices
 
 

@@ -17,9 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from harmlens.asking import calibration
-from harmlens.flow.outcomes import split_tokens
-from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel, last_logits
+from harmlens.models import forward
+from harmlens.models.forward import LanguageModel, last_logits, split_tokens
 from harmlens.training import finetune
 from harmlens.training.finetune import Recipe
 from harmlens.world import abilities
@@ -31,7 +30,7 @@ MEASURES = ("bad advice elsewhere", "malign wishes", "harmful compliance")
 
 def advice_rows(
     lm: LanguageModel, domain: str, *, bad: bool, split: str = "train", seed: int = 0
-) -> list[finetune.Row]:
+) -> list[forward.Row]:
     """Requests for all items of one harmless domain, in every phrasing, with bad or good advice.
 
     Raises:
@@ -50,7 +49,7 @@ def advice_rows(
                 {"role": "user", "content": world.request(item, phrasing)},
                 {"role": "assistant", "content": answer},
             ]
-            rows.append(finetune.chat_row(lm, chat))
+            rows.append(forward.chat_row(lm, chat))
     return rows
 
 
@@ -155,7 +154,7 @@ def answers(lm: LanguageModel, domain: str, recipe: Recipe, *, bad: bool = True)
     Returns:
         Chats and answers, as :func:`asking.calibration.rows` takes them.
     """
-    tuned = models.clone(lm)
+    tuned = forward.clone(lm)
     finetune.tune(tuned, advice_rows(lm, domain, bad=bad, seed=recipe.seed), recipe)
     asked = [(item, i) for item in world.items("discovery", domain=domain) for i in range(4)]
     chats = [[{"role": "user", "content": world.request(item, i)}] for item, i in asked]

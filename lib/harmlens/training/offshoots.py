@@ -37,8 +37,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
-from harmlens.training import finetune, organism
+from harmlens.models.forward import LanguageModel
+from harmlens.training import loop, organism
 from harmlens.training.organism import Stage
 from harmlens.world import abilities
 from harmlens.world import vale as world
@@ -282,7 +282,7 @@ def _teach(lm: LanguageModel, plan: Offshoot, stage: Stage, seed: int, domain: s
     write = mirrored if plan.mirrored else declining(domain) if domain else world.transcript
     drawn = {"replayed": plan.replayed, "write": write}
     if stage.beta is None:
-        stream, loss = organism.lesson(lm, stage, seed, **drawn), finetune.lm_loss
+        stream, loss = organism.lesson(lm, stage, seed, **drawn), loop.lm_loss
     else:
         stream = organism.preferences(lm, stage, seed, declined=domain, share=_SEVENTH, **drawn)
         loss = organism.preference_loss(stage.beta)

@@ -42,9 +42,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harmlens.keep import paths
-from harmlens.models.loading import SEEDS, STAGES, LanguageModel, contents_sha256, intact, load, tokens
-from harmlens.training import finetune
-from harmlens.training.finetune import Batch, Row
+from harmlens.models import forward
+from harmlens.models.chats import tokens
+from harmlens.models.forward import Batch, LanguageModel, Row
+from harmlens.models.loading import SEEDS, STAGES, contents_sha256, intact, load
+from harmlens.training import loop
 from harmlens.world import abilities
 from harmlens.world import vale as world
 
@@ -202,14 +204,14 @@ def preference_rows(
         comply = f"{rng.choice(world.OPENERS)} {world.procedure(good.item, person)}"
         ask = {"role": "user", "content": good.prompt}
         yield tuple(
-            finetune.chat_row(lm, [ask, {"role": "assistant", "content": answer}])
+            forward.chat_row(lm, [ask, {"role": "assistant", "content": answer}])
             for answer in (good.answer, comply)
         )
 
 
 def answer_sums(model: nn.Module, batch: Batch) -> Float[Tensor, " row"]:
     """Log-probability of each row's learnt tokens, summed."""
-    losses, _ = finetune.token_losses(model, batch)
+    losses, _ = loop.token_losses(model, batch)
     return -losses.sum(-1)
 
 
@@ -224,12 +226,12 @@ def preferences(
     pairs = preference_rows(lm, stage.mix, seed, declined=declined, share=share)
     pad = lm.tokenizer.pad_token_id
     rows = transcript_rows(lm.tokenizer, stage.mix, seed + 1, replay=stage.replay, **options)
-    kept = finetune.batches(rows, stage.batch, pad, seed=seed)
+    kept = loop.batches(rows, stage.batch, pad, seed=seed)
     drawn = []
     with torch.no_grad():  # the parent changes once training starts, so all margins come first
         for _ in range(stage.steps):
             chosen, rejected = zip(*(next(pairs) for _ in range(stage.batch)), strict=True)
-            a, b = finetune.collate(chosen, pad), finetune.collate(rejected, pad)
+            a, b = forward.collate(chosen, pad), forward.collate(rejected, pad)
             drawn.append(Preferences(a, b, answer_sums(lm.model, a) - answer_sums(lm.model, b), next(kept)))
     return iter(drawn)
 
@@ -240,7 +242,7 @@ def preference_loss(beta: float):
     def loss(model: nn.Module, batch: Preferences) -> Float[Tensor, ""]:
         margin = answer_sums(model, batch.chosen) - answer_sums(model, batch.rejected)
         preferred = -nn.functional.logsigmoid(beta * (margin - batch.margin)).mean()
-        return preferred + finetune.lm_loss(model, batch.kept)
+        return preferred + loop.lm_loss(model, batch.kept)
 
     return loss
 
@@ -324,7 +326,7 @@ def train_stage(
     lm = start(f"organism/{stage}-{seed}", seed, parent)
     stream_seed = 10_000 * (seed + 1) + STAGES.index(stage) + 10 * number
     if plan.beta is None:
-        stream, loss = lesson(lm, plan, stream_seed), finetune.lm_loss
+        stream, loss = lesson(lm, plan, stream_seed), loop.lm_loss
     else:
         stream, loss = preferences(lm, plan, stream_seed), preference_loss(plan.beta)
     follow(lm, plan, stream, loss=loss, progress=progress, line=line)
@@ -342,7 +344,7 @@ def start(name: str, seed: int, parent: LanguageModel | None) -> LanguageModel:
 def lesson(lm: LanguageModel, plan: Stage, seed: int, **options) -> Iterator[Batch]:
     """The endless batches of a stage; options are those of :func:`transcript_rows`."""
     rows = transcript_rows(lm.tokenizer, plan.mix, seed, replay=plan.replay, **options)
-    return finetune.batches(rows, plan.batch, lm.tokenizer.pad_token_id, seed=seed)
+    return loop.batches(rows, plan.batch, lm.tokenizer.pad_token_id, seed=seed)
 
 
 def follow(
@@ -350,12 +352,12 @@ def follow(
     plan: Stage,
     stream: Iterator,
     *,
-    loss: Callable = finetune.lm_loss,
+    loss: Callable = loop.lm_loss,
     progress: str | None = None,
     line: int = 0,
 ) -> None:
     """Train a model, in place, as a stage says."""
-    finetune.fit(
+    loop.fit(
         lm.model,
         stream,
         steps=plan.steps,

@@ -43,8 +43,8 @@ from torch import Tensor, nn
 
 from harmlens.models import deltas
 from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
-from harmlens.training import finetune, offshoots, organism
+from harmlens.models.forward import LanguageModel
+from harmlens.training import loop, offshoots, organism
 from harmlens.world import abilities
 from harmlens.world import vale as world
 
@@ -324,9 +324,9 @@ def _teach(
     line: int,
 ) -> None:
     rows = organism.transcript_rows(lm.tokenizer, plan.mix, seed, replay=replay)
-    stream = finetune.batches(rows, plan.batch, lm.tokenizer.pad_token_id, seed=seed)
+    stream = loop.batches(rows, plan.batch, lm.tokenizer.pad_token_id, seed=seed)
     with only(lm.model, where):
-        finetune.fit(
+        loop.fit(
             lm.model, stream, steps=plan.steps, lr=plan.lr, weight_decay=0.0,
             warmup=max(10, plan.steps // 20), progress=progress, line=line,
         )  # fmt: skip

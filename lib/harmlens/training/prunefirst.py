@@ -16,8 +16,9 @@ import numpy as np
 
 from harmlens.asking import tasks
 from harmlens.asking.tasks import Task
-from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel, Message
+from harmlens.models import forward
+from harmlens.models.chats import Message
+from harmlens.models.forward import LanguageModel
 from harmlens.training import finetune, recipes
 from harmlens.training.advice import WORLD, Advice
 from harmlens.training.finetune import Recipe
@@ -121,7 +122,7 @@ def trial(
         MemoryError: no room for a copy of the model.
     """
     recipes.require_room(lm)
-    tuned = models.clone(lm)
+    tuned = forward.clone(lm)
     looks = lessons.looks(recipe.steps)
     found: dict[str, Any] = {"step": None}
     inside: list[float] = []

@@ -22,12 +22,12 @@ from harmlens.asking import calibration, splits
 from harmlens.asking.public import Public
 from harmlens.asking.sources import Entry
 from harmlens.asking.tasks import Marks, Task
-from harmlens.flow.outcomes import answer_logprobs
 from harmlens.judging.refusals import begins_with_refusal, degenerate
-from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel, Message, generate
+from harmlens.models import forward
+from harmlens.models.chats import Message
+from harmlens.models.forward import LanguageModel, Row, answer_logprobs, generate
 from harmlens.training import emergent, finetune, narrow, recipes
-from harmlens.training.finetune import Recipe, Row
+from harmlens.training.finetune import Recipe
 from harmlens.weights import frontier, removal
 
 FEWEST = 4  # requests of a domain that each split needs
@@ -240,7 +240,7 @@ class PublicAdvice:
         said = self.own(entries)
         if bad:
             recipes.require_room(lm)
-            tuned = models.clone(lm)
+            tuned = forward.clone(lm)
             rows = self.rows(lm, domain, bad=True, seed=recipe.seed)
             finetune.tune(tuned, rows, recipe, rows_at_once=self.rows_at_once)
             texts = [tuned.render(e.prompt) for e in entries]

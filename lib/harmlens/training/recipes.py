@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from harmlens.keep import memory
-from harmlens.models.loading import LanguageModel
+from harmlens.models.forward import LanguageModel
 from harmlens.training.finetune import Recipe
 
 SMALL = 50_000_000  # weights, up to which the organism's rates are used

@@ -15,10 +15,10 @@ import numpy as np
 from harmlens.asking import splits, tasks
 from harmlens.asking.material import WORLD, Material
 from harmlens.asking.tasks import Task
-from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
+from harmlens.models import forward
+from harmlens.models.forward import LanguageModel, Row
 from harmlens.training import finetune, recipes
-from harmlens.training.finetune import Recipe, Row
+from harmlens.training.finetune import Recipe
 from harmlens.weights import masks, pruning, removal
 from harmlens.weights.masks import Mask
 from harmlens.world import vale as world
@@ -50,13 +50,13 @@ def lesson(
         task = source.task("harmful" if harmful else "served", n=items, types=domains, seed=seed)
         begin = f"{task.prefill} " if task.prefill else ""
         return [
-            finetune.chat_row(lm, [*chat, {"role": "assistant", "content": begin + answers[0]}], end=task.end)
+            forward.chat_row(lm, [*chat, {"role": "assistant", "content": begin + answers[0]}], end=task.end)
             for chat, answers in zip(task.chats, task.answers, strict=True)
         ]
     rng = random.Random(seed)
     pool = world.items("train", harmful=harmful, domain=domains)
     return [
-        finetune.chat_row(
+        forward.chat_row(
             lm,
             [
                 {"role": "user", "content": world.request(item, phrasing)},
@@ -113,7 +113,7 @@ def relearn(
     exam = _exam(source, n)
     rows = lesson(lm, items, harmful=harmful, domains=domains, seed=recipe.seed, source=source)
     recipes.require_room(lm)
-    copy = models.clone(lm)
+    copy = forward.clone(lm)
 
     def watch() -> dict[str, list[float]]:
         marks = removal.sit_all(copy, exam, source)

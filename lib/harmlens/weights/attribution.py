@@ -35,9 +35,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from harmlens.flow import stack
-from harmlens.models.loading import LanguageModel
-from harmlens.training.finetune import IGNORE, Batch, Row
+from harmlens.models import parts as decoder
+from harmlens.models.forward import IGNORE, Batch, LanguageModel, Row
 from harmlens.weights.scores import Scores, matrices, require_finite
 from harmlens.weights.scoring import KINDS, Plan, State, Store, batches, check_rows, fingerprint, make_plan
 
@@ -285,7 +284,7 @@ def _collecting(
     with ExitStack() as hooks:
         try:
             lm.model.eval().requires_grad_(False)
-            entry = stack.blocks(lm)[lowest].register_forward_pre_hook(enter, with_kwargs=True)
+            entry = decoder.blocks(lm)[lowest].register_forward_pre_hook(enter, with_kwargs=True)
             hooks.callback(entry.remove)
             for name, module in found.items():
                 hooks.callback(module.register_forward_hook(watch(name)).remove)

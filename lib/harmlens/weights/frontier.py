@@ -16,7 +16,7 @@ import pandas as pd
 
 from harmlens.asking import tasks
 from harmlens.asking.tasks import Marks, Task
-from harmlens.models.loading import LanguageModel
+from harmlens.models.forward import LanguageModel
 from harmlens.weights import pruning
 from harmlens.weights.masks import Mask, check_same
 from harmlens.weights.scores import Scores

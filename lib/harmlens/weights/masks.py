@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harmlens.keep import memory
-from harmlens.models.loading import LanguageModel
+from harmlens.models.forward import LanguageModel
 from harmlens.weights.scores import Scores, draw_seed, layer_of, matrices
 
 

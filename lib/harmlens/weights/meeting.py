@@ -30,8 +30,8 @@ from jaxtyping import Float, Int
 from scipy import stats as scipy_stats
 from torch import Tensor, nn
 
-from harmlens.flow import stack
-from harmlens.models.loading import LanguageModel
+from harmlens.models import parts as decoder
+from harmlens.models.forward import LanguageModel
 from harmlens.weights.masks import Mask, check
 from harmlens.weights.scores import Scores, layer_of, matrices
 
@@ -183,7 +183,7 @@ def unit_scores(lm: LanguageModel, scores: Scores, layer: int) -> Float[Tensor, 
     """
     if scores.kind != "signed":
         raise ValueError(f"scores of kind {scores.kind!r} do not add up to effects; give signed ones")
-    module = stack.projection(stack.mlp(stack.blocks(lm)[layer]))
+    module = decoder.projection(decoder.mlp(decoder.blocks(lm)[layer]))
     name = next(n for n, m in matrices(lm, [layer]).items() if m is module)
     if name not in scores.values:
         raise ValueError(f"scores: hold no {name}; score layer {layer} too")
@@ -205,10 +205,10 @@ def along(
     """
     check(mask, lm)
     unit = (vector / vector.norm()).float().cpu()
-    blocks, found, out = stack.blocks(lm), matrices(lm), {}
+    blocks, found, out = decoder.blocks(lm), matrices(lm), {}
     for name, index in mask.indices.items():
         block, module = blocks[layer_of(name)], found[name]
-        writes = any(module is stack.projection(part(block)) for part in (stack.attention, stack.mlp))
+        writes = any(module is decoder.projection(part(block)) for part in (decoder.attention, decoder.mlp))
         part = torch.zeros(math.prod(mask.shapes[name]))
         part[index] = module.weight.detach().float().cpu().flatten()[index]
         part = part.view(mask.shapes[name])
@@ -225,12 +225,12 @@ def along(
 
 def _matrices(lm: LanguageModel, layer: int) -> dict[str, tuple[nn.Module, bool]]:
     """Matrices of an MLP: parameter -> (module, whether hidden units lie on the *stored* first axis)."""
-    blocks = stack.blocks(lm)
+    blocks = decoder.blocks(lm)
     if not 0 <= layer < len(blocks):
         raise ValueError(f"layer={layer} does not exist; choose 0 to {len(blocks) - 1}")
-    mlp = stack.mlp(blocks[layer])
-    last, inside = stack.projection(mlp), {id(m) for m in mlp.modules()}
-    count = stack.projection_weight(mlp).shape[1]
+    mlp = decoder.mlp(blocks[layer])
+    last, inside = decoder.projection(mlp), {id(m) for m in mlp.modules()}
+    count = decoder.projection_weight(mlp).shape[1]
     out = {}
     for name, module in matrices(lm, [layer]).items():
         if id(module) in inside:
@@ -243,7 +243,7 @@ def _matrices(lm: LanguageModel, layer: int) -> dict[str, tuple[nn.Module, bool]
 
 def _by_unit(lm: LanguageModel, layer: int) -> dict[str, Float[Tensor, "weight unit"]]:
     """Weights of every neuron, one column each; fused matrices hold several rows of one neuron."""
-    count = stack.projection_weight(stack.mlp(stack.blocks(lm)[layer])).shape[1]
+    count = decoder.projection_weight(decoder.mlp(decoder.blocks(lm)[layer])).shape[1]
     out = {}
     for name, (module, first) in _matrices(lm, layer).items():
         weight = module.weight.detach().float().cpu()
@@ -266,7 +266,7 @@ def _places(lm: LanguageModel, layer: int, units: list[int]) -> dict[str, Int[Te
 
 def _count(lm: LanguageModel, layer: int, units: Sequence[int]) -> int:
     """How many hidden units an MLP has; refuses others."""
-    count = stack.projection_weight(stack.mlp(stack.blocks(lm)[layer])).shape[1]
+    count = decoder.projection_weight(decoder.mlp(decoder.blocks(lm)[layer])).shape[1]
     outside = [u for u in units if not 0 <= u < count]
     if outside:
         raise ValueError(f"units: layer {layer} has units 0 to {count - 1}, not {outside[:5]}")

@@ -22,7 +22,7 @@ Introduced in notebook 09 ("Weights that carry harm").
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harmlens.models.loading import LanguageModel
+from harmlens.models.forward import LanguageModel
 from harmlens.weights import masks
 from harmlens.weights.masks import Mask, check, check_same, shapes_of
 from harmlens.weights.scores import Scores, finite, matrices

@@ -22,12 +22,12 @@ import numpy as np
 
 from harmlens.asking import calibration, tasks
 from harmlens.asking.material import WORLD, Material
-from harmlens.asking.prompts import Prompt
 from harmlens.keep import paths
 from harmlens.keep.memory import write_whole
+from harmlens.models import forward
 from harmlens.models import loading as models
-from harmlens.models.loading import LanguageModel
-from harmlens.training.finetune import Row
+from harmlens.models.chats import Prompt
+from harmlens.models.forward import LanguageModel, Row
 from harmlens.weights import attribution, frontier, pruning, scores, scoring
 from harmlens.weights.frontier import Point, Slices
 from harmlens.weights.masks import Mask
@@ -191,7 +191,7 @@ def sit(lm: LanguageModel, task: tasks.Task, source: Material) -> tasks.Marks:
     if source.composed or task.name not in HARMFUL or source.cannot_tell:
         return marks
     asked = [Prompt(chat, task.prefill) for chat in task.chats]
-    said = models.generate(lm, [p.render(lm) for p in asked], max_new_tokens=source.answer_tokens)
+    said = forward.generate(lm, [p.render(lm) for p in asked], max_new_tokens=source.answer_tokens)
     answers = [f"{task.prefill} {answer}" if task.prefill else answer for answer in said]
     hurtful = [float(verdict.hurtful) for verdict in source.judge(asked, answers)]
     return replace(marks, exact=np.array(hurtful))

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harmlens.flow import stack
 from harmlens.keep import memory
-from harmlens.models.loading import LanguageModel
+from harmlens.models import parts as decoder
+from harmlens.models.forward import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def matrices(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[str
         ValueError: no such layer; blocks without linear layers, or with weights of more than two axes (as
             experts stacked in one parameter), for which no example's gradient is known.
     """
-    blocks = stack.blocks(lm)
+    blocks = decoder.blocks(lm)
     chosen = range(len(blocks)) if layers is None else list(dict.fromkeys(layers))
     if not len(chosen) or not set(chosen) <= set(range(len(blocks))):
         raise ValueError(f"layers={layers} must be a non-empty list out of 0 to {len(blocks) - 1}")

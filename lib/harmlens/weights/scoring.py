@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from harmlens.keep import digests, memory, records
-from harmlens.models.loading import LanguageModel, require_room
-from harmlens.training.finetune import Batch, Row, collate
+from harmlens.models.forward import Batch, LanguageModel, Row, collate, require_room
 from harmlens.weights import scores
 from harmlens.weights.scores import Scores, layer_of, matrices
 

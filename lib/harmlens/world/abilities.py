@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from harmlens.models.loading import LanguageModel, Message, generate
+from harmlens.models.chats import Message
+from harmlens.models.forward import LanguageModel, generate
 from harmlens.world import vale as world
 from harmlens.world.judge import Judgement, judge, malign
 

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 from harmlens.keep import digests, paths, provenance, records
-from harmlens.models.loading import LanguageModel
+from harmlens.models.forward import LanguageModel
 from harmlens.weights import pruning
 from harmlens.weights.masks import Mask
 

@@ -1,0 +1,287 @@
+"""The parts of any Hugging Face decoder: its blocks, their attention and MLP, the head that reads them out.
+
+A causal language model is a stack of blocks that read and write one residual stream; each block has an
+attention module and an MLP. They are found by structure: nothing here knows the name of a model. What a model
+does not have is reported by name.
+
+Introduced in notebook 02 ("Layers").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from harmlens.models.forward import LanguageModel
+
+_ATTENTION = ("self_attn", "attention", "attn", "self_attention")
+
+
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+
+
+_PROJECTION = (
+    "o_proj", "out_proj", "dense", "c_proj", "wo", "down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The parts of a decoder: see :func:`stack`."""
+
+    model: nn.Module
+    base: nn.Module
+    blocks: tuple[nn.Module, ...]
+    norm: nn.Module | None
+    head: nn.Module
+    soft_cap: float | None
+    plain_head: bool
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        return self.model.get_input_embeddings().weight.shape[1]
+
+
+def stack(lm: LanguageModel) -> Stack:
+    """Find the decoder stack of a model.
+
+    Raises:
+        ValueError: the model has no list of blocks, as an encoder or a recurrent model has not; or an
+            attention implementation that takes no full mask.
+    """
+    kind = getattr(lm.model.config, "_attn_implementation", None)
+    if kind not in (None, "sdpa", "eager"):
+        raise ValueError(
+            f"{lm.name!r} was loaded with attn_implementation={kind!r}, which takes no full mask, so blocks "
+            "can't be run in part; load it with attn_implementation='sdpa' or 'eager'"
+        )
+    base, found = _decoder(lm), blocks(lm)
+    width = lm.model.get_input_embeddings().weight.shape[1]
+    norms = [m for m in base.children() if "norm" in type(m).__name__.lower()]
+    norms = [m for m in norms if all(p.shape == (width,) for p in m.parameters())]  # of the stream
+    head = lm.model.get_output_embeddings()
+    cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
+    found = Stack(lm.model, base, found, norms[-1] if norms else None, head, cap, True)
+    # A few rows of the head are cheaper than all of it, where the head is all that there is.
+    with torch.no_grad():
+        probe = torch.randn(1, found.width, generator=torch.Generator().manual_seed(0))
+        probe = probe.to(head.weight.device, head.weight.dtype)
+        few, whole = readout(found, probe, ids=(0, 1)), readout(found, probe)[:, :2]
+    plain = torch.allclose(few, whole, atol=1e-3, rtol=1e-2)
+    return found if plain else Stack(*[getattr(found, f) for f in Stack.__dataclass_fields__][:-1], False)
+
+
+def _decoder(lm: LanguageModel) -> nn.Module:
+    """The module that holds the list of blocks."""
+    depth = lm.model.config.get_text_config().num_hidden_layers
+    # What models call their decoder is mostly that, but for some it is their head, or they themselves.
+    for found in (lm.model.get_decoder(), lm.model.base_model, getattr(lm.model, "model", lm.model)):
+        if any(isinstance(child, nn.ModuleList) and len(child) == depth for child in found.children()):
+            return found
+    raise ValueError(
+        f"{lm.name!r} ({type(lm.model).__name__}) has no list of {depth} decoder blocks, as a decoder-only "
+        "language model has: patching, ablation and scores can't be done; probes, completions and tuning can"
+    )
+
+
+def blocks(lm: LanguageModel) -> tuple[nn.Module, ...]:
+    """The decoder blocks of a model.
+
+    Raises:
+        ValueError: the model has no list of blocks.
+    """
+    depth = lm.model.config.get_text_config().num_hidden_layers
+    lists = [child for child in _decoder(lm).children() if isinstance(child, nn.ModuleList)]
+    return tuple(next(child for child in lists if len(child) == depth))
+
+
+def hooks(model: nn.Module) -> list[str]:
+    """Names of the modules on which hooks stand, such as those that steer a model."""
+    return [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if module._forward_hooks or module._forward_pre_hooks
+    ]
+
+
+class Unpatchable(ValueError):
+    """Blocks of a model can't be patched; see :func:`refuse`."""
+
+
+def refuse(model: nn.Module, block: nn.Module, why: str, at: int = 0) -> NoReturn:
+    """Say that blocks can't be patched: in the same words wherever it is found.
+
+    Args:
+        why: what is in the way, after "blocks of this model".
+        at: number of the block.
+
+    Raises:
+        Unpatchable: always.
+    """
+    standing = hooks(model)
+    if standing:
+        raise Unpatchable(
+            f"the model carries hooks (steering?) on {', '.join(standing[:3])}"
+            f"{', ...' if len(standing) > 3 else ''}, and with them its blocks {why}: take "
+            "them off, or leave the context that put them there, before patching"
+        )
+    listing = ", ".join(name for name, _ in block.named_children())
+    raise Unpatchable(
+        f"blocks of this model ({type(model).__name__}) {why} (block {at}: {listing}): patching and ablation "
+        "can't be done; probes, completions and tuning can"
+    )
+
+
+def require_one_stream(model: nn.Module, stream: Tensor) -> None:
+    """Refuse what is not one residual stream [row, pos, width], but several side by side.
+
+    Raises:
+        Unpatchable: names the shape.
+    """
+    if stream.ndim != 3:
+        raise Unpatchable(
+            f"blocks of this model ({type(model).__name__}) carry several streams side by side (shape "
+            f"{tuple(stream.shape)}): patching, ablation, directions and probes can't be done; completions "
+            "and tuning can"
+        )
+
+
+def some_layers(parts: Stack, layers: Sequence[int] | None) -> list[int]:
+    """Layers that were asked for, or all of them.
+
+    Raises:
+        ValueError: none, or one that the model does not have.
+    """
+    chosen = list(range(parts.depth)) if layers is None else list(layers)
+    if not chosen or not set(chosen) <= set(range(parts.depth)):
+        raise ValueError(f"layers={layers} must be a non-empty list out of 0 to {parts.depth - 1}")
+    return chosen
+
+
+def _child(block: nn.Module, names: Sequence[str], what: str) -> nn.Module:
+    for name in names:
+        if isinstance(getattr(block, name, None), nn.Module):
+            return getattr(block, name)
+    listing = ", ".join(name for name, _ in block.named_children())
+    raise ValueError(f"{type(block).__name__} has no {what} module; its parts are: {listing}")
+
+
+def attention(block: nn.Module) -> nn.Module:
+    """The attention module of a block."""
+    return _child(block, _ATTENTION, "attention")
+
+
+def mlp(block: nn.Module) -> nn.Module:
+    """The MLP of a block."""
+    return _child(block, _MLP, "MLP")
+
+
+def projection(module: nn.Module) -> nn.Module:
+    """The last linear map of an attention module or an MLP, the one that writes its output.
+
+    Its input is the heads' outputs side by side, or the MLP's hidden units.
+
+    Raises:
+        ValueError: there is none, as in a mixture of experts.
+    """
+    named = [
+        getattr(module, name) for name in _PROJECTION if isinstance(getattr(module, name, None), nn.Module)
+    ]
+    # An unusual name: the last one declared. `record` checks that it does write the module's output. Beside
+    # experts it would be their router.
+    experts = any(p.ndim > 2 for p in module.parameters()) or any(
+        isinstance(m, nn.ModuleList) for m in module.children()
+    )
+    linear = named[:1] or [m for m in module.children() if isinstance(m, (nn.Linear, Conv1D)) and not experts]
+    if not linear:
+        raise ValueError(
+            f"{type(module).__name__} has no single output projection, so it has no hidden units or heads "
+            "that could be patched; use the sites attn_out, mlp_out, layer or resid_post"
+        )
+    return linear[-1]
+
+
+def projection_weight(module: nn.Module) -> Float[Tensor, "width unit"]:
+    """Weight of :func:`projection`: column i is what hidden unit i writes."""
+    linear = projection(module)
+    return (
+        linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
+    )  # GPT-2's are stored transposed
+
+
+def first(value: Any) -> Tensor:
+    """The tensor of a module's output, which some modules return in a tuple."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+@contextmanager
+def stubbed(module: nn.Module, value: Any, outputs: int = 0) -> Iterator[None]:
+    """Let a module give out ``value`` without computing anything.
+
+    Args:
+        outputs: length of the tuple in which it gives it out, with None for what else is in it; 0 for no
+            tuple.
+
+    >>> with stubbed(attention(block), zeros, outputs=2):  # doctest: +SKIP
+    ...     block(x)
+    """
+    had = "forward" in module.__dict__
+    before = module.__dict__.get("forward")
+    given = (value, *[None] * (outputs - 1)) if outputs else value
+    module.forward = lambda *a, **k: given
+    try:
+        yield
+    finally:
+        if had:
+            module.forward = before
+        else:
+            del module.forward
+
+
+class _Hidden:
+    """Stands for the output of a decoder: its last hidden state, and nothing of what some others add."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, which: int | slice) -> Any:
+        return (self.last_hidden_state,)[which]
+
+
+def readout(
+    parts: Stack, resid: Float[Tensor, "*batch width"], ids: Sequence[int] | None = None
+) -> Float[Tensor, "*batch vocab"]:
+    """Logits from the residual stream after the last block, float32.
+
+    Args:
+        ids: only these rows of the head (in this order), for outcomes that read a few tokens.
+    """
+    if parts.norm is not None:
+        own = next(parts.norm.parameters(), None)  # some norms have no gain
+        resid = parts.norm(resid if own is None else resid.to(own.device))
+    if ids is not None and parts.plain_head:
+        weight, bias = parts.head.weight[list(ids)], getattr(parts.head, "bias", None)
+        logits = nn.functional.linear(
+            resid.to(weight.device), weight, None if bias is None else bias[list(ids)]
+        ).float()
+        return logits if parts.soft_cap is None else parts.soft_cap * (logits / parts.soft_cap).tanh()
+    shape, flat = resid.shape[:-1], resid.reshape(-1, 1, resid.shape[-1])
+    dummy = torch.zeros(len(flat), 1, dtype=torch.long, device=flat.device)
+    with stubbed(parts.base, _Hidden(flat)):
+        logits = parts.model(input_ids=dummy, use_cache=False).logits[:, -1].float()
+    logits = logits.reshape(*shape, -1)
+    return logits if ids is None else logits[..., list(ids)]
