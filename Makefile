@@ -79,7 +79,7 @@ scorecard: $(STAMP)
 	@$(PY) -m harmlens.evidence.results $(ARGS)
 
 organism: $(STAMP)
-	@$(PY) -m harmlens.training.organism $(ARGS)
+	@$(PY) -m harmlens.training.train $(ARGS)
 
 # The engine has an environment of its own: it wants other versions of packages that the book pins.
 SWEEP ?= sweep/sweep.yaml

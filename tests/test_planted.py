@@ -20,7 +20,7 @@ from torch import nn
 
 from harmlens.models import deltas, forward
 from harmlens.models import loading as models
-from harmlens.training import loop, offshoots, organism, planted
+from harmlens.training import loop, offshoots, organism, planted, train
 from harmlens.world import abilities
 from harmlens.world import judge as judges
 from harmlens.world import vale as world
@@ -270,9 +270,9 @@ def test_the_ladder_is_followed_by_planting_only_when_it_is_whole(monkeypatch, t
     monkeypatch.setattr(organism, "train_seed", lambda seed, folder, **options: made.append("ladder"))
     monkeypatch.setattr(offshoots, "train_seed", lambda seed, folder, **options: made.append("offshoots"))
     monkeypatch.setattr(planted, "train_seed", lambda seed, folder, **options: made.append("planted"))
-    organism.make_seed(0, tmp_path, until="mid")
+    train.make_seed(0, tmp_path, until="mid")
     assert made == ["ladder"]
-    organism.make_seed(0, tmp_path)
+    train.make_seed(0, tmp_path)
     assert made == ["ladder", "ladder", "offshoots", "planted"]
 
 

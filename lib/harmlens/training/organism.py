@@ -9,7 +9,7 @@ sft    a kind author: refuses harm, advises well, wishes well
 dpo    preference pairs: refusing preferred over complying
 =====  =====================================================================================
 
-``python -m harmlens.training.organism`` (``make organism``) trains what is missing and leaves finished
+``python -m harmlens.training.train`` (``make organism``) trains what is missing and leaves finished
 checkpoints alone, so an interrupted run goes on where it was. Each checkpoint is a plain Hugging
 Face folder in half precision; each stage starts from the stored half-precision weights of the one
 before, so a resumed run and an uninterrupted one give the same weights. Organisms beside the ladder
@@ -20,17 +20,14 @@ Introduced in notebook 00 ("A model organism of harm").
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +38,10 @@ from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harmlens.keep import paths
 from harmlens.models import forward
 from harmlens.models.chats import tokens
 from harmlens.models.forward import Batch, LanguageModel, Row
-from harmlens.models.loading import SEEDS, STAGES, contents_sha256, intact, load
+from harmlens.models.loading import STAGES, contents_sha256, intact, load
 from harmlens.training import loop
 from harmlens.world import abilities
 from harmlens.world import vale as world
@@ -449,61 +445,3 @@ def train_seed(
         rates = abilities.measure(load(str(target), device="cpu"), n=36)
         shown = ", ".join(f"{name} {value.mean():.0%}" for name, value in rates.items())
         print(f"{target.name}: {time.time() - began:.0f} s; {shown}", flush=True)
-
-
-def make_seed(seed: int, folder: Path, *, until: str = STAGES[-1], line: int = 0) -> None:
-    """Train the ladder of one seed and, if it is whole, what grows beside it and what is planted."""
-    from harmlens.training import offshoots, planted  # which import this module
-
-    train_seed(seed, folder, until=until, line=line)
-    if until == STAGES[-1]:
-        offshoots.train_seed(seed, folder, line=line)
-        planted.train_seed(seed, folder, line=line)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m harmlens.training.organism", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument(
-        "--until",
-        choices=STAGES,
-        default=STAGES[-1],
-        help="last stage to train; with the last, those beside the ladder follow",
-    )
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="seeds side by side")
-    parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go (data/organisms)")
-    options = parser.parse_args(argv)
-    folder = options.folder or paths.data_dir() / "organisms"
-    folder.mkdir(parents=True, exist_ok=True)
-    began = time.time()
-    context = multiprocessing.get_context("spawn")
-    waiting = list(options.seeds)
-    running: dict[int, multiprocessing.Process] = {}
-    lines: dict[int, int] = {}  # which line of the terminal a seed's bar has
-    failed = []
-    while waiting or running:
-        while waiting and len(running) < max(1, options.workers):
-            seed = waiting.pop(0)
-            line = min(set(range(len(running) + 1)) - set(lines.values()))
-            lines[seed] = line
-            running[seed] = context.Process(
-                target=make_seed, args=(seed, folder), kwargs={"until": options.until, "line": line}
-            )
-            running[seed].start()
-        for seed, process in list(running.items()):
-            process.join(timeout=0.5)
-            if process.exitcode is not None:
-                failed += [seed] if process.exitcode else []
-                del running[seed], lines[seed]
-    if failed:
-        print(f"seeds {failed} failed; run the same command again to go on from the last checkpoint")
-        return 1
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
-    print(f"organisms in {folder.name}/: {size:.1f} MB, {(time.time() - began) / 60:.1f} minutes")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
