@@ -76,9 +76,10 @@ def running(tmp_path_factory):
     env = colab.environment(folder)
     (folder / "content").mkdir()
     manager, client = start_new_kernel(kernel_name="python3", env=env, cwd=str(folder / "content"))
-    client.execute(
-        "from harmlens import removal, patching, results; import gc; gc.freeze()"
-    )  # so resets are quick
+    client.execute(  # so resets are quick
+        "from harmlens.weights import removal\nfrom harmlens.flow import patching\n"
+        "from harmlens.evidence import results\nimport gc\ngc.freeze()"
+    )
     yield Kernel(client, folder / "content")
     client.stop_channels()
     manager.shutdown_kernel(now=True)
@@ -118,7 +119,7 @@ def test_a_misspelt_parameter_stops_a_notebook(kernel, path):
 def test_the_package_lies_where_a_wheel_puts_it(kernel):
     """So these tests see what a session sees that has no clone."""
     kernel.start(colab.NOTEBOOKS[0])
-    done = kernel.run("from harmlens import paths\nprint(paths.repo_root(), paths.build_dir())")
+    done = kernel.run("from harmlens.keep import paths\nprint(paths.repo_root(), paths.build_dir())")
     assert done.printed.split() == ["None", str(kernel.folder / "harmlens-build")]
 
 
@@ -131,12 +132,20 @@ def started(kernel):
 @pytest.mark.parametrize(
     ("source", "kind", "said"),
     [
-        ("from harmlens import models\nmodels.load('organism/rlhf')", "ValueError", "there is no organism"),
-        ("from harmlens import models\nmodels.load('nowhere/at/all')", "ValueError", "no Hugging Face id"),
+        (
+            "from harmlens.models import loading\nloading.load('organism/rlhf')",
+            "ValueError",
+            "there is no organism",
+        ),
+        (
+            "from harmlens.models import loading\nloading.load('nowhere/at/all')",
+            "ValueError",
+            "no Hugging Face id",
+        ),
         ("notebook.start(quick=1)", "ValueError", "must be True or False"),
         ("notebook.start(colour='red')", "TypeError", "no rule for a parameter"),
         (
-            "import os\nos.environ['HARMLENS_DATA'] = 'nowhere'\nfrom harmlens import paths\n"
+            "import os\nos.environ['HARMLENS_DATA'] = 'nowhere'\nfrom harmlens.keep import paths\n"
             "try:\n    int('x')\nexcept ValueError:\n    paths.data_dir()\n"
             "finally:\n    del os.environ['HARMLENS_DATA']",
             "FileNotFoundError",
@@ -157,8 +166,8 @@ def test_an_error_of_the_package_is_its_message(started, source, kind, said):
         "int('x')",
         "raise ValueError('from a cell')",
         "import json\njson.loads('x')",
-        "from harmlens import stats\nstats.bootstrap_of_nothing",
-        "from harmlens import paths\npaths.writable(3)",  # fails inside the package, but not on purpose
+        "from harmlens.evidence import stats\nstats.bootstrap_of_nothing",
+        "from harmlens.keep import paths\npaths.writable(3)",  # fails inside the package, but not on purpose
     ],
 )
 def test_other_errors_keep_their_trace(started, source):

@@ -413,7 +413,7 @@ class Interrupted(Exception):
 def interrupted(lm, setting, folder, stop_at, **options):
     """A run that is interrupted after so many steps."""
     calls = itertools.count(1)
-    fit_after = training.fit
+    fit_after = finetune.fit
 
     def fit(*args, after=None, **kwargs):
         def stop(step):
@@ -424,12 +424,12 @@ def interrupted(lm, setting, folder, stop_at, **options):
 
         return fit_after(*args, after=stop, **kwargs)
 
-    training.fit = fit
+    finetune.fit = fit
     try:
         with pytest.raises(Interrupted):
             tune(lm, chats(lm), setting, folder=folder, every=2, **options)
     finally:
-        training.fit = fit_after
+        finetune.fit = fit_after
 
 
 @METHODS
