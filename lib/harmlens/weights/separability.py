@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from harmlens.asking import calibration, tasks  # fmt: skip
+from harmlens.asking import calibration, tasks
 from harmlens.asking.material import WORLD, Material
 from harmlens.asking.tasks import Task
 from harmlens.models.chats import Message
 from harmlens.models.forward import LanguageModel
-from harmlens.weights import attribution, masks, pruning, removal  # fmt: skip
+from harmlens.weights import attribution, masks, pruning, removal
 from harmlens.weights.scores import Scores
 from harmlens.world import vale as world
 
