@@ -1,0 +1,42 @@
+"""What a notebook defines: its functions, classes and constants, for tests of a method that stands in a lecture."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def defined(name: str, **given: Any) -> SimpleNamespace:
+    """The functions, classes and constants of ``notebooks/<name>_*.ipynb``, nothing of it computed.
+
+    Args:
+        given: values of names that the notebook computes, and that its functions look up.
+    """
+    [file] = (ROOT / "notebooks").glob(f"{name}_*.ipynb")
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
+    code = [c for c in cells if c["cell_type"] == "code" and "setup" not in c["metadata"].get("tags", [])]
+    space: dict[str, Any] = {"__name__": f"lecture_{name}", **given}
+    for cell in code:
+        for node in ast.parse("".join(cell["source"])).body:
+            if _defines(node):
+                exec(compile(ast.Module([node], []), file.name, "exec"), space)
+    return SimpleNamespace(**space)
+
+
+def _defines(node: ast.stmt) -> bool:
+    """A definition, an import, or a constant: a name in capitals or a literal."""
+    if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef):
+        return True
+    if not isinstance(node, ast.Assign):
+        return False
+    capitals = all(isinstance(t, ast.Name) and t.id.isupper() for t in node.targets)
+    try:
+        ast.literal_eval(node.value)
+    except ValueError:
+        return capitals
+    return True
