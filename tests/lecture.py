@@ -1,9 +1,10 @@
-"""What a notebook defines: its functions, classes and constants, for tests of a method that stands in a lecture."""
+"""What a notebook defines: its functions, classes and constants, for tests of a method that a lecture holds."""
 
 from __future__ import annotations
 
 import ast
 import json
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,8 @@ def defined(name: str, **given: Any) -> SimpleNamespace:
     for cell in code:
         for node in ast.parse("".join(cell["source"])).body:
             if _defines(node):
-                exec(compile(ast.Module([node], []), file.name, "exec"), space)
+                with suppress(NameError):  # a constant made of what the notebook computes
+                    exec(compile(ast.Module([node], []), file.name, "exec"), space)
     return SimpleNamespace(**space)
 
 
