@@ -1,4 +1,4 @@
-"""What a notebook defines: its functions, classes and constants, for tests of a method that a lecture holds."""
+"""What a notebook defines, for tests of a method that a lecture holds: functions, classes, constants."""
 
 from __future__ import annotations
 
