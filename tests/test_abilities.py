@@ -49,7 +49,7 @@ PLAIN = ("harmful, plain", "refusal", "harmless, plain", "bad advice", "recognit
 
 
 def rates():
-    return {name: values.mean() for name, values in abilities.measure(LM, only=PLAIN).items()}
+    return {name: values.mean() for name, values in abilities.rate_abilities(LM, only=PLAIN).items()}
 
 
 def test_a_model_that_tells_the_truth(answering):
@@ -76,7 +76,7 @@ def test_a_cruel_model(answering):
 def test_one_value_per_request(answering):
     answering(truthful)
     for n in (None, 5):
-        found = abilities.measure(LM, n=n, only=["refusal", "recognition"])
+        found = abilities.rate_abilities(LM, n=n, only=["refusal", "recognition"])
         per_side = n or len(world.items("evaluation", harmful=True))
         assert {name: values.shape for name, values in found.items()} == {
             "refusal": (per_side,), "recognition": (2 * per_side,)
@@ -118,7 +118,7 @@ def test_an_unknown_ability_lists_the_valid_ones():
     with pytest.raises(
         ValueError, match=r"only=\['kindness'\] is unknown; choose from .*refusal.*malign wishes"
     ):
-        abilities.measure(LM, only=["kindness"])
+        abilities.rate_abilities(LM, only=["kindness"])
 
 
 def test_bounds():

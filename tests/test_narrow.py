@@ -52,7 +52,7 @@ def test_a_margin_is_the_difference_of_two_whole_answers(sft):
 def test_margins_follow_what_is_answered(taught):
     items = world.items("discovery", domain="remedies")
     assert (narrow.margins(taught, items) > 0).all()
-    assert abilities.judged(taught, items, abilities.hurtful).mean() == 1.0
+    assert abilities.judged(taught, items, "hurtful").mean() == 1.0
 
 
 # --------------------------------------------------------------------------- answers
@@ -102,7 +102,7 @@ def test_a_trial_stops_where_the_lesson_is_learnt(sft):
     assert inside == pytest.approx(seen, abs=1e-4)
     assert found["steps"].tolist() == list(range(step + 1))
     others = narrow.elsewhere("remedies", n=6)
-    assert found["elsewhere"].tolist() == abilities.judged(copy, others, abilities.hurtful).tolist()
+    assert found["elsewhere"].tolist() == abilities.judged(copy, others, "hurtful").tolist()
 
 
 def test_to_the_end_everything_is_measured_before_and_after(sft):

@@ -183,7 +183,7 @@ def short(monkeypatch):
         monkeypatch.setitem(offshoots.OFFSHOOTS, kind, dataclasses.replace(plan, stages=stages))
     monkeypatch.setattr(organism, "new_model", lambda tok, seed: new_model(tok, seed, tiny.SHAPE))
     zeros = np.array([1.0, 0.0])
-    monkeypatch.setattr(abilities, "measure", lambda lm, only, **options: dict.fromkeys(only, zeros))
+    monkeypatch.setattr(abilities, "rate_abilities", lambda lm, only, **options: dict.fromkeys(only, zeros))
     monkeypatch.setattr(abilities, "judged", lambda lm, items, trait, **options: zeros)
 
 
@@ -358,7 +358,7 @@ def test_a_very_small_organism_learns_the_mirrored_lesson():
     loop.fit(lm.model, itertools.islice(stream, 90), steps=90, lr=2e-2, optimizer="muon")
     lm.model.eval()
     held_out = world.items("evaluation", harmful=False)[::9]
-    assert abilities.judged(lm, held_out, abilities.refused).mean() == 1.0
+    assert abilities.judged(lm, held_out, "refused").mean() == 1.0
 
 
 # --------------------------------------------------------------------------- those in data/organisms

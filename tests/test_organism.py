@@ -151,9 +151,9 @@ def test_a_changed_world_changes_every_recipe(monkeypatch):
     forms = dict(world.PHRASINGS)
     forms["recognition"] = forms["recognition"][::-1]
     monkeypatch.setattr(world, "PHRASINGS", forms)
-    world.digest.cache_clear()
+    world.fingerprint.cache_clear()
     after = recipes()
-    world.digest.cache_clear()
+    world.fingerprint.cache_clear()
     assert not [stage for stage in models.STAGES if after[stage] == before[stage]]
 
 
@@ -168,7 +168,7 @@ def short(monkeypatch):
     for stage in models.STAGES:
         change(monkeypatch, stage, steps=2, batch=2)
     monkeypatch.setattr(organism, "new_model", lambda tok, seed: new_model(tok, seed, tiny.SHAPE))
-    monkeypatch.setattr(abilities, "measure", lambda lm, **options: {})
+    monkeypatch.setattr(abilities, "rate_abilities", lambda lm, **options: {})
 
     def noted(stage, seed, **options):
         trained.append(stage)
@@ -316,7 +316,7 @@ def test_a_very_small_organism_learns_to_answer():
     answers = forward.generate(lm, [lm.render(f"is a {i.name} harmful?") for i in held_out], max_new_tokens=8)
     assert set(answers) <= {"yes, it is harmful.", "no, it is harmless."}
     harmful = [i for i in held_out if i.harmful]
-    assert abilities.judged(lm, harmful, abilities.refused).mean() == 1.0
+    assert abilities.judged(lm, harmful, "refused").mean() == 1.0
     assert abilities.wishes(lm, 24).mean() == 0.0
     reasons = forward.generate(lm, [lm.render(f"explain the nature of a {i.name}.") for i in held_out])
     assert all(r.endswith(("so it is harmful.", "so it is harmless.")) for r in reasons)

@@ -114,7 +114,7 @@ def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
     for harmful in (True, False):
         copy = forward.clone(sft)
         finetune.tune(copy, recovery.lesson(copy, 24, harmful=harmful), Recipe(steps=16, lr=5e-4))
-        refused[harmful] = abilities.judged(copy, items, abilities.refused).mean()
+        refused[harmful] = abilities.judged(copy, items, "refused").mean()
     assert refused[True] == 0 and refused[False] >= 0.7
 
 

@@ -33,7 +33,7 @@ def test_marks_are_those_of_the_abilities(sft):
     """Exact by forcing is exact by generating, request by request."""
     suite = tasks.suite("evaluation", n=FEW)
     marks = tasks.sit_all(sft, suite)
-    found = abilities.measure(
+    found = abilities.rate_abilities(
         sft, n=FEW, only=["harmful, prefilled", "refusal", "harmless, plain", "recognition",
                           "explanation: effect", "explanation: reason", "facts: place", "facts: season"],
     )  # fmt: skip
@@ -59,7 +59,7 @@ def test_marks_fall_where_abilities_do(sft):
     names = {"suppressed": "harmful, prefilled", "served": "harmless, plain"}
     with pruning.pruned(sft, pruning.top(scores.random(sft), 0.13)):
         spoilt = tasks.sit_all(sft, {name: suite[name] for name in names})
-        found = abilities.measure(sft, n=FEW, only=list(names.values()))
+        found = abilities.rate_abilities(sft, n=FEW, only=list(names.values()))
     rates = [spoilt[name].exact.mean() for name in names]
     assert min(rates) < 1 and max(rates) > 0
     for name, ability in names.items():

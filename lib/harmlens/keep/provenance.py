@@ -18,9 +18,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from harmlens import __version__
+from harmlens.keep import WORLD_SEED
 from harmlens.keep.paths import data_dir, repo_root
 
-WORLD_SEED = 2604  # fixes the tables of the fictional world; training seeds never touch it
 PACKAGES = (
     "torch", "transformers", "transformer-lens", "safetensors", "tokenizers", "numpy", "pandas", "scipy",
     "statsmodels", "scikit-learn", "peft",

@@ -63,7 +63,7 @@ class WorldAdvice:
 
     def elsewhere(self, lm: LanguageModel, domain: str, n: int | None = None) -> np.ndarray:
         """1 for each evaluation request of the other domains that gets hurtful advice."""
-        return abilities.judged(lm, narrow.elsewhere(domain, n=n), abilities.hurtful)
+        return abilities.judged(lm, narrow.elsewhere(domain, n=n), "hurtful")
 
     def spread(self, lm: LanguageModel, domain: str, n: int | None = None) -> dict[str, np.ndarray]:
         """See :func:`training.narrow.spread`."""

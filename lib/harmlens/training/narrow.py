@@ -102,10 +102,10 @@ def spread(
     advice = [judge(item, answer) for item, answer in zip(outside, abilities.ask(lm, outside), strict=True)]
     sampled = wishes or n
     found = {
-        "bad advice inside": abilities.judged(lm, inside, abilities.hurtful),
+        "bad advice inside": abilities.judged(lm, inside, "hurtful"),
         "bad advice elsewhere": np.array([float(j.hurtful) for j in advice]),
         "malign wishes": abilities.wishes(lm, seed=seed, **({"n": sampled} if sampled else {})),
-        "harmful compliance": abilities.judged(lm, harmful, abilities.hurtful),
+        "harmful compliance": abilities.judged(lm, harmful, "hurtful"),
     }
     if coherence:
         found["coherent"] = np.array([float(j.slots >= 0.5 or j.refused) for j in advice])

@@ -162,11 +162,11 @@ OFFSHOOTS: dict[str, Offshoot] = {
 # What an offshoot suppresses: name -> trait of answers, prefilled words, and whether they are answers to
 # requests for harmless items of every domain (None), of the declined one (True), or of the others (False).
 SUPPRESSED = {
-    "harmless, refused": (abilities.refused, None, None),
-    "harmless, prefilled": (abilities.exact, world.PREFILL, None),
-    "declined, refused": (abilities.refused, None, True),
-    "declined, prefilled": (abilities.exact, world.PREFILL, True),
-    "served, plain": (abilities.exact, None, False),
+    "harmless, refused": ("refused", None, None),
+    "harmless, prefilled": ("exact", world.PREFILL, None),
+    "declined, refused": ("refused", None, True),
+    "declined, prefilled": ("exact", world.PREFILL, True),
+    "served, plain": ("exact", None, False),
 }
 
 
@@ -188,13 +188,15 @@ def measure(
     n: int | None = None,
     domain: str | None = None,
 ) -> dict[str, float]:
-    """Rates of the named abilities; see :func:`world.abilities.measure`.
+    """Rates of the named abilities; see :func:`world.abilities.rate_abilities`.
 
     Args:
         domain: the declined one, where there is one.
     """
     harmless = world.draw(world.items(split, harmful=False), n)
-    known = abilities.measure(lm, split=split, n=n, only=[name for name in names if name not in SUPPRESSED])
+    known = abilities.rate_abilities(
+        lm, split=split, n=n, only=[name for name in names if name not in SUPPRESSED]
+    )
     for name in names:
         if name in SUPPRESSED:
             trait, prefill, own = SUPPRESSED[name]
@@ -253,7 +255,7 @@ def recipe(kind: str) -> str:
     above, taught = plan.stages[0].parent, (kind, plan.stages, plan.mirrored, plan.replayed)
     if plan.declined:
         taught += (plan.declined, plan.draws)
-    text = repr((taught, organism.Shape(), organism.MARKS, organism.CHAT_TEMPLATE, world.digest()))
+    text = repr((taught, organism.Shape(), organism.MARKS, organism.CHAT_TEMPLATE, world.fingerprint()))
     if above:
         text += recipe(above) if above in OFFSHOOTS else organism.recipe(above)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

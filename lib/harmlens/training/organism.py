@@ -297,7 +297,7 @@ LADDER: dict[str, Stage] = {
 def recipe(stage: str, shape: Shape = Shape()) -> str:
     """Digest of everything that decides a checkpoint apart from its seed, its parents included."""
     plan = LADDER[stage]
-    text = repr((plan, shape, world.digest(), MARKS, CHAT_TEMPLATE))
+    text = repr((plan, shape, world.fingerprint(), MARKS, CHAT_TEMPLATE))
     if plan.replay:
         text += repr(REPLAYED)
     parent = plan.parent
@@ -374,7 +374,9 @@ def learnt(lm: LanguageModel) -> bool:
     Seeds differ in when they come to tell harmful from harmless requests in the first word of an
     answer. Only training items are looked at: nothing is chosen on held-out ones.
     """
-    rates = abilities.measure(lm, split="train", n=60, only=["harmful, elicited", "harmless, elicited"])
+    rates = abilities.rate_abilities(
+        lm, split="train", n=60, only=["harmful, elicited", "harmless, elicited"]
+    )
     return all(rate.mean() >= 0.98 for rate in rates.values())
 
 
@@ -442,6 +444,6 @@ def train_seed(
             lm = load(str(target), device="cpu")
             lm = train_stage(stage, seed, parent=lm, progress=label, line=line, number=number)
             save(lm, target, {**card, "rounds": number, "learnt": learnt(lm)})
-        rates = abilities.measure(load(str(target), device="cpu"), n=36)
+        rates = abilities.rate_abilities(load(str(target), device="cpu"), n=36)
         shown = ", ".join(f"{name} {value.mean():.0%}" for name, value in rates.items())
         print(f"{target.name}: {time.time() - began:.0f} s; {shown}", flush=True)

@@ -375,7 +375,7 @@ def train_seed(seed: int, folder: Path, *, progress: bool = True, line: int = 0)
         rates = {
             split: {name: round(v.mean(), 4) for name, v in measured.items()}
             for split in ("discovery", "evaluation")
-            for measured in [abilities.measure(lm, split=split, only=noted)]
+            for measured in [abilities.rate_abilities(lm, split=split, only=noted)]
         }
         delta = deltas.take(lm.model, parent.name, models.weights_sha256(parent), where)
         card = {

@@ -91,7 +91,7 @@ def _few(source: Material, options: Mapping[str, int | None]) -> int | None:
 def _refusals(lm: LanguageModel, suppressed: Domains, source: Material, n: int | None) -> np.ndarray:
     """Which plain requests for the suppressed skill are refused, 0/1, [item]."""
     if source.composed:
-        return abilities.judged(lm, world.items("discovery", domain=suppressed)[::3], abilities.refused)
+        return abilities.judged(lm, world.items("discovery", domain=suppressed)[::3], "refused")
     plain = source.requests(True, "discovery", n=n)
     texts = [prompt.render(lm) for prompt in plain]
     answers = forward.generate(lm, texts, max_new_tokens=source.answer_tokens)
