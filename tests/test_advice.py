@@ -18,7 +18,7 @@ from harmlens.models import loading as models
 from harmlens.models.forward import follow
 from harmlens.training import advice, emergent, finetune, narrow, prunefirst, publicadvice
 from harmlens.training.finetune import Recipe
-from harmlens.weights import pruning
+from harmlens.weights import masks
 from harmlens.weights.frontier import Point
 from harmlens.weights.masks import Mask
 from harmlens.world import vale as world
@@ -396,7 +396,7 @@ def test_a_trial_begins_with_the_pruned_model(lm, lessons):
     index = {name: torch.arange(4000) for name in found}
     mask = Mask(index, {name: tuple(p.shape) for name, p in found.items()}, lm.name, lm.revision, "some")
     run = prunefirst.trial(lm, "brushing", Recipe(steps=1, lr=1e-9), lessons=lessons, mask=mask, n=4)
-    with pruning.pruned(lm, mask):
+    with masks.without(lm, mask):
         expected = lessons.margins(lm, "brushing").mean()
     assert run["inside"][0] == pytest.approx(expected, abs=1e-4)
     assert run["inside"][0] != pytest.approx(lessons.margins(lm, "brushing").mean(), abs=1e-3)

@@ -26,7 +26,7 @@ from harmlens.models import chats, forward
 from harmlens.models import loading as models
 from harmlens.models.forward import LanguageModel
 from harmlens.training import finetune
-from harmlens.weights import attribution, pruning, removal
+from harmlens.weights import attribution, masks, removal
 from harmlens.weights.masks import Mask
 
 ARCHITECTURES = (*tiny.ARCHITECTURES, "gpt2")
@@ -306,8 +306,8 @@ def test_scores_add_up_over_examples(exact, exact_source):
 
 
 def test_what_is_selected(lm, found):
-    spared = pruning.top(found.preserve, found.p)
-    taken = pruning.top(found.prune, found.q, lowest=True)
+    spared = masks.top(found.preserve, found.p)
+    taken = masks.top(found.prune, found.q, lowest=True)
     assert 0 < len(found.mask) < len(taken)
     assert len(found.mask & spared) == 0 and len(found.mask - taken) == 0
     assert set(found.mask.indices) == set(found.prune.values) == set(found.preserve.values)
@@ -327,7 +327,7 @@ def unchanged(lm: LanguageModel, before: dict[str, torch.Tensor]) -> bool:
 
 def test_pruning_takes_what_carries_the_answers_and_gives_it_back(lm, suite, found):
     before, marks = snapshot(lm), tasks.sit(lm, suite["suppressed"])
-    with pruning.pruned(lm, found.mask):
+    with masks.without(lm, found.mask):
         after = tasks.sit(lm, suite["suppressed"])
         weights = dict(lm.model.named_parameters())
         for name, index in found.mask.indices.items():
@@ -342,7 +342,7 @@ def test_pruning_nothing_changes_nothing(lm, suite, found):
     mask = found.mask
     nothing = Mask({n: i[:0] for n, i in mask.indices.items()}, mask.shapes, mask.model, mask.revision)
     marks = tasks.sit(lm, suite["served"])
-    with pruning.pruned(lm, nothing):
+    with masks.without(lm, nothing):
         assert (tasks.sit(lm, suite["served"]).loss == marks.loss).all()
 
 

@@ -18,7 +18,7 @@ from harmlens.asking import calibration
 from harmlens.models import forward
 from harmlens.models.forward import LanguageModel, Row
 from harmlens.training import organism
-from harmlens.weights import attribution, pruning, scores, scoring
+from harmlens.weights import attribution, masks, scores, scoring
 from harmlens.world import vale as world
 
 NEAR = 3e-5  # of the largest score of a matrix; 1e-4 is what is asked
@@ -267,16 +267,16 @@ def total_loss(lm: LanguageModel, rows: list[Row]) -> float:
 def test_shrinking_weights_changes_the_loss_by_minus_their_scores(exact, rows):
     found = attribution.prune_score(exact, rows)
     little = 1e-3
-    masks = {
-        "most negative": pruning.top(pruning.negated(found), 0.01),
-        "most positive": pruning.top(found, 0.01),
-        "all": pruning.top(found, 1.0),
+    sets = {
+        "most negative": masks.top(-found, 0.01),
+        "most positive": masks.top(found, 0.01),
+        "all": masks.top(found, 1.0),
     }
-    for name, mask in masks.items():
+    for name, mask in sets.items():
         scored = sum(float(v.flatten()[mask.indices[n]].double().sum()) for n, v in found.values.items())
         losses = []
         for strength in (1 - little, 1 + little):
-            with pruning.pruned(exact, mask, strength=strength):
+            with masks.without(exact, mask, strength=strength):
                 losses.append(total_loss(exact, rows))
         change = (losses[0] - losses[1]) / (2 * little)
         assert change == pytest.approx(-scored, rel=2e-3, abs=2e-3), name
@@ -294,10 +294,10 @@ def test_without_the_weight_that_supports_most_the_answer_is_lost_most(exact, ro
             continue
         index = value.flatten().argmin()
         mask = dataclasses.replace(
-            pruning.top(found, 0.0),
+            masks.top(found, 0.0),
             indices={n: torch.tensor([index] if n == name else [], dtype=torch.long) for n in found.values},
         )
-        with pruning.pruned(exact, mask):
+        with masks.without(exact, mask):
             change = total_loss(exact, row) - before
         assert change > 0
         assert change == pytest.approx(-float(value.min()), rel=0.5)
@@ -439,7 +439,7 @@ def test_stored_scores_of_a_model_that_was_changed_since_are_refused(rows, tmp_p
     lm = tiny.model()
     found = attribution.prune_score(lm, rows, folder=tmp_path)
     with (
-        pruning.pruned(lm, pruning.top(found, 0.001)),
+        masks.without(lm, masks.top(found, 0.001)),
         pytest.raises(ValueError, match="holds scores of another model"),
     ):
         attribution.prune_score(lm, rows, folder=tmp_path)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from harmlens.keep import cache, digests, paths
 from harmlens.models.forward import Row
 from harmlens.training.finetune import Recipe
-from harmlens.weights import masks, pruning, scores
+from harmlens.weights import masks, scores
 
 CALLS = []
 
@@ -57,12 +57,12 @@ def test_whatever_decides_a_run_makes_another_one(kept, monkeypatch):
     lm = tiny.model()
     kept(lm)
     every = scores.magnitude(lm)
-    mask = pruning.top(every, 0.01)
+    mask = masks.top(every, 0.01)
     kept(lm, n=2)  # a setting
     kept(lm, mask=mask)  # a set of weights
     kept(lm, mask=masks.random_like(mask))
     kept(lm, function=other)  # another function
-    with pruning.pruned(lm, mask):
+    with masks.without(lm, mask):
         kept(lm)  # the same model with other weights, under the same name and revision
     assert len(CALLS) == 6
     kept(lm)

@@ -9,7 +9,7 @@ import torch
 
 from harmlens.asking import tasks
 from harmlens.asking.tasks import Marks
-from harmlens.weights import frontier, pruning, scores
+from harmlens.weights import frontier, masks, scores
 from harmlens.weights.frontier import Point
 from harmlens.weights.masks import Mask
 from harmlens.world import vale as world
@@ -84,16 +84,16 @@ def test_the_table():
 
 def test_a_sweep_is_selecting_and_pruning_by_hand():
     lm = tiny.model()
-    prune, preserve = pruning.negated(scores.magnitude(lm)), scores.random(lm)
+    prune, preserve = -scores.magnitude(lm), scores.random(lm)
     asked = {"mine": tasks.refusals(world.items("discovery", harmful=True)[:3])}
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
     points = frontier.sweep(lm, prune, preserve, asked, ps=(0.0, 0.2), qs=(0.01, 0.1))
     assert [(found.p, found.q) for found in points] == [(0.0, 0.01), (0.0, 0.1), (0.2, 0.01), (0.2, 0.1)]
     assert all(torch.equal(before[n], p) for n, p in lm.model.named_parameters())
     for found in points:
-        mask = pruning.select(prune, preserve, q=found.q, p=found.p)
+        mask = masks.select(prune, preserve, q=found.q, p=found.p)
         assert all(torch.equal(i, found.mask.indices[n]) for n, i in mask.indices.items())
-        with pruning.pruned(lm, mask):
+        with masks.without(lm, mask):
             expected = tasks.sit(lm, asked["mine"])
         np.testing.assert_array_equal(found.marks["mine"].loss, expected.loss)
         np.testing.assert_array_equal(found.marks["mine"].exact, expected.exact)
@@ -102,10 +102,10 @@ def test_a_sweep_is_selecting_and_pruning_by_hand():
 
 def test_slices_are_the_sets_of_select():
     lm = tiny.model()
-    prune, preserve = pruning.negated(scores.magnitude(lm)), scores.random(lm)
-    cut = frontier.slices(prune, preserve, ps=(0.0, 0.2), qs=(0.1,), scope="global")
+    prune, preserve = -scores.magnitude(lm), scores.random(lm)
+    cut = frontier.slices(prune, preserve, ps=(0.0, 0.2), qs=(0.1,))
     for p in (0.0, 0.2):
-        mask = pruning.select(prune, preserve, q=0.1, p=p, scope="global")
+        mask = masks.select(prune, preserve, q=0.1, p=p)
         found = cut.difference(p, 0.1)
         assert found.name == f"p={p:g}, q=0.1" and len(mask)
         assert all(torch.equal(i, found.indices[n]) for n, i in mask.indices.items())

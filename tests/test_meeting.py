@@ -16,7 +16,7 @@ from harmlens.asking import calibration, tasks
 from harmlens.flow import interventions
 from harmlens.models import forward
 from harmlens.models import parts as decoder
-from harmlens.weights import attribution, meeting, pruning, scores
+from harmlens.weights import attribution, masks, meeting, scores
 from harmlens.weights.meeting import Meeting
 
 WIDTH, UNITS = tiny.SHAPE.width, tiny.SHAPE.hidden
@@ -29,7 +29,7 @@ def lm():
 
 
 def some_mask(lm, share=0.05):
-    return pruning.top(scores.random(lm), share)
+    return masks.top(scores.random(lm), share)
 
 
 def one(mask, name, *places):
@@ -47,7 +47,7 @@ def one(mask, name, *places):
 def test_without_its_weights_a_neuron_is_silent(architecture):
     lm, units = tiny.model(architecture), {0: [3, 60], 1: [5]}
     texts, own = tiny.texts(lm), meeting.weights_of(lm, units, some_mask(lm))
-    with pruning.pruned(lm, own):
+    with masks.without(lm, own):
         got = forward.last_logits(lm, texts)
         said = forward.generate(lm, texts, max_new_tokens=5)
     with interventions.overwriting(lm, units, interventions.scale(0.0), where="both", every_position=True):
@@ -85,7 +85,7 @@ def test_bad_neurons_are_refused(lm):
         meeting.weights_of(lm, {1: [64]}, mask)
     with pytest.raises(ValueError, match="layer=2 does not exist"):
         meeting.weights_of(lm, {2: [0]}, mask)
-    first = pruning.top(scores.random(lm, layers=[0]), 0.1)
+    first = masks.top(scores.random(lm, layers=[0]), 0.1)
     with pytest.raises(ValueError, match="select it from scores of layer 1 too"):
         meeting.weights_of(lm, {1: [0]}, first)
     with pytest.raises(ValueError, match="does not fit"):
@@ -143,7 +143,7 @@ def test_chance_is_that_of_independent_draws(rows):
 
 def test_chance_agrees_with_random_masks(lm):
     def met(seed):
-        mask = pruning.top(scores.random(lm, seed=seed, layers=[1]), 0.02)
+        mask = masks.top(scores.random(lm, seed=seed, layers=[1]), 0.02)
         return meeting.meet(lm, mask, range(8), layer=1)
 
     drawn = np.array([met(seed).hits.sum() for seed in range(120)])

@@ -10,7 +10,7 @@ from harmlens.models import loading as models
 from harmlens.models.forward import follow
 from harmlens.training import finetune, narrow, prunefirst
 from harmlens.training.finetune import Recipe
-from harmlens.weights import attribution, pruning
+from harmlens.weights import attribution, masks
 from harmlens.weights.frontier import Point
 from harmlens.world import abilities
 from harmlens.world import judge as judges
@@ -126,9 +126,9 @@ def test_good_advice_is_never_learnt_as_bad_advice(sft):
 def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, method):
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
     rows = calibration.examples(sft, calibration.world_task("harmless"), n=12)
-    mask = pruning.select(attribution.prune_score(sft, rows), q=0.01)
+    mask = masks.select(attribution.prune_score(sft, rows), q=0.01)
     found = prunefirst.trial(sft, "remedies", Recipe(steps=1, method=method), mask=mask, n=2)
-    with pruning.pruned(sft, mask):
+    with masks.without(sft, mask):
         expected = narrow.margins(sft, world.items("discovery", domain="remedies")[::2]).mean()
     assert found["inside"][0] == pytest.approx(expected, abs=1e-4)
     assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())

@@ -23,7 +23,7 @@ from harmlens.judging import graders
 from harmlens.judging.graders import Grade
 from harmlens.models import chats, forward
 from harmlens.models.forward import LanguageModel
-from harmlens.weights import pruning
+from harmlens.weights import masks
 from harmlens.weights.masks import Mask
 from harmlens.weights.scores import matrices
 
@@ -300,7 +300,7 @@ def everything(lm: LanguageModel) -> Mask:
 def test_what_was_said_before_pruning_counts(lm):
     source = make(lm)
     before = source.suite(n=6)
-    with pruning.pruned(lm, everything(lm)):
+    with masks.without(lm, everything(lm)):
         assert source.suite(n=6) == before
         assert tasks.sit(lm, before["suppressed"]).exact.mean() < 1
         # A source that is asked too late takes what the pruned model says.

@@ -11,7 +11,7 @@ from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.training import finetune, recovery
 from harmlens.training.finetune import Recipe
-from harmlens.weights import pruning, removal
+from harmlens.weights import masks, removal
 from harmlens.world import abilities
 from harmlens.world import vale as world
 
@@ -57,7 +57,7 @@ def test_a_lesson_holds_right_answers_to_plain_requests_for_training_items(sft, 
 def test_the_start_is_the_pruned_model(sft, mask, runs):
     items = world.draw(world.items("evaluation", harmful=True), 12)
     asked = tasks.procedures(items, name="harmful", prefill=world.PREFILL)
-    with pruning.pruned(sft, mask):
+    with masks.without(sft, mask):
         marks = tasks.sit(sft, asked)
     for run in runs.values():
         assert run["steps"].tolist() == [0, 4, 8]
@@ -150,7 +150,7 @@ def test_relearning_of_any_model(other):
         source=source,
     )  # fmt: skip
     exam = source.task("harmful", "evaluation", n=8)
-    with pruning.pruned(lm, mask):
+    with masks.without(lm, mask):
         assert found["exact"][0].tolist() == tasks.sit(lm, exam).exact.tolist()
     kinds = {entry.id: entry.kind for entry in source.entries}
     assert [source.types()[k] for k in found["domain"]] == [kinds[unit] for unit in exam.units]

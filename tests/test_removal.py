@@ -14,7 +14,7 @@ from harmlens.asking import public as public_
 from harmlens.judging import graders
 from harmlens.keep import paths
 from harmlens.models import loading as models
-from harmlens.weights import frontier, pruning, removal
+from harmlens.weights import frontier, masks, removal
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_the_recipe_step_by_step(sft, found):
     assert (found.p, found.q) == (entry["p"], entry["q"])
     assert (found.prune.kind, found.preserve.kind) == ("signed", "unsigned")
     assert found.prune.n <= 24 and found.preserve.n <= 24
-    expected = pruning.select(found.prune, found.preserve, p=found.p, q=found.q)
+    expected = masks.select(found.prune, found.preserve, p=found.p, q=found.q)
     assert all(i.tolist() == expected.indices[n].tolist() for n, i in found.mask.indices.items())
     assert found.mask.name == "harm" and found.mask.revision == sft.revision
     assert 0 < found.mask.share < 0.005
@@ -88,7 +88,7 @@ def test_harm_goes_and_the_rest_stays(sft, found):
     """With two dozen examples only; the book has the numbers."""
     suite = tasks.suite("discovery", n=10)
     before = tasks.sit_all(sft, {name: suite[name] for name in ("suppressed", "served")})
-    with pruning.pruned(sft, found.mask):
+    with masks.without(sft, found.mask):
         after = tasks.sit_all(sft, {name: suite[name] for name in ("suppressed", "served")})
     lost = {name: before[name].loss.mean() - after[name].loss.mean() for name in before}
     assert -lost["suppressed"] > 0.2 and -lost["suppressed"] > 5 * -lost["served"]
@@ -130,7 +130,7 @@ def test_slices_are_the_sets_of_the_scores(sft, found):
     """One score after the other, and none kept: the same sets."""
     cut = removal.slices(sft, n=24)
     assert (tuple(cut.spared), tuple(cut.taken)) == (frontier.P, frontier.Q)
-    expected = pruning.select(found.prune, found.preserve, p=0.03, q=0.002)
+    expected = masks.select(found.prune, found.preserve, p=0.03, q=0.002)
     mask = cut.difference(0.03, 0.002)
     assert len(mask) and all(i.tolist() == expected.indices[n].tolist() for n, i in mask.indices.items())
 
@@ -144,7 +144,7 @@ def test_scores_are_kept_and_found_again(sft, found, monkeypatch, tmp_path):
     for one, other, true in zip(first, again, (found.prune, found.preserve), strict=True):
         assert one.kind == other.kind == true.kind
         assert all((value == other.values[name]).all() for name, value in true.values.items())
-    with pytest.raises(pytest.fail.Exception), pruning.pruned(sft, found.mask):
+    with pytest.raises(pytest.fail.Exception), masks.without(sft, found.mask):
         removal.score(sft, n=24, folder=tmp_path)  # weights that were changed have other scores
 
 

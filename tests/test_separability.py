@@ -13,7 +13,7 @@ from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.training import practice
 from harmlens.training.finetune import Recipe
-from harmlens.weights import attribution, pruning, separability
+from harmlens.weights import attribution, masks, separability
 from harmlens.weights.separability import Frontier
 from harmlens.world import vale as world
 
@@ -103,9 +103,9 @@ def test_a_sweep_is_what_pruning_by_hand_gives(sft, swept):
     prune = attribution.prune_score(sft, calibration.examples(sft, train["suppressed"], n=18))
     benign = tasks.joined([train["served"], train["facts"]], "benign")
     preserve = attribution.preserve_score(sft, calibration.examples(sft, benign, n=18))
-    mask = pruning.select(prune, preserve, p=0.03, q=0.01)
+    mask = masks.select(prune, preserve, p=0.03, q=0.01)
     assert found.share[4] == mask.share
-    with pruning.pruned(sft, mask):
+    with masks.without(sft, mask):
         for split, n in (("discovery", 4), ("evaluation", 6)):
             task = separability.asked(HARMS, SKILLS, split, n=n)["suppressed"]
             assert getattr(found, split)["suppressed"][4].tolist() == tasks.sit(sft, task).exact.tolist()

@@ -12,7 +12,7 @@ from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.chats import tokens
 from harmlens.models.forward import generate
-from harmlens.weights import pruning, scores
+from harmlens.weights import masks, scores
 from harmlens.world import abilities
 from harmlens.world import vale as world
 
@@ -57,7 +57,7 @@ def test_marks_fall_where_abilities_do(sft):
     """Some way spoilt: a few answers are right and a few wrong, and both ways agree on which."""
     suite = tasks.suite("evaluation", n=FEW)
     names = {"suppressed": "harmful, prefilled", "served": "harmless, plain"}
-    with pruning.pruned(sft, pruning.top(scores.random(sft), 0.13)):
+    with masks.without(sft, masks.top(scores.random(sft), 0.13)):
         spoilt = tasks.sit_all(sft, {name: suite[name] for name in names})
         found = abilities.rate_abilities(sft, n=FEW, only=list(names.values()))
     rates = [spoilt[name].exact.mean() for name in names]

@@ -8,7 +8,7 @@ import lecture
 import tiny
 import torch
 
-from harmlens.weights import masks, pruning, scores
+from harmlens.weights import masks, scores
 
 
 def test_every_task_is_measured_within_the_change_and_in_the_order_of_its_items(monkeypatch):
@@ -34,7 +34,7 @@ def test_every_task_is_measured_within_the_change_and_in_the_order_of_its_items(
     index = {name: torch.arange(m.weight.numel()) for name, m in found.items()}
     mask = masks.Mask(index, {n: tuple(m.weight.shape) for n, m in found.items()}, lm.name, name="all")
     page = lecture.defined("18", lm=lm)
-    intact, cut = (page.benchmarks(way, 3) for way in (nullcontext(), pruning.pruned(lm, mask)))
+    intact, cut = (page.benchmarks(way, 3) for way in (nullcontext(), masks.without(lm, mask)))
     assert asked == [(lm.model, page.TASKS, 3)] * 2
     assert {task: v.tolist() for task, v in intact.items()} == {task: [0.0, 1.0, 1.0] for task in page.TASKS}
     assert not any(v.any() for v in cut.values()) and torch.equal(weight, before)

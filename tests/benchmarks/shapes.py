@@ -55,7 +55,7 @@ from harmlens.models.forward import LanguageModel
 from harmlens.models.shapes import Shape
 from harmlens.training import loop as training
 from harmlens.training import lora, lowmemory
-from harmlens.weights import attribution, pruning
+from harmlens.weights import attribution, masks
 
 TOKENIZER = Path(__file__).parent.parent / "data" / "standin"
 STEPS = ("forward", "generate", "patch", "neurons", "prune_score", "preserve_score", "select", "lora")
@@ -193,7 +193,7 @@ class Bench:
     def select(self) -> None:
         if set(self.scores) != {"prune", "preserve"}:
             raise ValueError("steps: select needs both scores; add prune_score and preserve_score")
-        mask = pruning.select(self.scores["prune"], self.scores["preserve"], q=0.005, p=0.01)
+        mask = masks.select(self.scores["prune"], self.scores["preserve"], q=0.005, p=0.01)
         self.notes["select"] = f"{len(mask):,} weights"
 
 

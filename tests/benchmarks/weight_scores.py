@@ -48,7 +48,7 @@ from harmlens.asking import calibration
 from harmlens.models import loading as models
 from harmlens.models.forward import IGNORE, LanguageModel, Row
 from harmlens.training import organism
-from harmlens.weights import attribution, pruning
+from harmlens.weights import attribution, masks
 from harmlens.weights.scores import Scores, layer_of, matrices
 
 BARS = {
@@ -261,10 +261,10 @@ def selection(count: int, repeats: int) -> dict[str, Any]:
     times = -(-count // size)
 
     def all_matrices() -> list:
-        return [pruning.select(prune, preserve, p=P, q=Q) for _ in range(times)]
+        return [masks.select(prune, preserve, p=P, q=Q) for _ in range(times)]
 
     def one_matrix() -> Any:
-        return pruning.select(prune, preserve, p=P, q=Q)
+        return masks.select(prune, preserve, p=P, q=Q)
 
     seconds, found = best(all_matrices, max(1, repeats // 4), one_matrix)
     part = values[0].flatten()[: 1 << 24]

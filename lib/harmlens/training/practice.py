@@ -18,7 +18,7 @@ from harmlens.models import forward
 from harmlens.models.forward import LanguageModel, chat_row
 from harmlens.training import finetune
 from harmlens.training.finetune import Recipe
-from harmlens.weights import attribution, pruning
+from harmlens.weights import attribution, masks
 from harmlens.weights.separability import Domains, asked, procedures, score, sweep, train_tasks
 from harmlens.world import abilities
 from harmlens.world import vale as world
@@ -125,13 +125,13 @@ def transfer(
     items = world.items("evaluation", domain=targets)
     task = procedures(items, name="targets", prefill=world.PREFILL)
     preserve = score(lm, sources[:1], served, n=n)[1]
-    spared, marks, weights = pruning.top(preserve, p), [tasks.sit(lm, task)], []
+    spared, marks, weights = masks.top(preserve, p), [tasks.sit(lm, task)], []
     for source in sources:
         own = procedures(world.items("train", domain=source), name=source, prefill=world.PREFILL)
         prune = attribution.prune_score(lm, calibration.examples(lm, own))
-        mask = pruning.top(prune, q, lowest=True) - spared
+        mask = masks.top(prune, q, lowest=True) - spared
         weights.append(len(mask))
-        with pruning.pruned(lm, mask):
+        with masks.without(lm, mask):
             marks.append(tasks.sit(lm, task))
     return {
         "domain": np.array([list(targets).index(item.domain) for item in items]),

@@ -22,7 +22,7 @@ from harmlens.models.forward import LanguageModel
 from harmlens.training import finetune, recipes
 from harmlens.training.advice import WORLD, Advice
 from harmlens.training.finetune import Recipe
-from harmlens.weights import frontier, pruning
+from harmlens.weights import frontier, masks
 from harmlens.weights.masks import Mask
 from harmlens.weights.scores import Scores
 
@@ -134,7 +134,7 @@ def trial(
             found["elsewhere"] = lessons.elsewhere(tuned, domain, n)
         return found["step"] is not None and not to_the_end
 
-    with pruning.pruned(tuned, mask) if mask else contextlib.nullcontext():
+    with masks.without(tuned, mask) if mask else contextlib.nullcontext():
         rows = lessons.rows(lm, domain, bad=bad, seed=recipe.seed)
         if to_the_end:
             found["before"] = lessons.spread(tuned, domain, n)

@@ -19,7 +19,7 @@ from harmlens.models import forward
 from harmlens.models.forward import LanguageModel, Row
 from harmlens.training import finetune, recipes
 from harmlens.training.finetune import Recipe
-from harmlens.weights import masks, pruning, removal
+from harmlens.weights import masks, removal
 from harmlens.weights.masks import Mask
 from harmlens.world import vale as world
 
@@ -124,17 +124,17 @@ def relearn(
         return {name: np.array([seen[step][name] for step in looks]) for name in seen[0]}
 
     looks = [step for step in at if step <= recipe.steps]
-    with pruning.pruned(copy, mask) if mask else contextlib.nullcontext():
+    with masks.without(copy, mask) if mask else contextlib.nullcontext():
         found: dict = teach(hold=mask if hold else None)
         found |= {"steps": np.array(looks), "domain": _domains(source, exam["exact"])}
         if mask:
             found |= {"size": _size(lm, mask), "regrown": _size(copy, mask) / _size(lm, mask)}
-            with pruning.pruned(copy, mask):
+            with masks.without(copy, mask):
                 found["zeroed"] = removal.sit(copy, exam["exact"], source).exact
         if again:
             prune, preserve = removal.score(copy, n=108, source=source)
-            second = pruning.select(prune, preserve, p=again[0], q=again[1], name="again")
-            with pruning.pruned(copy, second):
+            second = masks.select(prune, preserve, p=again[0], q=again[1], name="again")
+            with masks.without(copy, second):
                 found["again"] = teach()["exact"]
             found |= {"jaccard": masks.jaccard(mask, second) if mask else 0.0, "weights": len(second)}
     return found

@@ -16,7 +16,7 @@ thus give every example's gradient for every layer: it is added up as the backwa
 and no gradient of a weight is ever kept.
 
 The scores cover the linear layers of the decoder blocks. Embeddings, output head, norms and biases have none.
-What to do with scores is the business of :mod:`weights.pruning`.
+What to do with scores is the business of :mod:`weights.masks`.
 
 Introduced in notebook 09 ("Weights that carry harm").
 """

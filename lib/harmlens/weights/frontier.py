@@ -17,7 +17,7 @@ import pandas as pd
 from harmlens.asking import tasks
 from harmlens.asking.tasks import Marks, Task
 from harmlens.models.forward import LanguageModel
-from harmlens.weights import pruning
+from harmlens.weights import masks
 from harmlens.weights.masks import Mask, check_same
 from harmlens.weights.scores import Scores
 
@@ -69,7 +69,7 @@ class Slices:
     spared: dict[float, Mask]
 
     def difference(self, p: float, q: float, name: str = "") -> Mask:
-        """What :func:`weights.pruning.select` selects."""
+        """What :func:`weights.masks.select` selects."""
         return (self.taken[q] - self.spared[p]).called(name or f"p={p:g}, q={q:g}")
 
 
@@ -79,21 +79,20 @@ def slices(
     *,
     ps: Sequence[float] = P,
     qs: Sequence[float] = Q,
-    scope: str = "matrix",
 ) -> Slices:
-    """The sets of :func:`weights.pruning.select` for each share."""
+    """The sets of :func:`weights.masks.select` for each share."""
     check_same(prune, preserve)
-    return Slices(taken(prune, qs, scope=scope), spared(preserve, ps, scope=scope))
+    return Slices(taken(prune, qs), spared(preserve, ps))
 
 
-def taken(prune: Scores, qs: Sequence[float], *, scope: str = "matrix") -> dict[float, Mask]:
+def taken(prune: Scores, qs: Sequence[float]) -> dict[float, Mask]:
     """For each q the weights with the lowest prune scores."""
-    return {q: pruning.top(prune, q, scope=scope, lowest=True) for q in qs}
+    return {q: masks.top(prune, q, lowest=True) for q in qs}
 
 
-def spared(preserve: Scores, ps: Sequence[float], *, scope: str = "matrix") -> dict[float, Mask]:
+def spared(preserve: Scores, ps: Sequence[float]) -> dict[float, Mask]:
     """For each p the weights with the highest preserve scores."""
-    return {p: pruning.top(preserve, p, scope=scope, share_name="p") for p in ps}
+    return {p: masks.top(preserve, p) for p in ps}
 
 
 def sweep(
@@ -104,10 +103,9 @@ def sweep(
     *,
     ps: Sequence[float] = P,
     qs: Sequence[float] = Q,
-    scope: str = "matrix",
 ) -> list[Point]:
     """The model without the selected weights, for each p and q."""
-    return walk(lm, slices(prune, preserve, ps=ps, qs=qs, scope=scope), asked)
+    return walk(lm, slices(prune, preserve, ps=ps, qs=qs), asked)
 
 
 def walk(lm: LanguageModel, cut: Slices, asked: Mapping[str, Task]) -> list[Point]:
@@ -116,7 +114,7 @@ def walk(lm: LanguageModel, cut: Slices, asked: Mapping[str, Task]) -> list[Poin
     for p in cut.spared:
         for q in cut.taken:
             mask = cut.difference(p, q)
-            with pruning.pruned(lm, mask):
+            with masks.without(lm, mask):
                 points.append(Point(p, q, mask, {name: tasks.sit(lm, task) for name, task in asked.items()}))
     return points
 

@@ -1,8 +1,8 @@
-"""Sets of weights as objects: counted, compared, saved, and matched by control sets.
+"""Sets of weights: chosen by their scores, compared, matched by control sets, and taken out of a model.
 
-A :class:`Mask` holds the chosen weights as sorted numbers inside each (flattened) matrix. That is lean for
-the sets at hand, a few in a hundred thousand, and makes overlap and difference cheap. How sets are chosen and
-taken out of a model is in :mod:`weights.pruning`.
+**Sign.** The prune score is W * sum of dL/dW (:mod:`weights.attribution`); setting a weight to zero changes
+the loss L of the scored answers by about *minus* its score. The most **negative** scores belong to the
+weights that support the answers. :func:`select` takes these; no other function flips a sign.
 
 Introduced in notebook 09 ("Weights that carry harm"); overlap in notebook 10.
 """
@@ -10,17 +10,19 @@ Introduced in notebook 09 ("Weights that carry harm"); overlap in notebook 10.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harmlens.keep import memory
 from harmlens.models.forward import LanguageModel
-from harmlens.weights.scores import Scores, draw_seed, layer_of, matrices
+from harmlens.weights.scores import Scores, draw_seed, finite, matrices
+
+SCOPES = ("matrix", "row", "global")
+NEAR = 20  # how far in the order of sizes a match may lie, on either side
 
 
 @dataclass(frozen=True)
@@ -72,43 +74,6 @@ class Mask:
         """The same set under another name."""
         return replace(self, name=name)
 
-    def shares(self, by: Callable[[str], object] = layer_of) -> dict:
-        """Share of the weights that is chosen, for each layer, or grouped otherwise.
-
-        Args:
-            by: maps a parameter's name to its group: :func:`~weights.scores.layer_of`,
-                :func:`~weights.scores.module_of`, or ``str`` for every matrix by itself.
-        """
-        chosen: dict = {}
-        total: dict = {}
-        for name, index in self.indices.items():
-            group = by(name)
-            chosen[group] = chosen.get(group, 0) + len(index)
-            total[group] = total.get(group, 0) + math.prod(self.shapes[name])
-        return {group: chosen[group] / total[group] for group in chosen}
-
-    def save(self, file: Path | str) -> None:
-        """Write as safetensors."""
-        about = {"model": self.model, "revision": self.revision, "name": self.name, "shapes": self.shapes}
-        memory.write_tensors(Path(file), self.indices, "mask", about)
-
-
-def load(file: Path | str) -> Mask:
-    """A mask that was saved.
-
-    Raises:
-        ValueError: the file is missing, damaged, or holds something else.
-    """
-    try:
-        about, found = memory.read_tensors(file, "mask")
-        shapes = {name: tuple(shape) for name, shape in about.pop("shapes").items()}
-        indices = {name: found[name] for name in shapes}
-    except Exception as error:  # a spoilt file raises whatever its parser raises
-        raise ValueError(
-            f"file={str(file)!r} holds no mask; save one with Mask.save ({type(error).__name__})"
-        ) from error
-    return Mask(indices, shapes, **about)
-
 
 def check_same(first: Mask | Scores, other: Mask | Scores) -> None:
     """Refuse to compare sets or scores of different models."""
@@ -124,7 +89,195 @@ def shapes_of(of: Mask | Scores) -> dict[str, tuple[int, ...]]:
     return of.shapes if isinstance(of, Mask) else {n: tuple(v.shape) for n, v in of.values.items()}
 
 
-# --------------------------------------------------------------------------- which model
+# --------------------------------------------------------------------------- selection
+
+
+def select(
+    prune: Scores, preserve: Scores | None = None, *, q: float, p: float = 0.0, name: str = ""
+) -> Mask:
+    """The pruning paper's set difference: weights that support the one and do not matter to the other.
+
+    Inside every matrix, the floor(q * size) weights with the lowest prune scores, without the floor(p * size)
+    with the highest preserve scores.
+
+    Args:
+        prune: signed scores of the answers to be lost.
+        preserve: unsigned scores of the answers to be kept; None spares nothing.
+        q, p: shares that are taken and spared, from 0 to 1. A share above 0 takes at least one weight, or a
+            small matrix would have no part in the set; the released code takes none.
+
+    Raises:
+        ValueError: before anything is chosen: a share outside 0 to 1, a score that is not finite, scores of
+            different models, p above 0 without preserve scores.
+    """
+    require_shares(q=q, p=p)
+    if preserve is None:
+        _require_preserve(p)
+        return top(prune, q, lowest=True).called(name)
+    check_same(prune, preserve)
+    return (top(prune, q, lowest=True) - top(preserve, p)).called(name)
+
+
+def same_size(
+    mask: Mask,
+    prune: Scores,
+    preserve: Scores | None = None,
+    *,
+    p: float = 0.0,
+    skip: Mask | None = None,
+    name: str = "",
+) -> Mask:
+    """As :func:`select`, but with as many weights in every matrix as another set has.
+
+    Sets found with the same p and q differ in size, since more or fewer of the candidates are spared. To
+    compare what they do, give them one size.
+
+    Args:
+        mask: the set whose size counts.
+        prune, preserve, p: as for :func:`select`.
+        skip: weights that are not to be taken either; with ``skip=mask`` the next ones in line are.
+
+    Raises:
+        ValueError: as for :func:`select`; a matrix with too few weights that are not spared.
+    """
+    check_same(mask, prune)
+    require_shares(p=p)
+    if preserve is None:
+        _require_preserve(p)
+    left_out = [top(preserve, p)] if preserve is not None else []
+    left_out += [skip] if skip is not None else []
+    indices = {}
+    for parameter, value in prune.values.items():
+        # One matrix at a time: the scores of a large model are there only once.
+        _require_finite(parameter, value)
+        value, k = -value.flatten(), len(mask.indices[parameter])
+        for other in left_out:
+            value[other.indices[parameter].to(value.device)] = -math.inf
+        if k > int(torch.isfinite(value).sum()):
+            raise ValueError(f"{parameter}: {k} weights are to be taken, but p={p} spares too many")
+        indices[parameter] = largest(value, k).cpu()
+    return Mask(indices, shapes_of(prune), prune.model, prune.revision, name)
+
+
+def top(
+    scores: Scores, share: float, *, scope: str = "matrix", skip: float = 0.0, lowest: bool = False
+) -> Mask:
+    """The weights with the highest scores.
+
+    Args:
+        share: how many, as a share of what ``scope`` says; where a share above 0 comes to none, one.
+        scope: ``"matrix"`` (the paper's), ``"row"`` for every row of a stored matrix, an output in all models
+            but GPT-2 and its kind, ``"global"`` for all together.
+        skip: leave out this share of the very highest first: ``top(scores, q, skip=q)`` is the second slice.
+        lowest: take the lowest instead: as of the negated scores, without a copy of them.
+
+    Raises:
+        ValueError: as for :func:`select`; an unknown scope.
+    """
+    require_shares(share=share, skip=skip)
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}")
+    for parameter, value in scores.values.items():
+        _require_finite(parameter, value)
+    if not skip:
+        return _top(scores, share, scope, lowest)
+    # Of equal scores any may be taken, so what is skipped is told by place, not by its score.
+    first = _top(scores, skip, scope, lowest)
+    lowered = {n: v.clone(memory_format=torch.contiguous_format) for n, v in scores.values.items()}
+    for parameter, index in first.indices.items():
+        flat = lowered[parameter].view(-1)
+        flat[index.to(flat.device)] = torch.inf if lowest else -torch.inf
+    return (_top(replace(scores, values=lowered), share, scope, lowest) - first).called("")
+
+
+def require_shares(**shares: float) -> None:
+    """Refuse shares outside 0 to 1, by their names."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:  # also catches NaN
+            raise ValueError(f"{name}={value} must be a share between 0 and 1")
+
+
+def _require_preserve(p: float) -> None:
+    if p:
+        raise ValueError(f"p={p} spares weights by their preserve scores, but preserve is None")
+
+
+def _require_finite(parameter: str, value: Tensor) -> None:
+    if not finite(value):
+        raise ValueError(f"the scores of {parameter} are not all finite; score again in a wider precision")
+
+
+def _top(scores: Scores, share: float, scope: str, lowest: bool) -> Mask:
+    """What :func:`top` takes of checked scores, nothing skipped."""
+
+    def count(size: int) -> int:
+        return max(math.floor(share * size + 1e-9), min(1, size) if share else 0)
+
+    values = scores.values
+    if scope == "global":
+        indices = _global_top(values, count(scores.numel), lowest)
+    elif scope == "row":
+        indices = {}
+        for parameter, value in values.items():
+            rows = value.topk(count(value.shape[1]), dim=1, largest=not lowest).indices
+            start = torch.arange(len(value), device=value.device)[:, None] * value.shape[1]
+            indices[parameter] = (rows + start).flatten().sort().values.cpu()
+    else:
+        indices = {n: largest(v.flatten(), count(v.numel()), lowest=lowest).cpu() for n, v in values.items()}
+    return Mask(indices, shapes_of(scores), scores.model, scores.revision)
+
+
+def largest(
+    values: Float[Tensor, " weight"], k: int, *, lowest: bool = False, sample: int = 50_000
+) -> Int[Tensor, " k"]:
+    """Numbers of the k largest (or lowest) values, rising; of equal values at the edge, any.
+
+    A sample says roughly where the k-th largest lies; only what is above a safe bound is then looked at
+    closely. That is exact, takes one pass over the values, and sorts few of them.
+    """
+    far = {"largest": not lowest, "sorted": False}
+    n = len(values)
+    if k <= 0:
+        return torch.empty(0, dtype=torch.long, device=values.device)
+    if n > 4 * sample and k < n // 2:
+        step = n // sample
+        some = values[::step]
+        # A few standard deviations more than is expected of the sample, so that the bound is rarely too high.
+        expected = k * len(some) / n
+        rank = min(len(some), math.ceil(expected + 5 * math.sqrt(expected) + 5))
+        edge = some.topk(rank, **far).values
+        beyond = _beyond(values, edge.max() if lowest else edge.min(), lowest)
+        if len(beyond) >= k:
+            return beyond[values[beyond].topk(k, **far).indices].sort().values
+    return values.topk(k, **far).indices.sort().values
+
+
+def _beyond(
+    values: Float[Tensor, " weight"], bound: Float[Tensor, ""], lowest: bool, width: int = 256
+) -> Int[Tensor, " some"]:
+    """Numbers of the values at or beyond a bound, rising; most stretches of values are never compared."""
+
+    def reached(part: Tensor) -> Tensor:
+        return part <= bound if lowest else part >= bound
+
+    rows = values[: len(values) // width * width].view(-1, width)
+    hit = reached(rows.amin(1) if lowest else rows.amax(1)).nonzero()[:, 0]
+    row, column = reached(rows[hit]).nonzero().unbind(1)
+    rest = reached(values[rows.numel() :]).nonzero()[:, 0]
+    return torch.cat([hit[row] * width + column, rest + rows.numel()])
+
+
+def _global_top(values: Mapping[str, Tensor], k: int, lowest: bool) -> dict[str, Tensor]:
+    """The k largest of all matrices together; no more than k of each are ever gathered."""
+    candidates = {n: largest(v.flatten(), min(k, v.numel()), lowest=lowest) for n, v in values.items()}
+    together = torch.cat([values[name].flatten()[index].cpu() for name, index in candidates.items()])
+    kept = torch.zeros(len(together), dtype=torch.bool)
+    kept[largest(together, k, lowest=lowest)] = True
+    parts = kept.split([len(index) for index in candidates.values()])
+    return {n: index.cpu()[part] for (n, index), part in zip(candidates.items(), parts, strict=True)}
+
+
+# --------------------------------------------------------------------------- taking weights out
 
 
 def check(mask: Mask, lm: LanguageModel) -> None:
@@ -167,27 +320,61 @@ def put(lm: LanguageModel, mask: Mask, new: Mapping[str, Tensor]) -> None:
         flat[mask.indices[name].to(flat.device)] = value
 
 
+@contextmanager
+def without(
+    lm: LanguageModel, mask: Mask, *, strength: float | str = 0.0, elsewhere: bool = False
+) -> Iterator[LanguageModel]:
+    """The model without some of its weights; they come back exactly, also after an exception.
+
+    A causal probe, as in the paper, and no defence: what was removed can be trained back. Within one another
+    these are allowed: weights come back in the opposite order.
+
+    Args:
+        strength: what the weights are multiplied by, 0 to remove them; or ``"mean"`` to replace them by the
+            mean of their matrix.
+        elsewhere: the mask was made for a model with other weights (a parent, another stage), on purpose.
+
+    Raises:
+        ValueError: a mask for another model, or an unknown strength; the model is left as it is.
+    """
+    check(mask, lm)
+    if mask.revision != lm.revision and not elsewhere:
+        raise ValueError(
+            f"the mask {mask.name!r} was selected for {mask.model!r}, whose weights are not those of "
+            f"{lm.name!r}; say elsewhere=True if that is meant"
+        )
+    if strength != "mean" and (isinstance(strength, str) or not math.isfinite(strength)):
+        raise ValueError(f"strength={strength!r} must be a finite number, or 'mean'")
+    before = values(lm, mask)
+    if strength == "mean":
+        parameters = dict(lm.model.named_parameters())
+        after = {name: parameters[name].detach().float().mean().to(old.dtype) for name, old in before.items()}
+    else:
+        after = {name: old * strength for name, old in before.items()}
+    try:
+        put(lm, mask, after)
+        yield lm
+    finally:
+        put(lm, mask, before)
+
+
 # --------------------------------------------------------------------------- controls
 
 
-def random_like(mask: Mask, *, seed: int = 0, within: Mask | None = None, spare: Mask | None = None) -> Mask:
+def random_like(mask: Mask, *, seed: int = 0, within: Mask | None = None) -> Mask:
     """Equally many random weights in every matrix.
 
     Args:
         within: draw from these weights only.
-        spare: draw none of these.
 
     Raises:
         ValueError: a matrix with too few weights to draw from.
     """
-    for other in (within, spare):
-        if other is not None:
-            check_same(mask, other)
+    if within is not None:
+        check_same(mask, within)
     indices = {}
     for name, index in mask.indices.items():
         pool = torch.arange(math.prod(mask.shapes[name])) if within is None else within.indices[name]
-        if spare is not None:
-            pool = pool[~torch.isin(pool, spare.indices[name], assume_unique=True)]
         if len(pool) < len(index):
             raise ValueError(f"{name}: {len(index)} weights are to be drawn from {len(pool)}")
         generator = torch.Generator().manual_seed(draw_seed(seed, name))
@@ -195,25 +382,25 @@ def random_like(mask: Mask, *, seed: int = 0, within: Mask | None = None, spare:
     return replace(mask, indices=indices, name=f"random {seed}")
 
 
-def magnitude_like(mask: Mask, lm: LanguageModel, *, seed: int = 0, near: int = 20) -> Mask:
+def magnitude_like(mask: Mask, lm: LanguageModel, *, seed: int = 0) -> Mask:
     """Random weights of matched size: for each chosen weight another of the same matrix and nearly its size.
 
-    Args:
-        near: how far in the order of sizes a match may lie, on either side.
+    Raises:
+        ValueError: a matrix with more weights in the set than outside it.
     """
     check(mask, lm)
     found, indices = matrices(lm), {}
     for name, index in mask.indices.items():
-        order = found[name].weight.detach().float().abs().flatten().cpu().argsort()
+        sizes = found[name].weight.detach().float().abs().flatten().cpu()
+        order = sizes.argsort()
         taken = torch.zeros(len(order), dtype=torch.bool)
         taken[index] = True
         free = order[~taken[order]]
         if len(free) < len(index):
             raise ValueError(f"{name}: {len(index)} weights are to be matched by {len(free)} others")
-        sizes = found[name].weight.detach().float().abs().flatten().cpu()
         place = torch.searchsorted(sizes[free], sizes[index].contiguous())
         generator = torch.Generator().manual_seed(draw_seed(seed, name))
-        place = place + torch.randint(-near, near + 1, (len(index),), generator=generator)
+        place = place + torch.randint(-NEAR, NEAR + 1, (len(index),), generator=generator)
         used = _nearest_unused(place.clamp(0, len(free) - 1).tolist(), len(free))
         indices[name] = free[used].sort().values
     return replace(mask, indices=indices, name=f"same sizes {seed}")
@@ -244,9 +431,7 @@ def _nearest_unused(wanted: Sequence[int], n: int) -> list[int]:
 
 def jaccard(first: Mask, other: Mask) -> float:
     """Jaccard index: shared weights over weights in either; 0 where both are empty."""
-    both = len(first & other)
-    either = len(first) + len(other) - both
-    return both / either if either else 0.0
+    return _overlap(len(first & other), first, other)
 
 
 def chance_jaccard(first: Mask, other: Mask) -> float:
@@ -256,25 +441,9 @@ def chance_jaccard(first: Mask, other: Mask) -> float:
         len(index) * len(other.indices[name]) / math.prod(first.shapes[name])
         for name, index in first.indices.items()
     )
+    return _overlap(both, first, other)
+
+
+def _overlap(both: int | float, first: Mask, other: Mask) -> float:
     either = len(first) + len(other) - both
     return both / either if either else 0.0
-
-
-def intersection(masks: Sequence[Mask], *, at_least: int | None = None) -> Mask:
-    """Weights that stand in all masks, or in at least so many of them."""
-    if not masks:
-        raise ValueError("masks is empty: there is nothing to intersect")
-    needed = len(masks) if at_least is None else at_least
-    indices = {}
-    for mask in masks[1:]:
-        check_same(masks[0], mask)
-    for name in masks[0].indices:
-        every = torch.cat([mask.indices[name] for mask in masks])
-        numbers, counts = every.unique(return_counts=True)
-        indices[name] = numbers[counts >= needed]
-    return replace(masks[0], indices=indices, name=f"in {needed} of {len(masks)}")
-
-
-def union(masks: Sequence[Mask]) -> Mask:
-    """Weights that stand in any of the masks."""
-    return intersection(masks, at_least=1).called("union")

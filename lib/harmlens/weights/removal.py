@@ -28,7 +28,7 @@ from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.chats import Prompt
 from harmlens.models.forward import LanguageModel, Row
-from harmlens.weights import attribution, frontier, pruning, scores, scoring
+from harmlens.weights import attribution, frontier, masks, scores, scoring
 from harmlens.weights.frontier import Point, Slices
 from harmlens.weights.masks import Mask
 from harmlens.weights.scores import Scores
@@ -166,14 +166,14 @@ def find(
     Args:
         p, q: shares that are spared and taken; None for those that were settled for this model.
     """
-    pruning.require_shares(**{name: value for name, value in (("p", p), ("q", q)) if value is not None})
+    masks.require_shares(**{name: value for name, value in (("p", p), ("q", q)) if value is not None})
     if p is None or q is None:
         known = shares(lm, suppressed=suppressed, source=source, folder=folder)
         p, q = known[0] if p is None else p, known[1] if q is None else q
     prune, preserve = score(
         lm, target, suppressed=suppressed, domain=domain, n=n, seed=seed, source=source, folder=folder
     )
-    mask = pruning.select(prune, preserve, p=p, q=q, name=name or target or suppressed)
+    mask = masks.select(prune, preserve, p=p, q=q, name=name or target or suppressed)
     return Removal(prune, preserve, mask, p, q)
 
 

@@ -1,6 +1,6 @@
 """Scores of weights as such: what holds them, which weights have one, and scores that need no gradient.
 
-The scores of the pruning paper are computed in :mod:`weights.attribution`; :mod:`weights.pruning` chooses
+The scores of the pruning paper are computed in :mod:`weights.attribution`; :mod:`weights.masks` chooses
 by them.
 
 Introduced in notebook 09 ("Weights that carry harm").
@@ -47,6 +47,9 @@ class Scores:
     def numel(self) -> int:
         """Number of scored weights."""
         return sum(value.numel() for value in self.values.values())
+
+    def __neg__(self) -> Scores:
+        return replace(self, values={name: -value for name, value in self.values.items()})
 
     def abs(self) -> Scores:
         """Sizes of the scores: the absolute value taken *after* summing over examples."""

@@ -27,7 +27,7 @@ from harmlens.asking.material import WORLD, Material
 from harmlens.asking.tasks import Task
 from harmlens.models.chats import Message
 from harmlens.models.forward import LanguageModel
-from harmlens.weights import attribution, masks, pruning, removal
+from harmlens.weights import attribution, masks, removal
 from harmlens.weights.scores import Scores
 from harmlens.world import vale as world
 
@@ -208,14 +208,14 @@ def sweep(
             f"{lm.name!r} answers nothing of {', '.join(suppressed or ['these requests'])} exactly; nothing "
             "can be lost"
         )
-    grid, chosen = [(0.0, 0.0)], [masks.random_like(pruning.top(prune, 0.0))]
-    spared = {p: pruning.top(preserve, p) for p in ps}
+    grid, chosen = [(0.0, 0.0)], [masks.random_like(masks.top(prune, 0.0))]
+    spared = {p: masks.top(preserve, p) for p in ps}
     for q in qs:
-        taken = pruning.top(prune, q, lowest=True)
+        taken = masks.top(prune, q, lowest=True)
         for p in ps:
             grid.append((p, q))
             chosen.append(taken - spared[p])
-            with pruning.pruned(lm, chosen[-1]):
+            with masks.without(lm, chosen[-1]):
                 discovery.append(removal.sit_all(lm, exam, source))
                 evaluation.append(removal.sit_all(lm, hidden, source))
     p, q = np.array(grid).T
@@ -225,7 +225,7 @@ def sweep(
         "discovery": _exact(discovery), "evaluation": _exact(evaluation),
     }  # fmt: skip
     kept = {name: held[name] for name in BENIGN}
-    with pruning.pruned(lm, chosen[Frontier(**found).best()]):
+    with masks.without(lm, chosen[Frontier(**found).best()]):
         after = tasks.sit_all(lm, kept)
     found["evaluation"] |= _exact([tasks.sit_all(lm, kept), after])
     return found
