@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from harmlens.asking import prompts
-from harmlens.flow import directions, interventions, neurons, outcomes, patching, probes
+from harmlens.flow import directions, interventions, neurons, outcomes, patching
 from harmlens.flow.outcomes import TokenSets
 from harmlens.models import forward
 from harmlens.models.forward import LanguageModel, Row
@@ -257,7 +257,7 @@ def test_t9_h26_blocks_that_cant_be_patched_are_refused_in_the_same_words(name):
             call()
     # What it says that can be done.
     texts = [pair.x1.render(lm) for pair in PAIRS]
-    assert probes.hidden_states(lm, texts).shape == (2, 4, 32)
+    assert interventions.states(lm, texts, normed=True).shape == (2, 4, 1, 32)
     assert forward.last_logits(lm, texts).isfinite().all()
     assert len(forward.generate(lm, texts, max_new_tokens=2)) == 2
 
@@ -274,7 +274,7 @@ def test_t9_models_of_several_streams_are_named():
         lambda: patching.layers(lm, PAIRS, Y1),
         lambda: interventions.activations(lm, ["a"], {0: [0]}),
         lambda: directions.streams(lm, texts),
-        lambda: probes.hidden_states(lm, texts),
+        lambda: interventions.states(lm, texts, normed=True),
     ):
         with pytest.raises(ValueError, match=r"carry several streams side by side .*completions and tuning"):
             call()

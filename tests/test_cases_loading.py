@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from harmlens.asking import prompts
-from harmlens.flow import outcomes, patching, probes
+from harmlens.flow import interventions, outcomes, patching
 from harmlens.judging import completions
 from harmlens.models import chats, forward
 from harmlens.models import loading as models
@@ -484,7 +484,7 @@ def test_h20_texts_that_are_too_long_are_refused_everywhere(kind, tmp_path):
         "generate": lambda: forward.generate(lm, [text], max_new_tokens=1),
         "follow": lambda: forward.follow(lm, [text], ["yes"]),
         "write": lambda: completions.write(lm, [one], file=tmp_path / "a.jsonl", max_new_tokens=1),
-        "states": lambda: probes.hidden_states(lm, [text]),
+        "states": lambda: interventions.states(lm, [text]),
         "sweep": lambda: patching.layers(lm, [pair], y1),
         "pairs": lambda: prompts.check(lm, [pair]),
         "scores": lambda: attribution.wanda(lm, [row]),

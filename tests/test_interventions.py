@@ -1,7 +1,12 @@
-"""Generation with hidden units overwritten, against plain generation and against doing it without a cache."""
+"""Activations as the model has them; generation with units overwritten, against doing it without a cache."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
+import lecture
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -10,12 +15,13 @@ from harmlens.asking import prompts
 from harmlens.flow import interventions, neurons, outcomes
 from harmlens.models import forward
 from harmlens.models import parts as decoder
-from harmlens.models.chats import tokens
+from harmlens.models.chats import Prompt, tokens
 
 PAIRS = prompts.pairs("prompt", n=4)
 UNITS = tiny.SHAPE.hidden
 EVERY = {0: range(UNITS), 1: range(UNITS)}
 SOME = {0: [3, 9], 1: [1, 40, 41]}
+GATE = lecture.defined("06")  # edits of the notebook's own
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +108,11 @@ def test_a_text_patched_with_itself_or_with_no_dose_is_plain_generation(architec
     assert none == plain
 
 
-def test_batches_do_not_change_the_answers(lm):
+def test_batches_do_not_change_the_answers(lm, monkeypatch):
     texts, sources = _texts(lm, "x0"), _texts(lm, "x1")
-    together, alone = (
-        interventions.generate_patched(lm, texts, sources, EVERY, max_new_tokens=5, batch_size=b)
-        for b in (9, 1)
-    )
-    assert together == alone
+    together = interventions.generate_patched(lm, texts, sources, EVERY, max_new_tokens=5)
+    monkeypatch.setattr(interventions, "BATCH", 1)
+    assert interventions.generate_patched(lm, texts, sources, EVERY, max_new_tokens=5) == together
 
 
 def test_patched_logits_agree_with_the_closed_form(lm):
@@ -119,6 +123,122 @@ def test_patched_logits_agree_with_the_closed_form(lm):
     got = outcomes.logit_difference(logits, sets) - want.y0
     assert want.at(0).abs().max() > 1e-3
     torch.testing.assert_close(got, want.at(0), atol=1e-4, rtol=0)
+
+
+# --------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@torch.no_grad()
+def test_states_are_those_of_a_plain_forward_pass(architecture):
+    lm = tiny.model(architecture)
+    texts = tiny.texts(lm)
+    own = interventions.states(lm, texts, positions=[-3, -1], batch_size=3)
+    normed = interventions.states(lm, texts, positions=[-3, -1], normed=True)
+    assert own.shape == (len(texts), tiny.SHAPE.layers + 1, 2, tiny.SHAPE.width)
+    for text, got, last in zip(texts, own, normed, strict=True):
+        ids = torch.tensor([tokens(lm.tokenizer, text)])
+        plain = torch.stack(lm.model(ids, output_hidden_states=True).hidden_states)[:, 0, [-3, -1]]
+        torch.testing.assert_close(last, plain, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got[:-1], plain[:-1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(decoder.stack(lm).norm(got[-1]), plain[-1], atol=1e-4, rtol=1e-4)
+
+
+def test_depth_nought_is_the_last_tokens_embedding(lm):
+    text = tiny.texts(lm)[0]
+    table = lm.model.get_input_embeddings().weight.detach()
+    torch.testing.assert_close(
+        interventions.states(lm, [text])[0, 0, 0], table[tokens(lm.tokenizer, text)[-1]]
+    )
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+@torch.no_grad()
+def test_a_text_read_at_a_length_is_read_as_it_stands_in_the_whole(architecture):
+    lm = tiny.model(architecture)
+    chat = lm.render("how do i brew a salted draught?")
+    at = lecture.defined("07", lm=lm).up_to(chat, "salted draught")
+    ids = tokens(lm.tokenizer, chat)
+    assert at < len(ids)
+    whole = lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    got = interventions.states(lm, [chat] * 2, lengths=[at, at - 1], normed=True)[:, :, 0]
+    for row, length in zip(got, (at, at - 1), strict=True):
+        wanted = torch.stack([s[0, length - 1] for s in whole])
+        torch.testing.assert_close(row, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lengths": [0]}, "must lie between 1 and the number of the text's tokens"),
+        ({"lengths": [10_000]}, "must lie between 1 and the number of the text's tokens"),
+        ({"lengths": [1, 1]}, "give one to each text; got 2 for 1 texts"),
+        ({"positions": ()}, "positions="),
+        ({"positions": (0,)}, "positions="),
+        ({"positions": (-400,)}, "positions="),
+    ],
+)
+def test_places_that_a_text_does_not_have(lm, options, message):
+    with pytest.raises(ValueError, match=message):
+        interventions.states(lm, tiny.texts(lm)[:1], **options)
+
+
+def test_summed_embeddings_ignore_the_order_of_words(lm):
+    a, b, c = interventions.summed_embeddings(lm, ["salted draught", "draught salted", "salted salted"])
+    table = lm.model.get_input_embeddings().weight.detach()
+    one, other = (table[lm.tokenizer.convert_tokens_to_ids(w)] for w in ("salted", "draught"))
+    torch.testing.assert_close(a, b)
+    torch.testing.assert_close(a, one + other)
+    torch.testing.assert_close(c, 2 * one)
+
+
+TEMPLATES = {
+    "<|end|><|assistant|>": "{% for m in messages %}<|user|> {{ m.content }}<|end|>{% endfor %}<|assistant|>",
+    "": "{% for m in messages %}{{ m.content }}{% endfor %}",
+    "<|end|>": "{% for m in messages %}<|user|> {{ m.content | trim }}<|end|>{% endfor %}",
+}
+
+
+@pytest.mark.parametrize(("behind", "template"), TEMPLATES.items())
+def test_notebook_07_finds_places_of_any_template(behind, template):
+    lm = tiny.model()
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.chat_template = template
+    lm = replace(lm, tokenizer=tokenizer)
+    prompt = Prompt(({"role": "user", "content": " a salted draught? "},))
+    ids = tokens(tokenizer, prompt.render(lm))
+    found = lecture.defined("07", lm=lm).common_places(prompt)
+    assert list(found) == ["last word", "end of message", "last position"]
+    assert tokenizer.decode(ids[found["last word"] - 1]) == "?"
+    assert found["last position"] == len(ids)
+    assert tokenizer.decode(ids[found["last word"] :]).replace(" ", "") == behind
+    assert found["end of message"] == min(found["last word"] + 1, len(ids))
+
+
+def test_notebook_07_cuts_a_text_behind_the_last_place_of_some_words(lm):
+    page, text = lecture.defined("07", lm=lm), lm.render("is a salted draught a draught?")
+    ids = tokens(lm.tokenizer, text)
+    assert lm.tokenizer.decode(ids[: page.up_to(text, "draught")]).endswith("a salted draught a draught")
+    assert lm.tokenizer.decode(ids[: page.up_to(text, "salted draught")]).endswith("is a salted draught")
+    with pytest.raises(AssertionError, match="end inside a token"):
+        page.up_to(text, "salt")
+
+
+@pytest.mark.parametrize("notebook", ["00", "07"])
+def test_a_probe_finds_a_linear_rule_and_neither_an_exclusive_or_nor_noise(notebook):
+    probe, rng = lecture.defined(notebook).probe, np.random.default_rng(0)
+    x, z = rng.normal(size=(600, 6)), rng.normal(size=(400, 6))
+    rules = {
+        "linear": [t[:, 2] > 0.3 for t in (x, z)],
+        "exclusive or": [(t[:, 0] > 0) ^ (t[:, 1] > 0) for t in (x, z)],
+        "noise": [rng.random(len(t)) > 0.5 for t in (x, z)],
+    }
+    for name, (labels, truth) in rules.items():
+        right = probe(torch.tensor(x), labels.tolist(), torch.tensor(z), truth.tolist())
+        assert right.shape == (400,) and set(right) <= {0.0, 1.0}
+        assert right.mean() > 0.95 if name == "linear" else 0.4 < right.mean() < 0.6
+        scaled = probe(x * 1e3 + 7, labels, z * 1e3 + 7, truth)
+        np.testing.assert_array_equal(scaled, right)
 
 
 # --------------------------------------------------------------------------- overwriting by a rule
@@ -143,7 +263,7 @@ def test_setting_units_to_the_sources_values_is_patching(lm):
     value = interventions.activations(lm, sources, SOME)
     target = {layer: rows[0] for layer, rows in value.items()}
     # the lower layer changes what the upper one computes, but both are set
-    with interventions.overwriting(lm, SOME, interventions.toward(target)):
+    with interventions.overwriting(lm, SOME, GATE.toward(target)):
         got = forward.last_logits(lm, texts)
     torch.testing.assert_close(got, interventions.patched_logits(lm, texts, sources, SOME), atol=1e-4, rtol=0)
 
@@ -174,13 +294,13 @@ def test_where_tells_the_prompt_from_the_answer(lm, where):
 def test_a_dose_goes_part_of_the_way(lm):
     texts, target = _texts(lm, "x0"), {1: torch.tensor([2.0, -1.0])}
     own = interventions.activations(lm, texts, {1: [5, 6]})[1]
-    edit = interventions.toward(target, dose=0.25)
+    edit = GATE.toward(target, dose=0.25)
     torch.testing.assert_close(edit(1, own[:, None])[:, 0], 0.75 * own + 0.25 * target[1])
 
 
 def test_resampling_takes_whole_rows_of_the_bank():
     bank = {0: torch.arange(12.0).view(6, 2), 1: torch.arange(12.0).view(6, 2) + 100}
-    edit, again = interventions.resample(bank, seed=1), interventions.resample(bank, seed=1)
+    edit, again = GATE.resample(bank, seed=1), GATE.resample(bank, seed=1)
     values = torch.zeros(5, 1, 2)
     low, high = edit(0, values), edit(1, values)
     assert torch.equal(low + 100, high)  # all layers from the same prompts
@@ -217,7 +337,8 @@ def test_bad_input_is_refused_by_name(lm):
         (lambda: patched(lm, texts, sources[:1], {1: [0]}), "one to each text"),
         (lambda: patched(lm, texts[:1], [texts[0] + " and more"], {1: [0]}), "number of tokens"),
         (lambda: interventions.activations(lm, [], {1: [0]}), "texts is empty"),
-        (lambda: interventions.toward({1: torch.zeros(3)})(1, torch.zeros(1, 1, 2)), "target"),
+        (lambda: interventions.states(lm, []), "texts is empty"),
+        (lambda: interventions.summed_embeddings(lm, []), "texts is empty"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=words):
             call()

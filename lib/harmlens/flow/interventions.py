@@ -1,25 +1,23 @@
-"""Generation with hidden units overwritten: does a set of neurons decide what the model goes on to say?
+"""Activations read, and overwritten while a model runs or writes.
 
-Two ways. :func:`overwriting` changes units by a fixed rule (scaled, set to zero or to a mean, drawn from
-other prompts) in everything that is run within it. :func:`generate_patched` is *dynamic patching*: at every
-step of generation the units take the values that another prompt's run gives on the same words so far.
+:func:`states` reads the residual stream, :func:`activations` hidden units (as in :mod:`flow.neurons`).
+:func:`overwriting` changes units by a rule in everything that is run within it. :func:`generate_patched` is
+*dynamic patching*: at every step of generation the units take the values that another prompt's run gives on
+the same words so far.
 
-Hidden units are those of :mod:`flow.neurons`. ``where`` says at which positions: on the ``"prompt"`` (its
-last position, unless ``every_position`` is set), on the ``"answer"`` (each word that was generated, as it is
-read), or on ``"both"``.
-
-Introduced in notebook 06 ("The gate").
+Introduced in notebooks 00 ("A model organism of harm", reading) and 06 ("The gate", overwriting).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial as given
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from harmlens.flow import partial
 from harmlens.models import forward
@@ -28,79 +26,136 @@ from harmlens.models.chats import tokens
 from harmlens.models.forward import LanguageModel
 
 WHERE = ("prompt", "answer", "both")
+BATCH = 128  # texts that are run at once
 Units = Mapping[int, Sequence[int]]
 Edit = Callable[[int, Tensor], Tensor]  # layer, values [row, pos, unit] -> new values
 
 
-# --------------------------------------------------------------------------- edits
+@contextmanager
+def shown(
+    change: Callable[[Tensor], Tensor | None],
+    *,
+    entering: Sequence[nn.Module] = (),
+    leaving: Sequence[nn.Module] = (),
+) -> Iterator[None]:
+    """Within, show what enters or leaves modules to a function; what it gives back stands in its place."""
+
+    def pre(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        new = change(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    def post(module: nn.Module, inputs: Any, output: Any) -> Any:
+        new = change(decoder.first(output))
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    with ExitStack() as held:
+        for module in entering:
+            held.callback(module.register_forward_pre_hook(pre, with_kwargs=True).remove)
+        for module in leaving:
+            held.callback(module.register_forward_hook(post).remove)
+        yield
 
 
-def scale(alpha: float) -> Edit:
-    """Multiply by ``alpha``; 0 is zero ablation, 1 changes nothing."""
-    return lambda layer, values: alpha * values
+# --------------------------------------------------------------------------- reading
 
 
-def toward(target: Mapping[int, Float[Tensor, " unit"]], dose: float = 1.0) -> Edit:
-    """Move each unit to a target value: the whole way (dose 1), a part of it, or beyond.
+@torch.no_grad()
+def states(
+    lm: LanguageModel,
+    texts: Sequence[str],
+    *,
+    positions: Sequence[int] = (-1,),
+    lengths: Sequence[int] | None = None,
+    normed: bool = False,
+    batch_size: int = BATCH,
+) -> Float[Tensor, "text depth position width"]:
+    """Residual stream of rendered texts in front of every block and behind the last one.
 
     Args:
-        target: layer -> one value for each of the layer's units, such as their mean over other prompts.
+        positions: counted from the end of each text.
+        lengths: read each text as if it ended after so many of its tokens. In a causal model nothing that
+            follows changes what is there.
+        normed: the last depth as the final norm leaves it, as in Hugging Face's ``hidden_states``.
+
+    Returns:
+        float32, on the CPU; blocks + 1 depths.
+
+    Raises:
+        ValueError: no texts, as many lengths as texts are not given, a length or a position outside a text.
     """
+    rows = _rows(lm, texts)
+    if lengths is not None:
+        if len(lengths) != len(rows):
+            raise ValueError(f"lengths: give one to each text; got {len(lengths)} for {len(rows)} texts")
+        wrong = [n for n, row in zip(lengths, rows, strict=True) if not 1 <= n <= len(row)]
+        if wrong:
+            raise ValueError(f"lengths {wrong[:5]} must lie between 1 and the number of the text's tokens")
+        rows = [row[:n] for n, row in zip(lengths, rows, strict=True)]
+    where, shortest = list(positions), min(map(len, rows))
+    if not where or not all(-shortest <= p < 0 for p in where):
+        raise ValueError(f"positions={where} must lie between -{shortest} and -1")
+    kept: list[Tensor] = []
 
-    def edit(layer: int, values: Tensor) -> Tensor:
-        if target[layer].shape != values.shape[-1:]:
-            raise ValueError(
-                f"target: layer {layer} has {values.shape[-1]} units to set, got {tuple(target[layer].shape)}"
-            )
-        return values + dose * (target[layer].to(values) - values)
+    def keep(value: Tensor) -> None:
+        decoder.require_one_stream(lm.model, value)
+        kept.append(value[:, where].float().cpu())
 
-    return edit
-
-
-def resample(bank: Mapping[int, Float[Tensor, "prompt unit"]], *, seed: int = 0) -> Edit:
-    """Values of prompts drawn at random from a bank (as :func:`activations` gives it), one for each row.
-
-    All units of a row take the values of the same prompt.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    drawn: dict[str, Tensor] = {}
-
-    def edit(layer: int, values: Tensor) -> Tensor:
-        rows = bank[layer]
-        # One draw for all layers of one forward pass; the first layer makes it.
-        if layer == min(bank) or len(drawn.get("index", ())) != len(values):
-            drawn["index"] = torch.randint(len(rows), (len(values),), generator=generator)
-        return rows[drawn["index"]].to(values)[:, None].expand_as(values)
-
-    edit.depends_on = (bank, seed)  # not on what was drawn last
-    return edit
+    blocks = decoder.blocks(lm)
+    out: list[Any] = [None] * len(rows)
+    with shown(keep, entering=blocks, leaving=[decoder.body(lm) if normed else blocks[-1]]):
+        for index, inputs in forward.padded(lm, rows, batch_size):
+            kept.clear()
+            lm.model(**inputs, logits_to_keep=1)
+            for i, row in zip(index, torch.stack(kept, dim=1), strict=True):
+                out[i] = row
+    return torch.stack(out)
 
 
-# --------------------------------------------------------------------------- reading and overwriting
+@torch.no_grad()
+def summed_embeddings(lm: LanguageModel, texts: Sequence[str]) -> Float[Tensor, "text width"]:
+    """Sum of the input embeddings of each text's tokens: all that a bag of words holds."""
+    table = lm.model.get_input_embeddings().weight
+    return torch.stack([table[row].sum(0).float().cpu() for row in _rows(lm, texts)])
 
 
 @torch.no_grad()
 def activations(
-    lm: LanguageModel, texts: Sequence[str], units: Units, *, batch_size: int = 128
+    lm: LanguageModel, texts: Sequence[str], units: Units
 ) -> dict[int, Float[Tensor, "text unit"]]:
     """Values of hidden units at the last position of rendered texts: layer -> values on the CPU.
 
     Raises:
         ValueError: no texts, a layer or a unit that the model does not have.
     """
-    if not texts:
-        raise ValueError("texts is empty: there is nothing to run")
+    rows = _rows(lm, texts)
     parts = _check(lm, units)
-    rows = [tokens(lm.tokenizer, text) for text in texts]
     out = {layer: torch.empty(len(rows), len(some)) for layer, some in units.items()}
-    for index, inputs in forward.padded(lm, rows, batch_size):
+    for index, inputs in forward.padded(lm, rows, BATCH):
 
         def read(layer: int, hidden: Tensor, index: list[int] = index) -> None:
             out[layer][index] = hidden[:, -1, list(units[layer])].float().cpu()
 
-        with _hooked(parts, units, read):
+        with _units_shown(parts, units, read):
             lm.model(**inputs, logits_to_keep=1)
     return out
+
+
+def _rows(lm: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    if not texts:
+        raise ValueError("texts is empty: there is nothing to run")
+    return [tokens(lm.tokenizer, text) for text in texts]
+
+
+# --------------------------------------------------------------------------- overwriting
+
+
+def scale(alpha: float) -> Edit:
+    """Multiply by ``alpha``; 0 is zero ablation, 1 changes nothing."""
+    return lambda layer, values: alpha * values
 
 
 @contextmanager
@@ -114,13 +169,13 @@ def overwriting(
 ) -> Iterator[None]:
     """Within, hidden units of the model are changed by a rule, whoever runs it.
 
-    Made for :func:`models.forward.generate`; a run of more than one position counts as a prompt, one of a
-    single position as a word of the answer. Prompts must be padded on the left, as there.
+    Made for :func:`models.forward.generate`: prompts must be padded on the left, as there. A run of more than
+    one position counts as a prompt, one of a single position as a word of the answer, as it is read.
 
     Args:
         units: layer -> units of its MLP.
-        edit: :func:`scale`, :func:`toward`, :func:`resample`, or any function of the layer and the values.
-        where: ``"prompt"``, ``"answer"`` or ``"both"``.
+        edit: :func:`scale`, or any function of the layer and the values [row, pos, unit].
+        where: ``"prompt"`` (its last position), ``"answer"`` (every word of it) or ``"both"``.
         every_position: change all positions of the prompt, not its last one only.
 
     Raises:
@@ -130,26 +185,9 @@ def overwriting(
     >>> with overwriting(lm, {7: gate}, scale(0.0), where="both"):  # doctest: +SKIP
     ...     forward.generate(lm, texts)
     """
-    parts = _check(lm, units)
-    if where not in WHERE:
-        raise ValueError(f"where={where!r} is unknown; choose {', '.join(WHERE)}")
-    fired = []
-
-    def change(layer: int, hidden: Tensor) -> Tensor | None:
-        prompt = hidden.shape[1] > 1
-        if where != "both" and prompt != (where == "prompt"):
-            return None
-        fired.append(layer)
-        at = slice(None) if every_position else slice(-1, None)
-        new, some = hidden.clone(), list(units[layer])
-        new[:, at, some] = edit(layer, hidden[:, at, some]).to(hidden.dtype)
-        return new
-
-    change.depends_on = (edit, where, every_position, units)  # not on what was changed last
-    with _hooked(parts, units, change):
+    with _overwritten(_check(lm, units), units, edit, where, every_position) as fired:
         yield
-    if set(fired) != set(units):
-        silent = sorted(set(units) - set(fired))
+    if silent := sorted(set(units) - fired):
         raise RuntimeError(
             f"units of layers {silent} were never changed with where={where!r}: nothing ran there"
         )
@@ -166,7 +204,6 @@ def generate_patched(
     dose: float = 1.0,
     every_position: bool = False,
     max_new_tokens: int = 32,
-    batch_size: int = 128,
 ) -> list[str]:
     """Greedy answers to rendered texts, with units taken at every step from the run on another text.
 
@@ -175,67 +212,55 @@ def generate_patched(
 
     Args:
         texts, sources: as many of each; both sides of a pair have the same number of tokens.
-        units: layer -> units of its MLP.
-        where: ``"prompt"``, ``"answer"`` or ``"both"``.
+        units, where, every_position: as for :func:`overwriting`.
         dose: 1 sets the source's values, 0 leaves everything as it is, 0.5 goes half the way.
-        every_position: patch all positions of the prompt, not its last one only.
 
     Returns:
         The new words of each text, as :func:`models.forward.generate` gives them.
 
     Raises:
-        ValueError: lists or pairs of unequal length, no units, a layer or a unit that does not exist, an
-            unknown ``where``.
+        ValueError: lists or pairs of unequal length; as :func:`overwriting`.
     """
-    out = [""] * len(texts)
-    state = {"prompt": True}
-    with _patching(
-        lm, texts, sources, units, where, dose, every_position, state, batch_size, max_new_tokens
-    ) as batches:
-        for index, inputs in batches:
-            for i, new in zip(index, _greedy(lm, inputs, max_new_tokens, state), strict=True):
+    parts, out = _check(lm, units), [""] * len(texts)
+    with _overwritten(parts, units, _from_second_half(dose), where, every_position):
+        for index, inputs in _side_by_side(lm, texts, sources, max_new_tokens):
+            for i, new in zip(index, _greedy(lm, inputs, max_new_tokens), strict=True):
                 out[i] = forward.words(lm, new, texts[i])
     return out
 
 
 @torch.no_grad()
 def patched_logits(
-    lm: LanguageModel,
-    texts: Sequence[str],
-    sources: Sequence[str],
-    units: Units,
-    *,
-    dose: float = 1.0,
-    every_position: bool = False,
-    batch_size: int = 128,
+    lm: LanguageModel, texts: Sequence[str], sources: Sequence[str], units: Units, *, dose: float = 1.0
 ) -> Float[Tensor, "text vocab"]:
     """Next-token logits after rendered texts, patched on the prompt as :func:`generate_patched` patches it.
 
     Returns:
         float32, on the CPU.
     """
-    out: list[Any] = [None] * len(texts)
-    state = {"prompt": True}
-    with _patching(lm, texts, sources, units, "prompt", dose, every_position, state, batch_size) as batches:
-        for index, inputs in batches:
+    parts, out = _check(lm, units), [None] * len(texts)
+    with _overwritten(parts, units, _from_second_half(dose), "prompt", False):
+        for index, inputs in _side_by_side(lm, texts, sources):
             logits = lm.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
             for i, row in zip(index, logits[: len(index)].float().cpu(), strict=True):
                 out[i] = row
     return torch.stack(out)
 
 
-@contextmanager
-def _patching(
-    lm: LanguageModel, texts: Sequence[str], sources: Sequence[str], units: Units, where: str, dose: float,
-    every_position: bool, state: dict[str, bool], batch_size: int, new: int = 0,
-) -> Iterator[Iterator[tuple[list[int], dict[str, Any]]]]:  # fmt: skip
-    """Batches: indices, and the model's arguments with the texts in the first half, their sources behind.
+def _from_second_half(dose: float) -> Edit:
+    """Rows of the first half move towards those of the second."""
 
-    Within, units of the first half move towards those of the second.
-    """
-    parts = _check(lm, units)
-    if where not in WHERE:
-        raise ValueError(f"where={where!r} is unknown; choose {', '.join(WHERE)}")
+    def edit(layer: int, values: Tensor) -> Tensor:
+        own, source = values.chunk(2)
+        return torch.cat([own + dose * (source - own), source])
+
+    return edit
+
+
+def _side_by_side(
+    lm: LanguageModel, texts: Sequence[str], sources: Sequence[str], new: int = 0
+) -> Iterator[tuple[list[int], dict[str, Any]]]:
+    """Batches: indices, and the model's arguments with the texts in the first half, their sources behind."""
     if len(texts) != len(sources) or not texts:
         raise ValueError(f"sources: give one to each text; got {len(texts)} texts, {len(sources)} sources")
     rows = [[tokens(lm.tokenizer, t) for t in pair] for pair in zip(texts, sources, strict=True)]
@@ -243,36 +268,18 @@ def _patching(
     if unequal:
         raise ValueError(f"sources: texts {unequal[:5]} and their sources differ in their number of tokens")
     forward.require_room(lm, [row for pair in rows for row in pair], new=new)
-
-    def change(layer: int, hidden: Tensor) -> Tensor | None:
-        if where != "both" and state["prompt"] != (where == "prompt"):
-            return None
-        n, some = len(hidden) // 2, list(units[layer])
-        at = slice(None) if every_position else slice(-1, None)
-        new, own = hidden.clone(), hidden[:n, at, some]
-        new[:n, at, some] = own + dose * (hidden[n:, at, some] - own)
-        return new
-
-    def batches() -> Iterator[tuple[list[int], dict[str, Any]]]:
-        for index in forward.by_length([a for a, _ in rows], batch_size):
-            both = [rows[i][side] for side in (0, 1) for i in index]
-            ids, mask = forward.pad_left(both, lm.tokenizer.pad_token_id, lm.device)
-            yield index, {"input_ids": ids, "attention_mask": mask, "position_ids": forward.positions(mask)}
-
-    with _hooked(parts, units, change):
-        yield batches()
+    for index in forward.by_length([a for a, _ in rows], BATCH):
+        both = [rows[i][side] for side in (0, 1) for i in index]
+        ids, mask = forward.pad_left(both, lm.tokenizer.pad_token_id, lm.device)
+        yield index, {"input_ids": ids, "attention_mask": mask, "position_ids": forward.positions(mask)}
 
 
-def _greedy(
-    lm: LanguageModel, inputs: dict[str, Any], max_new_tokens: int, state: dict[str, bool]
-) -> list[list[int]]:
+def _greedy(lm: LanguageModel, inputs: dict[str, Any], max_new_tokens: int) -> list[list[int]]:
     """Likeliest words after the rows of the first half; the second half reads the same words."""
     ids, mask, positions = (inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
-    n = len(ids) // 2
-    ends = forward.stops(lm)
+    n, ends = len(ids) // 2, forward.stops(lm)
     rows, done, cache = [[] for _ in range(n)], [False] * n, None
     for _ in range(max_new_tokens):
-        state["prompt"] = cache is None
         out = lm.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
@@ -290,26 +297,38 @@ def _greedy(
     return rows
 
 
-# --------------------------------------------------------------------------- hooks and checks
+@contextmanager
+def _overwritten(
+    parts: decoder.Stack, units: Units, edit: Edit, where: str, every_position: bool
+) -> Iterator[set[int]]:
+    """Within, units are changed by a rule; the layers in which that happened are added to the set."""
+    if where not in WHERE:
+        raise ValueError(f"where={where!r} is unknown; choose {', '.join(WHERE)}")
+    fired: set[int] = set()
+
+    def change(layer: int, hidden: Tensor) -> Tensor | None:
+        prompt = hidden.shape[1] > 1
+        if where != "both" and prompt != (where == "prompt"):
+            return None
+        fired.add(layer)
+        at = slice(None) if every_position else slice(-1, None)
+        new, some = hidden.clone(), list(units[layer])
+        new[:, at, some] = edit(layer, hidden[:, at, some]).to(hidden.dtype)
+        return new
+
+    change.depends_on = (edit, where, every_position, units)  # not on what was changed last
+    with _units_shown(parts, units, change):
+        yield fired
 
 
 @contextmanager
-def _hooked(
+def _units_shown(
     parts: decoder.Stack, units: Units, function: Callable[[int, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Show the hidden units of some layers to a function, which may give back others."""
-
-    def hook(layer: int) -> Callable:
-        def run(_: Any, inputs: tuple) -> tuple | None:
-            new = function(layer, inputs[0])
-            return None if new is None else (new, *inputs[1:])
-
-        return run
-
     with ExitStack() as held:
         for layer in units:
             linear = decoder.projection(decoder.mlp(parts.blocks[layer]))
-            held.callback(linear.register_forward_pre_hook(hook(layer)).remove)
+            held.enter_context(shown(given(function, layer), entering=[linear]))
         yield
 
 

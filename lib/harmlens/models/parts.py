@@ -66,7 +66,7 @@ def stack(lm: LanguageModel) -> Stack:
             f"{lm.name!r} was loaded with attn_implementation={kind!r}, which takes no full mask, so blocks "
             "can't be run in part; load it with attn_implementation='sdpa' or 'eager'"
         )
-    base, found = _decoder(lm), blocks(lm)
+    base, found = body(lm), blocks(lm)
     width = lm.model.get_input_embeddings().weight.shape[1]
     norms = [m for m in base.children() if "norm" in type(m).__name__.lower()]
     norms = [m for m in norms if all(p.shape == (width,) for p in m.parameters())]  # of the stream
@@ -82,7 +82,7 @@ def stack(lm: LanguageModel) -> Stack:
     return found if plain else Stack(*[getattr(found, f) for f in Stack.__dataclass_fields__][:-1], False)
 
 
-def _decoder(lm: LanguageModel) -> nn.Module:
+def body(lm: LanguageModel) -> nn.Module:
     """The module that holds the list of blocks."""
     depth = lm.model.config.get_text_config().num_hidden_layers
     # What models call their decoder is mostly that, but for some it is their head, or they themselves.
@@ -102,7 +102,7 @@ def blocks(lm: LanguageModel) -> tuple[nn.Module, ...]:
         ValueError: the model has no list of blocks.
     """
     depth = lm.model.config.get_text_config().num_hidden_layers
-    lists = [child for child in _decoder(lm).children() if isinstance(child, nn.ModuleList)]
+    lists = [child for child in body(lm).children() if isinstance(child, nn.ModuleList)]
     return tuple(next(child for child in lists if len(child) == depth))
 
 
@@ -221,8 +221,8 @@ def projection_weight(module: nn.Module) -> Float[Tensor, "width unit"]:
 
 
 def first(value: Any) -> Tensor:
-    """The tensor of a module's output, which some modules return in a tuple."""
-    return value[0] if isinstance(value, tuple) else value
+    """The tensor of a module's output, which some modules return in a tuple or a record."""
+    return value if isinstance(value, Tensor) else value[0]
 
 
 @contextmanager
