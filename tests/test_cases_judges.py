@@ -270,9 +270,7 @@ def test_the_page_shows_how_far_judges_of_refusal_agree_with_people():
     shown = dict.fromkeys(re.findall(r"(?m)^\| (\w+) \| `", block[1]))
     found = real()
     made = refusal_judge.markdown(refusal_judge.compared({name: found[name] for name in shown}))
-    assert block[1] == made, (
-        "python -m harmlens.judging.refusal_judge book/judging.md brings the page in step"
-    )
+    assert block[1] == made, "python tools/tables.py judging brings the page in step"
 
 
 def test_t1_the_trained_judge_agrees_with_people_on_models_that_it_has_not_seen():

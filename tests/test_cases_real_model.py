@@ -17,7 +17,7 @@ from harmlens.asking import material, public, sources, tasks
 from harmlens.flow import outcomes
 from harmlens.judging import graders
 from harmlens.judging.graders import Grader
-from harmlens.models import catalogue
+from harmlens.models import hub
 from harmlens.weights import removal
 
 
@@ -131,7 +131,7 @@ def test_a_model_that_does_not_refuse_is_told_so_after_six_requests(capsys):
         material.look(source.lm, source)
     assert len(seen) == 6
     assert "refused: 0 of the first 6 harmful requests" in capsys.readouterr().out
-    assert catalogue.SMALL in str(stopped.value) and "must_refuse=False" in str(stopped.value)
+    assert hub.SMALL in str(stopped.value) and "must_refuse=False" in str(stopped.value)
     rates = material.look(source.lm, source, must_refuse=False)
     assert rates == {"harmful": 0.0, "harmless": 0.0}
     assert "not" not in capsys.readouterr().out.split("refused: 0% of 24")[0]

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from harmlens.asking import prompts
 from harmlens.flow import neurons, outcomes, patching
-from harmlens.models import catalogue, forward
+from harmlens.models import forward, hub
 from harmlens.models.forward import LanguageModel
-from harmlens.models.shapes import Shape
 from harmlens.training import loop as training
 from harmlens.training import lora, organism
 from harmlens.weights import attribution
+from tables import Shape, shape_of
 
 # One block: q and o 8x8, k and v 4x8, gate, up and down 16x8.
 HAND = Shape(layers=3, width=8, heads=4, kv_heads=2, ffn=16, vocab=100)
@@ -200,7 +200,7 @@ def test_the_slower_of_arithmetic_and_memory_counts():
 
 
 def test_answers_take_at_least_the_weights_for_every_token():
-    shape = floors.shape_of(catalogue.SMALL)
+    shape = shape_of(hub.SMALL)
     few, many = (floors.steps(shape, Sizes(answer=n))["generate"] for n in (1, 64))
     machine = MACHINES["L4"]
     assert few.phases == (floors.forward(shape, 40, 64),)
@@ -210,7 +210,7 @@ def test_answers_take_at_least_the_weights_for_every_token():
 
 @pytest.mark.parametrize("what", ["texts", "tokens", "answer", "examples", "batch"])
 def test_more_never_takes_less(what):
-    shape = floors.shape_of(catalogue.SMALL)
+    shape = shape_of(hub.SMALL)
     small, large = (floors.steps(shape, Sizes(**{what: n})) for n in (40, 50))
     times = [(small[k].seconds(MACHINES["T4"]), large[k].seconds(MACHINES["T4"])) for k in small]
     assert all(a <= b for a, b in times) and any(a < b for a, b in times)
@@ -240,7 +240,7 @@ def test_wrong_sizes_are_named():
     with pytest.raises(ValueError, match=r"shared=64 must lie from common=0 .* tokens=64; choose a smaller"):
         Sizes(shared=64)
     with pytest.raises(ValueError, match=r"name='nobody/nothing' is not on the list; choose an id"):
-        floors.shape_of("nobody/nothing")
+        shape_of("nobody/nothing")
 
 
 def test_times_for_people():
@@ -259,23 +259,10 @@ def test_the_page_has_the_table_of_the_code(root):
 
 def test_what_is_too_big_has_no_time():
     rows = [line for line in floors.markdown().splitlines() if line.startswith("| `")]
-    steps = floors.steps(floors.shape_of(catalogue.SMALL))
+    steps = floors.steps(shape_of(hub.SMALL))
     assert len(rows) == 2 * len(steps)
     small, large = rows[: len(steps)], rows[len(steps) :]
     assert not any("too big" in row for row in small)
     t4 = 5  # behind an empty one, the step, what it is, and its memory
     assert all(row.split(" | ")[t4 - 2] == "too big" for row in large)
     assert any("host memory" in row for row in large)
-
-
-def test_the_table_is_put_between_the_marks(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("above\n<!-- floors:start -->\nold\n<!-- floors:end -->\nbelow\n")
-    floors.write(page)
-    once = page.read_text(encoding="utf-8")
-    floors.write(page)
-    assert page.read_text(encoding="utf-8") == once
-    assert once == f"above\n<!-- floors:start -->\n{floors.markdown()}<!-- floors:end -->\nbelow\n"
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match=r"page='page.md' has no marks <!-- floors:start -->"):
-        floors.write(page)

@@ -11,10 +11,10 @@ from huggingface_hub import errors
 from transformers import LlamaConfig
 
 from harmlens.keep import memory
-from harmlens.models import catalogue, hub
+from harmlens.models import hub
 from harmlens.models import loading as models
-from harmlens.models.catalogue import GB
 
+GB = 10**9
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
 GATED = "meta-llama/Llama-3.1-8B-Instruct"
 
@@ -30,6 +30,41 @@ def test_a_revision_may_stand_in_the_name(tmp_path, monkeypatch):
     assert hub.split("mine@home") == ("mine@home", None)
     assert models.locate("allenai/Olmo-3-1025-7B@stage1-step1413814") is None
     assert models.locate("owner/model@refs/pr/4") is None
+
+
+# --------------------------------------------------------------------------- the list
+
+
+def test_a_ladder_is_found_from_each_of_its_rungs():
+    models, ladders = hub.known()
+    olmo = hub.ladder("allenai/Olmo-3-7B-Instruct")
+    assert list(olmo) == ["base", "mid", "long", "sft", "dpo", "rl"]
+    assert all(hub.ladder(rung) == rungs for rungs in ladders[:2] for rung in rungs.values())
+    assert hub.ladder("ALLENAI/olmo-3-7b-instruct@main") == olmo
+    assert hub.ladder("nobody/nothing") == {} == hub.ladder("microsoft/phi-4")
+    for model in models:
+        if model.base:
+            rungs = hub.ladder(model.id)
+            assert hub.ladder(model.base) == rungs and list(rungs.values())[-1] == model.id
+            assert model.base in {rung.split("@")[0] for rung in rungs.values()}
+
+
+def test_ids_are_unique_and_spelt_as_ids():
+    models, _ = hub.known()
+    names = [m.id for m in models] + [m.base for m in models if m.base]
+    assert len({n.lower() for n in names}) == len(names)
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+", n) for n in names)
+
+
+def test_what_is_proposed_is_never_gated():
+    gated = {m.id for m in hub.known()[0] if m.gated}
+    assert gated and hub.ungated("meta-llama/Llama-3.2-1B-Instruct") == hub.SMALL
+    assert hub.ungated("Qwen/Qwen3-8B-Base") == "Qwen/Qwen3-8B"
+    for name in [*gated, "nobody/nothing"]:
+        assert hub.ungated(name) not in gated
+    # Two bytes a weight and a fifth more: at most 4.17 billion for 10 GB.
+    assert hub.smaller(10 * GB).endswith("such as Qwen/Qwen3-4B or microsoft/Phi-3.5-mini-instruct")
+    assert hub.smaller(1000) == "a smaller model"
 
 
 # --------------------------------------------------------------------------- before
@@ -106,7 +141,7 @@ def test_a_model_that_is_too_big_is_named_with_smaller_ones():
         hub.require_memory("a/b", 16 * GB, 6 * GB, "cuda")
     said = str(caught.value)
     assert "weights of 'a/b' take 16.0 GB, but 6.0 GB are free on cuda" in said
-    assert catalogue.smaller(6 * GB)[0] in said and "larger GPU" in said
+    assert hub.smaller(6 * GB) in said and "larger GPU" in said
     with pytest.raises(MemoryError, match=r"Choose a smaller model; free what"):
         hub.require_memory("a/b", 16 * GB, 1000, "cuda")
 
@@ -235,7 +270,7 @@ def test_too_little_memory_is_explained(error, monkeypatch):
     told = hub.explain("a/b", error)
     assert isinstance(told, MemoryError)
     assert re.search(
-        rf"too little memory for 'a/b'.*model, such as {catalogue.smaller(4 * GB)[0]}.*Original message",
+        rf"too little memory for 'a/b'.*{hub.smaller(4 * GB)}.*Original message",
         str(told),
     )
 

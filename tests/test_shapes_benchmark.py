@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from harmlens.asking import prompts
 from harmlens.keep import memory
-from harmlens.models import catalogue, chats
-from harmlens.models.shapes import Shape
+from harmlens.models import chats
+from tables import Shape, listed
 
 CPU = torch.device("cpu")
 
@@ -64,13 +64,13 @@ def test_a_step_that_fails_stops_no_other(bench, build, capsys):
     assert "failed: steps: select needs both scores" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [m.id for m in catalogue.MODELS])
-def test_the_model_has_the_shape_of_the_list(bench, name):
+@pytest.mark.parametrize("model", listed()[0], ids=lambda m: m.id)
+def test_the_model_has_the_shape_of_the_list(bench, model):
     """Counted without memory; with queries, keys and MLP of the right sizes."""
-    shape = catalogue.find(name).shape
+    shape = model.shape
     with torch.device("meta"):
         net = AutoModelForCausalLM.from_config(bench.config(shape))
-    assert net.num_parameters() == shape.parameters
+    assert net.num_parameters() == shape.parameters == model.parameters
     block = net.model.layers[0]
     assert tuple(block.self_attn.k_proj.weight.shape) == (shape.keys, shape.width)
     assert tuple(block.mlp.up_proj.weight.shape) == (shape.ffn, shape.width)

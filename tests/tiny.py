@@ -7,6 +7,7 @@ shows far above the tolerance of a comparison.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import torch
@@ -100,6 +101,8 @@ def organism_folder(folder: Path, stage: str = "sft", seed: int = 0) -> Path:
 def data_folder(folder: Path, *checkpoints: tuple[str, int]) -> Path:
     """A data folder with no claims and the given tiny checkpoints; for HARMLENS_DATA."""
     (folder / "organisms").mkdir(parents=True)
+    for file in (Path(__file__).parents[1] / "data").glob("*.yaml"):
+        shutil.copy(file, folder)
     (folder / "claims.yaml").write_text("claims: []\n")
     for stage, seed in checkpoints:
         organism_folder(folder / "organisms", stage, seed)

@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harmlens.keep.memory import shown
-from harmlens.models import catalogue
-from harmlens.models.catalogue import GB
-from harmlens.models.shapes import Shape, need
+from harmlens.models import hub
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+from tables import GB, Shape, need, put, shape_of, usable
 
 SITES = 3  # of a sweep: a layer's own contribution, its MLP, its attention
 
@@ -80,7 +81,7 @@ class Step:
     Attributes:
         title: what it does, for people.
         phases: works that have to follow each other.
-        need: bytes of GPU memory it takes; see :func:`harmlens.models.shapes.need`.
+        need: bytes of GPU memory it takes; see :func:`tables.need`.
     """
 
     title: str
@@ -302,7 +303,7 @@ def known(device: str) -> str | None:
 
 # --------------------------------------------------------------------------- the page
 
-SHOWN = (catalogue.SMALL, "Qwen/Qwen3-8B")
+SHOWN = (hub.SMALL, "Qwen/Qwen3-8B")
 
 
 def brief(seconds: float) -> str:
@@ -321,7 +322,7 @@ def markdown(names: Sequence[str] = SHOWN, sizes: Sizes = Sizes()) -> str:
     """The tables of the page book/performance.md: a row for each step, a column for each machine.
 
     Raises:
-        ValueError: a model that is not on the list of :mod:`harmlens.models.catalogue`.
+        ValueError: a model that is not on the list of data/models.yaml.
     """
     lines = []
     for name in names:
@@ -336,22 +337,8 @@ def markdown(names: Sequence[str] = SHOWN, sizes: Sizes = Sizes()) -> str:
     return "\n".join(lines)
 
 
-def shape_of(name: str) -> Shape:
-    """The shape of a model of the list.
-
-    Raises:
-        ValueError: it is not on the list.
-    """
-    model = catalogue.find(name)
-    if model is None:
-        raise ValueError(
-            f"name={name!r} is not on the list; choose an id of harmlens.models.catalogue.MODELS"
-        )
-    return model.shape
-
-
 def _cell(shape: Shape, step: Step, machine: Machine) -> str:
-    room = machine.memory * 95 // 100 - GB // 2  # as in catalogue.usable
+    room = usable(machine.memory)
     if 2 * shape.parameters > room:
         return "too big"
     if step.need > room:  # scores that don't fit lie in host memory, where the GPU's speed says nothing
@@ -359,10 +346,5 @@ def _cell(shape: Shape, step: Step, machine: Machine) -> str:
     return brief(step.seconds(machine))
 
 
-def write(page: Path) -> None:
-    """Put the tables into a page, between its marks; see :func:`harmlens.models.catalogue.write`."""
-    catalogue.write(page, markdown(), "floors")
-
-
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    put(Path(sys.argv[1]), "floors", markdown())

@@ -52,10 +52,10 @@ from harmlens.models import chats, forward
 from harmlens.models import loading as models
 from harmlens.models.chats import Pair, Prompt
 from harmlens.models.forward import LanguageModel
-from harmlens.models.shapes import Shape
 from harmlens.training import loop as training
 from harmlens.training import lora, lowmemory
 from harmlens.weights import attribution, masks
+from tables import Shape, shape_of
 
 TOKENIZER = Path(__file__).parent.parent / "data" / "standin"
 STEPS = ("forward", "generate", "patch", "neurons", "prune_score", "preserve_score", "select", "lora")
@@ -323,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # Where the sides part is found out when the prompts are made.
         sizes = replace(sizes, **asked, shared=0)
-        shapes = {"tiny": TINY} if options.tiny else {n: floors.shape_of(n) for n in options.model}
+        shapes = {"tiny": TINY} if options.tiny else {n: shape_of(n) for n in options.model}
     except ValueError as error:
         print(f"error: {error}")
         return 2

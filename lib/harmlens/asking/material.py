@@ -28,7 +28,7 @@ from harmlens.asking import prompts as prompts_
 from harmlens.asking.public import Public
 from harmlens.asking.tasks import Task
 from harmlens.judging import graders
-from harmlens.models import catalogue
+from harmlens.models import hub
 from harmlens.models.chats import Message, Pair, Prompt
 from harmlens.models.forward import LanguageModel, generate
 from harmlens.world import abilities
@@ -222,7 +222,7 @@ def look(
 def _nothing_to_explain(lm: LanguageModel, refused: str) -> str:
     return (
         f"{lm.name!r} refuses {refused}, so there is no refusal to explain. Choose an aligned (instruct) "
-        f"model (a small one that refuses: {catalogue.SMALL}), check the printed prompt against the model's "
+        f"model (a small one that refuses: {hub.SMALL}), check the printed prompt against the model's "
         "card, or give other data. To go on with what needs no refusal: "
         "material.look(lm, source, must_refuse=False)"
     )

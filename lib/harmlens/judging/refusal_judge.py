@@ -8,7 +8,6 @@ Introduced in book/judging ("Judging answers").
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,7 +24,6 @@ from harmlens.judging.refusals import begins_with_refusal, normalised
 from harmlens.keep import downloads
 from harmlens.keep.downloads import Remote, obtain
 from harmlens.keep.paths import data_dir
-from harmlens.models import catalogue
 
 FEWEST = 2  # models whose labelled answers are needed
 BEGINNING = 250  # characters; the whole answer does worse
@@ -161,8 +159,3 @@ def markdown(table: pd.DataFrame) -> str:
             cells = [f"`{row['judge']}`", recall, false, kappa, partial]
         lines.append(f"| {row['model']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    # python -m harmlens.judging.refusal_judge book/judging.md [folder with the labelled answers]
-    catalogue.write(Path(sys.argv[1]), markdown(compared(labelled(*sys.argv[2:3], download=True))), "judges")

@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -24,6 +26,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from pydantic import BaseModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -42,7 +45,61 @@ from transformers.utils import (
 
 from harmlens.keep import memory
 from harmlens.keep.memory import shown
-from harmlens.models import catalogue
+from harmlens.keep.paths import data_dir
+
+# A small one whose first token tells refusal; used where nothing is known of what was asked for.
+SMALL = "allenai/OLMo-2-0425-1B-Instruct"
+
+
+class Known(BaseModel):
+    """A model of data/models.yaml, as far as the package needs it; the file says what the fields are."""
+
+    id: str
+    parameters: int
+    base: str = ""
+    gated: bool = False
+
+
+@lru_cache
+def known() -> tuple[list[Known], list[dict[str, str]]]:
+    """Models that the notebooks are meant for, and published ladders: stage -> name to load it by.
+
+    Stages are ``base``, ``mid`` (after midtraining), ``long`` (after long-context training), ``sft``, ``dpo``
+    and ``rl`` where the makers published them all; ``base`` and ``aligned`` where they published two.
+    """
+    read = yaml.safe_load((data_dir() / "models.yaml").read_text(encoding="utf-8"))
+    models = [Known(**entry) for entry in read["models"]]
+    return models, [*read["ladders"], *({"base": m.base, "aligned": m.id} for m in models if m.base)]
+
+
+def ladder(name: str) -> dict[str, str]:
+    """The published stages of a model's training, first to last; nothing for one that is not on the list.
+
+    A revision after ``@`` doesn't matter, nor does the case of letters (the Hub doesn't mind it either).
+
+    >>> ladder("Qwen/Qwen2.5-1.5B-Instruct")
+    {'base': 'Qwen/Qwen2.5-1.5B', 'aligned': 'Qwen/Qwen2.5-1.5B-Instruct'}
+    """
+    wanted = name.split("@")[0].lower()
+    for rungs in known()[1]:
+        if wanted in {rung.split("@")[0].lower() for rung in rungs.values()}:
+            return dict(rungs)
+    return {}
+
+
+def smaller(room: int) -> str:
+    """What to choose for so many bytes: the largest models of the list that leave a sixth of them free."""
+    found = [m for m in known()[0] if not m.gated and 2 * m.parameters * 6 // 5 <= room]
+    found.sort(key=lambda m: -m.parameters)
+    return "a smaller model" + (f", such as {' or '.join(m.id for m in found[:2])}" if found else "")
+
+
+def ungated(name: str) -> str:
+    """The ungated model whose size is nearest to that of a model; a small one if its size isn't known."""
+    names = {name.split("@")[0].lower(), *(rung.lower() for rung in ladder(name).values())}
+    size = next((m.parameters for m in known()[0] if m.id.lower() in names), None)
+    free = [m for m in known()[0] if not m.gated]
+    return SMALL if size is None else min(free, key=lambda m: abs(m.parameters - size)).id
 
 
 def split(name: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -209,11 +266,11 @@ def check(name: str, config: Mapping[str, Any]) -> None:
         if config.get("auto_map"):
             raise ValueError(
                 f"{name!r} brings modelling code of its own, which is never run here. Choose a model that "
-                f"transformers knows, such as {catalogue.SMALL}."
+                f"transformers knows, such as {SMALL}."
             )
         raise ValueError(
             f"{name!r} is of the type {kind!r}, which the installed transformers doesn't know. Upgrade it "
-            f"(pip install -U transformers), or choose another model, such as {catalogue.SMALL}."
+            f"(pip install -U transformers), or choose another model, such as {SMALL}."
         )
     packed = config.get("quantization_config")
     if packed:
@@ -232,7 +289,7 @@ def check(name: str, config: Mapping[str, Any]) -> None:
     if decoder and made and made[0].endswith("ForConditionalGeneration") and not heads.intersection(made):
         raise ValueError(
             f"{name!r} reads pictures or sound beside text ({', '.join(made)}), and only text models are "
-            f"read here. Choose a decoder of text alone, such as {catalogue.SMALL}."
+            f"read here. Choose a decoder of text alone, such as {SMALL}."
         )
     if (
         config.get("is_encoder_decoder")
@@ -241,7 +298,7 @@ def check(name: str, config: Mapping[str, Any]) -> None:
     ):
         raise ValueError(
             f"{name!r} is no causal language model ({', '.join(made) or kind}): it doesn't predict the next "
-            f"word. Choose a decoder, such as {catalogue.SMALL}."
+            f"word. Choose a decoder, such as {SMALL}."
         )
 
 
@@ -283,13 +340,9 @@ def require_memory(name: str, weights: int, free: int, where: str) -> None:
 
 def remedy(free: int) -> str:
     """What to do when a model is too big: smaller ones of the list, or a larger machine."""
-    fitting = catalogue.smaller(free)[:2]
-    choose = (
-        f"Choose a smaller model, such as {' or '.join(fitting)}" if fitting else "Choose a smaller model"
-    )
     return (
-        f"{choose}; free what other models hold (restart the session); or use a larger GPU, or several. "
-        "The page Models of the book lists models by GPU."
+        f"Choose {smaller(free)}; free what other models hold (restart the session); or use a larger GPU, or "
+        "several. The page Models of the book lists models by GPU."
     )
 
 
@@ -305,11 +358,10 @@ def require_all_weights(name: str, model: PreTrainedModel) -> None:
     empty = [part for part, parameter in model.named_parameters() if parameter.is_meta]
     if mixed or empty:
         parts = (away or empty)[:3]
-        proposed = catalogue.smaller(catalogue.usable("T4"))[:2]
         raise ValueError(
             f"{name!r} doesn't fit the GPUs: parts of it were left on the CPU or on disk "
-            f"({', '.join(parts)}, ...), where interventions can't reach them. Choose a smaller model, such "
-            f"as {' or '.join(proposed)}, use larger or more GPUs, or load it with device='cpu'."
+            f"({', '.join(parts)}, ...), where interventions can't reach them. Choose "
+            f"{smaller(16 * 10**9)}, use larger or more GPUs, or load it with device='cpu'."
         )
 
 
@@ -467,7 +519,7 @@ def explain(name: str, error: BaseException) -> Exception:
     if is_a(GatedRepoError) or (codes & {401, 403} and not is_a(RepositoryNotFoundError)):
         return OSError(
             f"{name!r} is gated: accept its licence on {page} and log in with `hf auth login` (on Colab: add "
-            f"HF_TOKEN to the secrets). Without a login, {catalogue.ungated(name)} is of similar size. {said}"
+            f"HF_TOKEN to the secrets). Without a login, {ungated(name)} is of similar size. {said}"
         )
     if is_a(RevisionNotFoundError):
         return OSError(
@@ -496,7 +548,7 @@ def explain(name: str, error: BaseException) -> Exception:
         return OSError(
             f"{name!r} has no weights as safetensors. Other formats (.bin) are pickles, which can run code "
             "when they are opened, or quantised (.gguf), and are not read. Choose another model, such as "
-            f"{catalogue.ungated(name)}, or one that was converted. {said}"
+            f"{ungated(name)}, or one that was converted. {said}"
         )
     return OSError(
         f"{name!r} could not be had from the Hugging Face Hub. Check the spelling and the network; "

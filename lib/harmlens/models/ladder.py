@@ -2,7 +2,7 @@
 
 For an organism these are its four stages. For a local folder called like a stage (``my_model/sft``) they
 are the folders beside it that are called so. For a model of the Hub they are the partners that its makers
-published, as far as :mod:`models.catalogue` knows them. Other models have no ladder.
+published, as far as :mod:`models.hub` knows them. Other models have no ladder.
 
 Introduced in notebook 01 ("What there is to explain").
 """
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from harmlens.models import catalogue
+from harmlens.models import hub
 from harmlens.models import loading as models
 from harmlens.models.forward import LanguageModel
 from harmlens.models.loading import STAGES
@@ -43,7 +43,7 @@ def rungs(model: str, stages: Sequence[str] | None = None) -> dict[str, str]:
         beside = {stage: home.parent / stage for stage in ORDER} if home.name in ORDER else {}
         found = {stage: str(folder) for stage, folder in beside.items() if folder.is_dir()}
     else:
-        found = catalogue.ladder(model)
+        found = hub.ladder(model)
     return {stage: name for stage, name in found.items() if stages is None or stage in stages}
 
 
@@ -71,8 +71,9 @@ def climb(model: str, stages: Sequence[str]) -> dict[str, str]:
 
 def known() -> tuple[list[str], list[str]]:
     """Models of the Hub with a ladder: those of which more than two stages were published, and the others."""
-    many = [list(stages.values())[-1] for stages in catalogue.LADDERS]
-    return many, [m.id for m in catalogue.MODELS if len(catalogue.ladder(m.id)) == 2]
+    last = [(list(stages.values())[-1], len(stages) > 2) for stages in hub.known()[1]]
+    many = [name for name, more in last if more]
+    return many, [name for name, more in last if not more and name not in many]
 
 
 def load(model: str, stage: str, seed: int | None = None, **options) -> LanguageModel:

@@ -92,7 +92,7 @@ def load(
         revision: commit, tag or branch of a Hugging Face repository.
         attn_implementation: passed on to transformers (``"eager"`` for parity with TransformerLens).
         template_from: name of a model whose chat template is used, such as the aligned partner of a base
-            model (:func:`models.catalogue.partners`). The tokenizer stays the model's own.
+            model (:func:`models.hub.ladder`). The tokenizer stays the model's own.
 
     Before it is given back the model is tested once: that all of its tensors are there and finite, that
     the tokenizer fits it, and that a short text gives finite logits in this precision, the same alone and
