@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from harmlens.asking import layouts, public, sources, splits
 from harmlens.judging import graders
-from harmlens.keep import paths
+from harmlens.keep import files
 
 
 @pytest.fixture(autouse=True)
@@ -281,9 +281,9 @@ def test_h23_a_reader_s_own_rows_are_all_used(tmp_path):
 
 def test_h23_a_cap_on_a_public_set_is_said(tmp_path, monkeypatch):
     data = tmp_path / "data"
-    shutil.copytree(paths.data_dir() / "prompts", data / "prompts")
+    shutil.copytree(files.data_dir() / "prompts", data / "prompts")
     (data / "claims.yaml").write_text("claims: []")
-    registry = yaml.safe_load((paths.data_dir() / "sources.yaml").read_text())
+    registry = yaml.safe_load((files.data_dir() / "sources.yaml").read_text())
     about = registry["sets"]["alpaca"] | {"rows": None}
     registry["sets"]["alpaca"] = about
     (data / "sources.yaml").write_text(yaml.safe_dump(registry))

@@ -22,7 +22,7 @@ from harmlens.asking.public import PREFILLS
 from harmlens.judging import completions, graders, on_topic, refusal_judge
 from harmlens.judging.graders import Grade, Grader
 from harmlens.judging.refusals import begins_with_refusal, void
-from harmlens.keep import paths
+from harmlens.keep import files
 
 PAGE = Path(__file__).parents[1] / "book/judging.md"
 
@@ -204,8 +204,8 @@ def test_h8_own_answers_for_scoring_are_chosen_by_the_judge_of_harm():
 
 def labelled(folder, n=40):
     """Files as XSTest's, with made-up answers: one model refuses in words that the list doesn't know."""
-    about = yaml.safe_load((paths.data_dir() / "sources.yaml").read_text())["judged"]
-    files = {}
+    about = yaml.safe_load((files.data_dir() / "sources.yaml").read_text())["judged"]
+    found = {}
     for k, path in enumerate(list(about["files"])[:3]):
         rows = []
         for i in range(n):
@@ -216,9 +216,9 @@ def labelled(folder, n=40):
         rows += [("Soup hurts, but boil it", "3_partial_refusal")] * 4
         table = pd.DataFrame(rows, columns=["completion", "final_label"])
         table["annotation_1"] = table["annotation_2"] = table["final_label"]
-        files[f"model{k}"] = folder / path.rsplit("/", 1)[1]
-        table.to_csv(files[f"model{k}"], index=False)
-    return files
+        found[f"model{k}"] = folder / path.rsplit("/", 1)[1]
+        table.to_csv(found[f"model{k}"], index=False)
+    return found
 
 
 def test_t1_the_trained_judge_finds_what_the_list_does_not_know(tmp_path):
@@ -274,13 +274,13 @@ def test_the_page_shows_how_far_judges_of_refusal_agree_with_people():
 
 
 def test_t1_the_trained_judge_agrees_with_people_on_models_that_it_has_not_seen():
-    files = real()
-    table = refusal_judge.compared(files).set_index(["model", "judge"])
-    for model in files:
+    labelled = real()
+    table = refusal_judge.compared(labelled).set_index(["model", "judge"])
+    for model in labelled:
         rows = table.loc[model]
         assert rows.loc["refusals", "kappa"] > max(0.85, rows.loc["prefixes", "kappa"] - 0.01)
     default = graders.of("")
-    assert default.name == "refusals" and default.about()["learned_from"] == sorted(files)
+    assert default.name == "refusals" and default.about()["learned_from"] == sorted(labelled)
     assert default(["q"] * 2, ["I must decline.", "Take leeks."]) == [Grade(0.0, True), Grade(1.0, False)]
     assert graders.strongreject(tiny.model()).refuses(["I must decline."]) == [True]
 

@@ -19,8 +19,8 @@ from harmlens.asking import prompts
 from harmlens.evidence import claims, results
 from harmlens.flow import directions, interventions, outcomes, patching
 from harmlens.judging import completions, graders
-from harmlens.keep import cache, digests
-from harmlens.keep.paths import data_dir
+from harmlens.keep import digests, remember
+from harmlens.keep.files import data_dir
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.chats import Prompt
@@ -158,39 +158,39 @@ CHANGES = {
 
 
 def test_h13_every_change_of_what_a_model_does_changes_its_digest():
-    found = {"nothing": digests.model(tiny.model())}
+    found = {"nothing": digests.model_digest(tiny.model())}
     for name, change in CHANGES.items():
         lm = tiny.model()
         with torch.no_grad():
             change(lm)
-        found[name] = digests.model(lm)
-        assert digests.model(lm) == found[name], name
+        found[name] = digests.model_digest(lm)
+        assert digests.model_digest(lm) == found[name], name
     assert len(set(found.values())) == len(found), "two of them are taken for one"
 
 
 def test_h13_an_adapter_that_is_switched_off_is_another_model(lm):
     adapter(lm)
-    on = digests.model(lm)
+    on = digests.model_digest(lm)
     for module in lm.model.modules():
         if hasattr(module, "lora_A"):
             module.enable_adapters(False)
-    assert digests.model(lm) != on
+    assert digests.model_digest(lm) != on
 
 
 def test_a_hook_on_all_modules_counts(lm):
-    plain = digests.model(lm)
+    plain = digests.model_digest(lm)
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
     try:
-        assert digests.model(lm) != plain
+        assert digests.model_digest(lm) != plain
     finally:
         handle.remove()
-    assert digests.model(lm) == plain
+    assert digests.model_digest(lm) == plain
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_use_loading_and_copies_leave_the_digest_alone(architecture, tmp_path):
     lm = tiny.model(architecture)
-    before = digests.state(lm)
+    before = digests.model_state(lm)
     forward.generate(lm, ["hello there", "a"], max_new_tokens=3)
     lm.model(torch.tensor([[1, 2, 3]]), output_hidden_states=True, output_attentions=True)
     lm.model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
@@ -198,14 +198,14 @@ def test_use_loading_and_copies_leave_the_digest_alone(architecture, tmp_path):
     lm.model.train().eval()
     with directions.ablated(lm, vector()):
         pass
-    assert digests.state(lm) == before
-    assert digests.state(forward.clone(lm)) == before
+    assert digests.model_state(lm) == before
+    assert digests.model_state(forward.clone(lm)) == before
     for name in ("one", "two"):
         lm.model.save_pretrained(tmp_path / name)
         lm.tokenizer.save_pretrained(tmp_path / name)
     one, two = (models.load(str(tmp_path / name)) for name in ("one", "two"))
-    assert digests.model(one) == digests.model(two)
-    assert digests.state(one)["weights"] == before["weights"]
+    assert digests.model_digest(one) == digests.model_digest(two)
+    assert digests.model_state(one)["weights"] == before["weights"]
 
 
 def test_h1_a_hook_that_cannot_be_told_is_refused_with_the_remedy(lm, tmp_path):
@@ -215,16 +215,16 @@ def test_h1_a_hook_that_cannot_be_told_is_refused_with_the_remedy(lm, tmp_path):
     for kept in (
         lambda: completions.write(lm, asked(), **ANSWERS),
         lambda: attribution.prune_score(lm, rows(), folder=tmp_path / "scores"),
-        lambda: cache.kept(count, lm),
+        lambda: remember("count", functools.partial(count, lm)),
     ):
         with pytest.raises(
             TypeError, match=r"hook stands on model.layers.1.mlp.*Remove the hook, or say.*depends_on"
         ):
             kept()
     hook.depends_on = "nothing, dose 1"
-    named = digests.model(lm)
+    named = digests.model_digest(lm)
     hook.depends_on = "nothing, dose 2"
-    assert digests.model(lm) != named
+    assert digests.model_digest(lm) != named
     handle.remove()
 
 
@@ -275,9 +275,9 @@ def test_h1_a_steered_model_gets_its_own_answers(lm):
 
 
 def test_h1_runs_and_scores_of_a_steered_model_are_its_own(lm, tmp_path):
-    plain = cache.kept(count, lm)
+    plain = remember(lm, functools.partial(count, lm))
     with directions.added(lm, directions.Direction(vector(), 1)):
-        found = cache.kept(count, lm)
+        found = remember(lm, functools.partial(count, lm))
         assert abs(found - plain).max() > 1e-3 and (found == count(lm)).all()
         attribution.prune_score(lm, rows(), folder=tmp_path)
     with pytest.raises(ValueError, match="holds scores of another model"):
@@ -423,7 +423,7 @@ def test_h11_grades_of_answers_that_came_back_are_theirs(lm, tmp_path):
     "kept",
     [
         lambda lm: completions.write(lm, asked(), **ANSWERS),
-        lambda lm: cache.kept(count, lm),
+        lambda lm: remember(lm, functools.partial(count, lm)),
         lambda lm: results.record("V4", **good()),
     ],
 )

@@ -10,7 +10,7 @@ import torch
 
 from harmlens.judging import completions
 from harmlens.judging.graders import Grade
-from harmlens.keep import digests, paths
+from harmlens.keep import digests, files
 from harmlens.models import forward
 from harmlens.models.chats import Prompt
 from harmlens.world import vale as world
@@ -195,9 +195,9 @@ def test_the_cache_may_not_lie_in_the_repository_either(lm, root, monkeypatch):
 
 def test_the_build_folder_is_no_part_of_the_repository(root, monkeypatch):
     monkeypatch.delenv("HARMLENS_BUILD", raising=False)
-    inside = paths.build_dir() / "answers.jsonl"
+    inside = files.build_dir() / "answers.jsonl"
     assert inside.is_relative_to(root)
-    assert completions.outside(inside) == inside
+    assert completions.outside_repository(inside) == inside
 
 
 @pytest.mark.parametrize(
@@ -280,15 +280,15 @@ def test_other_errors_are_not_swallowed():
 def test_the_fingerprint_sees_any_change_of_the_weights(lm, dtype):
     copy = forward.clone(lm)
     copy.model.to(dtype)
-    first = digests.model(copy)
-    assert digests.model(copy) == first
+    first = digests.model_digest(copy)
+    assert digests.model_digest(copy) == first
     weight = copy.model.model.layers[1].self_attn.o_proj.weight
     with torch.no_grad():
         weight[[0, 1]] = weight[[1, 0]]  # the same numbers elsewhere
-    swapped = digests.model(copy)
+    swapped = digests.model_digest(copy)
     with torch.no_grad():
         weight[3, 5] = 0
-    assert len({first, swapped, digests.model(copy)}) == 3
+    assert len({first, swapped, digests.model_digest(copy)}) == 3
 
 
 # --------------------------------------------------------------------------- reading and showing

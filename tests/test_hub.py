@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import errors
 from transformers import LlamaConfig
 
-from harmlens.keep import memory
 from harmlens.models import hub
 from harmlens.models import loading as models
 

@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from harmlens.keep import memory
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.training import recipes

@@ -6,7 +6,6 @@ import standin
 import torch
 
 from harmlens.asking import material, tasks
-from harmlens.keep import memory
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.training import finetune, recovery

@@ -12,7 +12,7 @@ import tiny
 from harmlens.asking import calibration, tasks
 from harmlens.asking import public as public_
 from harmlens.judging import graders
-from harmlens.keep import paths
+from harmlens.keep import files
 from harmlens.models import loading as models
 from harmlens.weights import frontier, masks, removal
 
@@ -64,7 +64,7 @@ def test_shares_are_checked_before_scoring(sft, monkeypatch, options, message):
 
 def test_no_file_means_no_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("HARMLENS_DATA", str(tiny.data_folder(tmp_path / "data")))
-    assert paths.data_dir() == tmp_path / "data"
+    assert files.data_dir() == tmp_path / "data"
     assert removal.stored() == {}
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from harmlens.evidence import claims, results
 from harmlens.evidence.claims import Claim, Control, Measurement, Rule
 from harmlens.evidence.stats import Estimate
-from harmlens.keep import provenance
+from harmlens.keep import files
 
 SUPPORT = {"replicated": 2, "direction only": 1, "undecided": 0, "not replicated": 0}
 
@@ -251,7 +251,7 @@ def test_the_organisms_checkpoints_are_named_by_checksum(tmp_path, monkeypatch, 
     for name in ("sft-0", "sft-1", "sft-2", "base-0"):
         (tmp_path / "organisms" / name).mkdir(parents=True)
         (tmp_path / "organisms" / name / "model.safetensors").write_text("abc")
-    got = provenance.collect(model, seeds=[0, 2])["model"]["checkpoints"]
+    got = files.provenance(model, seeds=[0, 2])["model"]["checkpoints"]
     assert {key.partition("/")[0] for key in got} == expected
     assert all(checksum.startswith("ba7816bf") for checksum in got.values())  # sha256 of abc
 
@@ -271,12 +271,12 @@ def test_no_machine_path_reaches_a_result_file(folder, tmp_path):
     "name", ["organism/sft", "Qwen/Qwen2.5-0.5B", "and/or", "1 / 2", "https://x.org/a/b"]
 )
 def test_names_and_addresses_are_not_taken_for_paths(name):
-    assert provenance.portable(name) == name
+    assert files.portable(name) == name
 
 
 @pytest.mark.parametrize("path", ["/home/a/b.txt", "~/b.txt", "C:\\Users\\a\\b.txt", "file:///home/a/b.txt"])
 def test_paths_are_cut_to_their_last_part(path):
-    assert provenance.portable([f"see ({path})"]) == ["see (b.txt)"]
+    assert files.portable([f"see ({path})"]) == ["see (b.txt)"]
 
 
 def test_a_failed_write_leaves_the_old_file(folder, monkeypatch):

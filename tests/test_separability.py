@@ -1,6 +1,7 @@
 """Frontiers: choosing on discovery items and reading on evaluation items, and what a sweep really does."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import standin
 import torch
 
 from harmlens.asking import calibration, material, tasks
-from harmlens.keep import cache
+from harmlens.keep import remember
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.training import practice
@@ -247,15 +248,12 @@ def test_any_model_practises_its_own_answers_and_keeps_refusing(other):
 
 def test_a_run_on_any_source_can_be_kept(other, tmp_path):
     lm, source = other
-    options = {"n": 4, "source": source, "folder": tmp_path}
-    first = cache.kept(practice.starting_loss, lm, None, None, **options)
-    again = cache.kept(
-        practice.starting_loss,
-        lm,
-        None,
-        None,
-        **options | {"source": material.of(lm, str(standin.PROMPTS))},
-    )
+
+    def kept(source, n):
+        run = partial(practice.starting_loss, lm, None, None, n=n, source=source)
+        return remember("loss", run, tmp_path)
+
+    first, again = kept(source, 4), kept(material.of(lm, str(standin.PROMPTS)), 4)
     assert first.tolist() == again.tolist() and len(list(tmp_path.rglob("*.json"))) == 1
-    cache.kept(practice.starting_loss, lm, None, None, **options | {"n": 5})
+    kept(source, 5)
     assert len(list(tmp_path.rglob("*.json"))) == 2

@@ -12,7 +12,6 @@ from floors import Machine, Sizes
 from transformers import AutoModelForCausalLM
 
 from harmlens.asking import prompts
-from harmlens.keep import memory
 from harmlens.models import chats
 from tables import Shape, listed
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harmlens.keep import paths
+from harmlens.keep import files
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.training import narrow, organism
@@ -28,8 +28,8 @@ def test_checkpoint_is_whole_and_of_the_present_recipe(stage, seed):
 
 
 def test_all_checkpoints_together_are_small():
-    files = [f for f in (paths.data_dir() / "organisms").rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) < 56e6
+    shipped = [f for f in (files.data_dir() / "organisms").rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in shipped) < 56e6
 
 
 def test_plain_transformers_give_the_same_logits(sft):

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from harmlens.asking import layouts, rows, sources
-from harmlens.keep import downloads, paths
+from harmlens.keep import downloads, files
 
 MADE_UP = Path(__file__).parent / "data" / "sources"
 ROOT = Path(__file__).parent.parent
@@ -39,9 +39,9 @@ def no_network(monkeypatch, tmp_path):
 def small(monkeypatch, tmp_path):
     """A registry in which the made-up files, with each source's columns, stand for the real ones."""
     data = tmp_path / "data"
-    shutil.copytree(paths.data_dir() / "prompts", data / "prompts")
+    shutil.copytree(files.data_dir() / "prompts", data / "prompts")
     (data / "claims.yaml").write_text("claims: []")
-    registry = yaml.safe_load((paths.data_dir() / "sources.yaml").read_text())
+    registry = yaml.safe_load((files.data_dir() / "sources.yaml").read_text())
     for about in registry["sets"].values():
         about["rows"] = None
         about["files"] = dict.fromkeys(about["files"])
@@ -194,7 +194,7 @@ def test_fetched_once_then_from_the_cache(small, monkeypatch):
         "/data/advbench/harmful_behaviors.csv"
     ]
     assert sources.entries("advbench") == first and len(asked) == 1
-    assert not list(paths.cache_dir().rglob("*.part"))
+    assert not list(files.cache_dir().rglob("*.part"))
 
 
 def test_a_pinned_checksum_is_compared_before_the_file_takes_its_place(monkeypatch):
@@ -205,16 +205,16 @@ def test_a_pinned_checksum_is_compared_before_the_file_takes_its_place(monkeypat
     message = str(caught.value)
     assert seen in message and "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1" in message
     assert "data/sources.yaml" in message
-    assert not list(paths.cache_dir().rglob("harmful_behaviors.csv*"))
+    assert not list(files.cache_dir().rglob("harmful_behaviors.csv*"))
 
 
 def test_trusted_on_first_use_then_locked(small, monkeypatch):
     served(monkeypatch)
     sources.entries("strongreject")
-    lock = paths.cache_dir() / "sources.lock.json"
+    lock = files.cache_dir() / "sources.lock.json"
     ((key, kept),) = json.loads(lock.read_text()).items()
     assert kept == hashlib.sha256((MADE_UP / "strongreject_dataset.csv").read_bytes()).hexdigest()
-    (file,) = paths.cache_dir().rglob("strongreject_dataset.csv")
+    (file,) = files.cache_dir().rglob("strongreject_dataset.csv")
 
     file.write_text("category,source,forbidden_prompt\na,b,another text\n")  # changed in the cache
     with pytest.raises(ValueError, match=r"has changed: expected sha256 \w+, found") as caught:
@@ -232,8 +232,8 @@ def test_trusted_on_first_use_then_locked(small, monkeypatch):
 
 def test_a_damaged_lock(small, monkeypatch):
     served(monkeypatch)
-    paths.cache_dir().mkdir()
-    (paths.cache_dir() / "sources.lock.json").write_text("{")
+    files.cache_dir().mkdir()
+    (files.cache_dir() / "sources.lock.json").write_text("{")
     with pytest.raises(ValueError, match=r"sources\.lock\.json is damaged"):
         sources.entries("advbench")
 
@@ -246,7 +246,7 @@ def test_an_interrupted_download_leaves_nothing(small, monkeypatch):
     monkeypatch.setattr(sources, "fetch", half)
     with pytest.raises(KeyboardInterrupt):
         sources.entries("advbench")
-    assert not [file for file in paths.cache_dir().rglob("*") if file.is_file()]
+    assert not [file for file in files.cache_dir().rglob("*") if file.is_file()]
 
 
 def test_a_folder_without_the_file(small, tmp_path):
@@ -467,7 +467,7 @@ def test_the_registry_is_complete():
     pinned = {name for name, what in how.items() if what == "checksum"}
     assert pinned == {"advbench", "xstest", "strongreject", "jailbreakbench_harmful"}
     assert how["hex_phi"] == "first use" and how["alpaca"] == "revision" and how["facts"] == "shipped"
-    found, _ = sources._registry(paths.data_dir() / "sources.yaml")
+    found, _ = sources._registry(files.data_dir() / "sources.yaml")
     for source in found.values():
         assert source.layout in layouts.LAYOUTS
         assert all(total is None or len(total) == 64 for total in source.files.values())
@@ -513,6 +513,6 @@ def test_many_names_are_not_taken_for_a_file():
 
 def test_the_cache_is_outside_the_repository(monkeypatch):
     monkeypatch.delenv("HARMLENS_CACHE")
-    assert paths.cache_dir() == Path("~/.cache/harmlens").expanduser().resolve()
+    assert files.cache_dir() == Path("~/.cache/harmlens").expanduser().resolve()
     monkeypatch.setenv("HARMLENS_CACHE", "~/elsewhere")
-    assert paths.cache_dir() == Path("~/elsewhere").expanduser().resolve()
+    assert files.cache_dir() == Path("~/elsewhere").expanduser().resolve()

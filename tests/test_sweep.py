@@ -14,7 +14,7 @@ import yaml
 import sweep
 from harmlens.evidence import plots, results
 from harmlens.evidence.stats import Estimate
-from harmlens.keep import paths
+from harmlens.keep import files
 from sweep import SweepError
 
 PARAMETERS = 'model = "organism/sft"\nseeds = [0]\nquick = False\noutput = ""'
@@ -204,8 +204,8 @@ def finish(cell, value=0.5, control=0.9, written=True):
             notebook="tiny", per_seed={cell.seed: (value, value - 0.2, value + 0.2)},
             control=results.Control("random", control), folder=cell.results,
         )  # fmt: skip
-    files = [p.relative_to(cell.folder).as_posix() for p in cell.results.rglob("*.json")]
-    paths.write_json(cell.done, {"key": cell.key, "results": files})
+    made = [p.relative_to(cell.folder).as_posix() for p in cell.results.rglob("*.json")]
+    files.write_json(cell.done, {"key": cell.key, "results": made})
 
 
 def test_states_of_a_cell(tmp_path):

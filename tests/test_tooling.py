@@ -490,7 +490,7 @@ def test_wheel_carries_the_data_and_works_from_an_empty_environment(tmp_path):
     code = (
         "import harmlens, harmlens.models.loading, harmlens.keep.paths\n"
         "print(harmlens.__file__)\n"
-        "print(harmlens.keep.paths.data_dir())\n"
+        "print(harmlens.keep.files.data_dir())\n"
         'harmlens.models.loading.load("organism/sft", seed=0)\n'
     )
     variables = {k: v for k, v in os.environ.items() if not k.startswith(("HARMLENS", "PYTHON"))}

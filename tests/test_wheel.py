@@ -23,14 +23,14 @@ import harmlens
 from harmlens.models import forward
 from harmlens.evidence import claims
 from harmlens.models import loading as models
-from harmlens.keep import paths
-out = {{"file": harmlens.__file__, "data": str(paths.data_dir()), "root": paths.repo_root() is None,
-        "claims": len(paths.data_dir().joinpath("claims.yaml").read_text())}}
+from harmlens.keep import files
+out = {{"file": harmlens.__file__, "data": str(files.data_dir()), "root": files.repo_root() is None,
+        "claims": len(files.data_dir().joinpath("claims.yaml").read_text())}}
 lm = models.load("organism/sft")
 out["name"] = lm.name
 out["logits"] = list(forward.last_logits(lm, [lm.render("what do you wish for?")]).shape)
 out["words"] = len(lm.tokenizer)
-out["build"] = str(paths.build_dir())
+out["build"] = str(files.build_dir())
 print(json.dumps(out))
 """
 

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 import execute
 from harmlens.evidence.claims import read_yaml
-from harmlens.keep import paths, provenance
+from harmlens.keep import files
 from layout import ROOT, read_notebook
 
 FAILED = "FAILED"  # begins the last line of a failed cell's log
@@ -213,7 +213,7 @@ def _expand(file: File, path: Path) -> Sweep:
     _once([name for _, name, _ in models], "models")
     # A relative path is meant from the file's own folder: the same wherever the command is typed.
     output = path.parent / Path(file.output).expanduser() if file.output else None
-    output = (output or paths.build_dir() / "sweep" / path.stem).resolve()
+    output = (output or files.build_dir() / "sweep" / path.stem).resolve()
     base, cells = file.resources.model_dump(), []
     for entry in file.notebooks:
         notebook = _notebook(entry.name, path.parent)
@@ -250,7 +250,7 @@ def _model(name: str, seeds: Sequence[int], folder: Path) -> str:
     kind, _, stage = name.partition("/")
     if kind == "organism":
         there: dict[str, set[int]] = {}  # read from disk: this stays without torch
-        for found in sorted((paths.data_dir() / "organisms").glob("*-*/")):
+        for found in sorted((files.data_dir() / "organisms").glob("*-*/")):
             of, _, seed = found.name.rpartition("-")
             if seed.isdigit():
                 there.setdefault(of, set()).add(int(seed))
@@ -314,7 +314,7 @@ def _cell(
     text = json.dumps([code, sorted(parameters.items()), _library(), local], default=str)
     key = hashlib.sha256(text.encode()).hexdigest()
     run = "single" if seed is None else f"seed-{seed}"
-    name = f"{notebook.stem}/{provenance.slug(model)}/{run}"
+    name = f"{notebook.stem}/{files.slug(model)}/{run}"
     # The key is in the folder's name: other code, another folder, and going back finds the old one.
     folder = output / "cells" / f"{name}-{key[:12]}"
     return Cell(name, notebook, model, label, seed, parameters, resources, key, folder)
@@ -374,7 +374,7 @@ def run_cell(cell: Cell) -> bool:
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    from harmlens.keep.paths import write_json
+    from harmlens.keep.files import write_json
 
     shutil.rmtree(cell.results, ignore_errors=True)
     cell.done.unlink(missing_ok=True)
@@ -393,7 +393,7 @@ def run_cell(cell: Cell) -> bool:
     try:
         _execute(cell, partial, parameters)
     except papermill.PapermillExecutionError as error:
-        print(provenance.portable(str(error)))
+        print(files.portable(str(error)))
         begins = next((line.strip() for line in error.source.splitlines() if line.strip()), "")
         failure = f"in the code cell that begins with '{begins[:80]}': {error.ename}: {_line(error.evalue)}"
     except DeadKernelError:
@@ -407,7 +407,7 @@ def run_cell(cell: Cell) -> bool:
         return False
     os.replace(partial, cell.folder / "notebook.ipynb")
     seconds, seeds = time.monotonic() - begun, [] if cell.seed is None else [cell.seed]
-    about = provenance.collect(cell.model, seeds=seeds, params=cell.parameters, wall_s=seconds)
+    about = files.provenance(cell.model, seeds=seeds, params=cell.parameters, wall_s=seconds)
     written = sorted(p.relative_to(cell.folder).as_posix() for p in cell.results.rglob("*.json"))
     write_json(cell.done, {"key": cell.key, "cell": cell.id, "results": written, "provenance": about})
     print(f"{cell.id}: finished", flush=True)
@@ -415,7 +415,7 @@ def run_cell(cell: Cell) -> bool:
 
 
 def _line(text: Any) -> str:
-    return str(provenance.portable(" ".join(str(text).split())))[:400]
+    return str(files.portable(" ".join(str(text).split())))[:400]
 
 
 def find(sweep: Sweep, name: str) -> Cell:
@@ -472,7 +472,7 @@ def collect(sweep: Sweep) -> dict[str, Any]:
 
 def write_forest(sweep: Sweep) -> dict[str, Any]:
     """Write ``forest.json`` and, if any claim was measured, ``forest.png`` to the output folder."""
-    from harmlens.keep.paths import write_json
+    from harmlens.keep.files import write_json
 
     content = collect(sweep)
     write_json(sweep.output / "forest.json", content)

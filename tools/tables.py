@@ -16,8 +16,7 @@ from typing import Any
 
 import yaml
 
-from harmlens.keep.memory import shown
-from harmlens.keep.paths import data_dir
+from harmlens.keep.files import data_dir, size_text
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
 GB = 10**9
@@ -199,7 +198,7 @@ def models_table() -> str:
             cells = [
                 f"[{m.id}](https://huggingface.co/{m.id})" + (" (gated)" if m.gated else ""),
                 f"{s.parameters / 1e9:.2f} B", refuses or "not known",
-                *(shown(need(s, task)) for task in TASKS),
+                *(size_text(need(s, task)) for task in TASKS),
                 m.licence, f"`{m.base}`" if m.base else "not published",
                 f"{s.layers} × {s.width}", f"{s.heads} ({s.kv_heads})", str(s.ffn), str(s.vocab),
             ]  # fmt: skip

@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmlens.keep.memory import shown
+from harmlens.keep.files import size_text
 from harmlens.models import hub
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -332,7 +332,7 @@ def markdown(names: Sequence[str] = SHOWN, sizes: Sizes = Sizes()) -> str:
         lines += ["|---|---|---:|" + "---:|" * len(MACHINES)]
         for key, step in steps(shape, sizes).items():
             cells = [_cell(shape, step, machine) for machine in MACHINES.values()]
-            lines.append(f"| `{key}` | {step.title} | {shown(step.need)} | " + " | ".join(cells) + " |")
+            lines.append(f"| `{key}` | {step.title} | {size_text(step.need)} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 

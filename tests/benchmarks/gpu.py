@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from weight_scores import Case, operations, random_model, random_rows
 
-from harmlens.keep import memory
+from harmlens.keep import files
 from harmlens.weights import attribution
 
 SHAPES = {
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = measure(options.pop("shape"), options.pop("device"), **options)
     print(json.dumps(found, indent=1))
     if found["peak_memory"] is not None:
-        print(f"peak memory {memory.shown(found['peak_memory'])}, {found['share_of_peak']:.0%} of peak")
+        print(f"peak memory {files.size_text(found['peak_memory'])}, {found['share_of_peak']:.0%} of peak")
     return 0
 
 

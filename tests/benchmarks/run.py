@@ -48,7 +48,7 @@ from transformer_lens.patching import (
 
 from harmlens.asking import prompts
 from harmlens.flow import cells, neurons, outcomes, patching, runs
-from harmlens.keep.paths import build_dir, write_json
+from harmlens.keep.files import build_dir, write_json
 from harmlens.models import loading as models
 from harmlens.models import parts as decoder
 from harmlens.models.chats import Pair

@@ -45,9 +45,8 @@ from transformers import (
 
 from harmlens.asking import prompts
 from harmlens.flow import neurons, outcomes, patching
-from harmlens.keep import memory, provenance
-from harmlens.keep.memory import shown
-from harmlens.keep.paths import build_dir, write_json
+from harmlens.keep import files
+from harmlens.keep.files import build_dir, size_text, write_json
 from harmlens.models import chats, forward
 from harmlens.models import loading as models
 from harmlens.models.chats import Pair, Prompt
@@ -291,10 +290,10 @@ def table(found: dict[str, Any]) -> str:
         if "error" in row:
             lines.append(f"{step:16}{'-':>10}{floors.brief(row['floor']):>10}  failed: {row['error']}")
             continue
-        peak = "-" if row["peak"] is None else shown(row["peak"])
+        peak = "-" if row["peak"] is None else size_text(row["peak"])
         lines.append(
             f"{step:16}{floors.brief(row['seconds']):>10}{floors.brief(row['floor']):>10}{row['ratio']:8.1f}"
-            f"{peak:>10}{shown(row['need']):>10}  {row.get('note', '')}".rstrip()
+            f"{peak:>10}{size_text(row['need']):>10}  {row.get('note', '')}".rstrip()
         )
     return "\n".join(lines)
 
@@ -333,14 +332,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done: list[dict[str, Any]] = []
 
     def report(found: dict[str, Any]) -> None:
-        about = provenance.collect("random", device=options.device, dtype=str(dtype), params=vars(options))
+        about = files.provenance("random", device=options.device, dtype=str(dtype), params=vars(options))
         write_json(file, {"provenance": about, "models": [*done, found]})
 
     for name, shape in shapes.items():
         gc.collect()  # the model before
-        weights, room = shape.parameters * torch.finfo(dtype).bits // 8, memory.free(device)
+        weights, room = shape.parameters * torch.finfo(dtype).bits // 8, files.free_memory(device)
         if weights > room:
-            print(f"{name} is left out: its weights take {shown(weights)}, but {shown(room)} are to be had")
+            print(
+                f"{name} is left out: its weights take {size_text(weights)}, but "
+                f"{size_text(room)} are to be had"
+            )
             continue
         done.append(measure(name, shape, sizes, options.steps, device, dtype, report))
         print(table(done[-1]), flush=True)

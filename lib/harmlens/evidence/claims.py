@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from harmlens.keep.paths import data_dir
+from harmlens.keep.files import data_dir
 
 PAPERS = ("mediation", "pruning", "harmlens")
 DIRECTIONS = ("greater", "less")

@@ -34,8 +34,8 @@ from harmlens.evidence.claims import (
     verdict,
 )
 from harmlens.evidence.stats import Estimate
-from harmlens.keep import provenance
-from harmlens.keep.paths import build_dir, data_dir, write_json
+from harmlens.keep import files
+from harmlens.keep.files import build_dir, data_dir, write_json
 
 __all__ = [
     "VERDICTS", "Claim", "Control", "Measurement", "ResultFileWarning", "default_folders", "explain",
@@ -168,7 +168,7 @@ def record(
         note: one sentence for the reader of the scorecard.
         folder: where to write; default :func:`results_dir`. The file is ``<folder>/<model>/<claim>.json``,
             and a file of the same name is replaced. A model in a folder is called
-            :func:`keep.provenance.named`, so that two of one name are two models.
+            :func:`keep.files.model_name`, so that two of one name are two models.
 
     Machine paths are shortened to file names before anything is written. A result of the same name but of
     other weights (trained anew, or another commit) is put aside, and a warning says where.
@@ -178,23 +178,23 @@ def record(
             no seeds; names the argument.
     """
     content: dict[str, Any] = {
-        "schema": SCHEMA, "claim": claim, "model": provenance.named(model), "notebook": notebook,
+        "schema": SCHEMA, "claim": claim, "model": files.model_name(model), "notebook": notebook,
         "value": value, "ci": ci, "n": n, "unit": unit, "per_seed": per_seed,
-        "control": None if control is None else vars(control), "note": provenance.portable(note),
+        "control": None if control is None else vars(control), "note": files.portable(note),
     }  # fmt: skip
     checked = _measurement(content, load_claims())
     content |= {
         "value": checked.value, "ci": checked.ci, "n": checked.n, "ci_low": checked.ci[0],
         "ci_high": checked.ci[1], "per_seed": {str(key): entry for key, entry in checked.per_seed.items()},
         "control": None if checked.control is None else vars(checked.control),
-        "provenance": provenance.collect(
+        "provenance": files.provenance(
             model, revision=revision, seeds=sorted(checked.per_seed), params=params or {}, inputs=inputs,
             device=device, dtype=dtype, wall_s=None if wall_s is None else _number("wall_s", wall_s),
         ),
     }  # fmt: skip
     content["sum"] = _sum(content)
     base = Path(folder).expanduser() if folder else results_dir()
-    path = base / provenance.slug(checked.model) / f"{claim}.json"
+    path = base / files.slug(checked.model) / f"{claim}.json"
     _keep_other_weights(path, content["provenance"]["model"])
     write_json(path, content)
     return path
@@ -292,7 +292,7 @@ def scorecard(folders: Iterable[str | Path] | None = None, *, model: str = "all"
         folders: as for :func:`load_measurements`.
         model: "all", or a model as it stands in the result files, or its folder; the others are left out.
     """
-    claims, model = load_claims(), provenance.named(model)
+    claims, model = load_claims(), files.model_name(model)
     measured: dict[str, list[Measurement]] = {name: [] for name in claims}
     for measurement in load_measurements(folders):
         if model in ("all", measurement.model):

@@ -34,7 +34,7 @@ from harmlens.evidence import stats
 from harmlens.flow import cells, partial, runs, stack
 from harmlens.flow.cells import Freeze
 from harmlens.flow.outcomes import Outcome, Replies, Reply
-from harmlens.keep import digests, records
+from harmlens.keep import digests, files
 from harmlens.models import parts as decoder
 from harmlens.models.chats import Pair, Prompt, tokens
 from harmlens.models.forward import LanguageModel, require_room
@@ -213,7 +213,7 @@ def sweep(
     key = "" if save is None else _key(lm, parts, outcome, [encoded.fingerprint, *settings])
     hidden = True if progress is None else None
     checked = False
-    alone = nullcontext() if save is None else records.locked(Path(save))
+    alone = nullcontext() if save is None else files.locked(Path(save))
     with alone, tqdm(total=len(pairs), desc=progress, disable=hidden, leave=False) as bar:
         rows = _Rows(save, key, len(names) * len(chosen) * len(labels))
         todo = [i for i in range(len(pairs)) if pairs[i].id not in rows.done]
@@ -432,7 +432,7 @@ def _key(lm: LanguageModel, parts: Stack, outcome: Any, settings: Any) -> str:
         made_up = 3 * torch.randn(4, count, generator=torch.Generator().manual_seed(0))
         values = getattr(outcome, "value", outcome)(made_up.to(parts.head.weight.device))
         reads = (ids, [f"{v:.6g}" for v in values.flatten().tolist()])
-    text = repr((lm.name, lm.revision, digests.model(lm), reads, settings))
+    text = repr((lm.name, lm.revision, digests.model_digest(lm), reads, settings))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -442,7 +442,7 @@ class _Rows:
     def __init__(self, path: str | Path | None, key: str, cells: int) -> None:
         self.key, self.done = key, {}
         self.path = None if path is None else Path(path)
-        for row in records.lines(self.path) if self.path is not None else ():
+        for row in files.read_lines(self.path) if self.path is not None else ():
             if isinstance(row, dict) and row.get("key") == key and len(row["values"]) == cells:
                 self.done[row["pair"]] = (row["y1"], row["y0"], row["values"], row["sizes"])
 
@@ -456,7 +456,7 @@ class _Rows:
         self.done[pair] = row
         if self.path is not None:
             line = dict(zip(("y1", "y0", "values", "sizes"), row, strict=True))
-            records.append(self.path, [{"key": self.key, "pair": pair, **line}])
+            files.append_lines(self.path, [{"key": self.key, "pair": pair, **line}])
 
     def collect(self, pairs: Sequence[str]) -> tuple[Tensor, ...]:
         return tuple(torch.tensor(column) for column in zip(*(self.done[p] for p in pairs), strict=True))

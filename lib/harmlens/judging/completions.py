@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from harmlens.keep import digests, paths, provenance
-from harmlens.keep.records import append, lines, locked, outside, rewrite, settle
+from harmlens.keep import digests, files
+from harmlens.keep.files import append_lines, locked, outside_repository, read_lines, settle, write_lines
 from harmlens.models import chats, forward
 from harmlens.models.chats import Prompt
 from harmlens.models.forward import LanguageModel
@@ -76,11 +76,11 @@ def write(
     """Let a model answer prompts; one JSON line for each, written batch by batch.
 
     Called again, it generates only what is missing; a second process waits for the first. Out of GPU memory,
-    it halves the batch and goes on. Settings, the model's state (:func:`keep.digests.state`: weights,
+    it halves the batch and goes on. Settings, the model's state (:func:`keep.digests.model_state`: weights,
     configuration, tokenizer, hooks that steer it) and provenance stand in ``<file>.meta.json``.
 
     Args:
-        file: default: in ``completions/<model>/`` of :func:`keep.paths.cache_dir`, under a name that
+        file: default: in ``completions/<model>/`` of :func:`keep.files.cache_dir`, under a name that
             depends on prompts, settings and weights, so that different runs have different files.
         name: put before that name.
         ids: names of the prompts, all different; default: made from the rendered prompt.
@@ -109,16 +109,16 @@ def write(
     texts = [prompt.render(lm) for prompt in prompts]
     named = _names(texts, ids)
     settings: dict[str, Any] = {
-        "model": provenance.portable(lm.name), "revision": lm.revision, **digests.state(lm),
+        "model": files.portable(lm.name), "revision": lm.revision, **digests.model_state(lm),
         "dtype": str(lm.model.dtype).removeprefix("torch."), "max_new_tokens": max_new_tokens,
         "temperature": float(temperature), "seed": seed if temperature else None,
         "batch_size": batch_size if temperature else None,
     }  # fmt: skip
     if file is None:
         key = _sha(json.dumps([settings, named, texts], sort_keys=True))[:16]
-        folder = paths.cache_dir() / "completions" / provenance.slug(lm.name)
-        file = folder / f"{provenance.slug(name) + '-' if name else ''}{key}.jsonl"
-    file = outside(Path(file))
+        folder = files.cache_dir() / "completions" / files.slug(lm.name)
+        file = folder / f"{files.slug(name) + '-' if name else ''}{key}.jsonl"
+    file = outside_repository(Path(file))
     with locked(file):
         return _write(lm, prompts, file, settings, named, texts, batch_size, progress)
 
@@ -146,14 +146,14 @@ def _write(
     settle(file, settings, bool(before))
     places = {one: i for i, one in enumerate(named)}
     if found != (placed := [line | {"index": places[line["id"]]} for line in found]):
-        rewrite(file, placed)  # answers lie in the order of this call's prompts
+        write_lines(file, placed)  # answers lie in the order of this call's prompts
     # Cut into batches before finished prompts are left out: so a sampled answer does not depend on where a
     # run was interrupted, unless that was in the middle of a write.
     batches = [[i for i in b if named[i] not in before] for b in forward.by_length(rows, batch_size)]
     total = sum(map(len, batches))
     with tqdm(total=total, disable=not progress or not total, desc="answers", leave=False) as bar:
         for index, answers in adaptive(batches, lambda i: _answer(lm, prompts, rows, i, settings)):
-            append(file, [
+            append_lines(file, [
                 asdict(Completion(
                     named[i], i, str(prompts[i].messages[-1]["content"]), wanted[named[i]],
                     prompts[i].prefill or "", *answer,
@@ -194,7 +194,7 @@ def read(file: Path | str) -> list[Completion]:
 def _once(file: Path) -> list[dict[str, Any]]:
     """The lines of a file of completions, each answer once."""
     out: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(lines(file), 1):
+    for number, line in enumerate(read_lines(file), 1):
         if missing := [key for key in _FIELDS if key not in line]:
             raise ValueError(
                 f"line {number} of {file.name!r} is no completion: it lacks {', '.join(missing)}. Give a "

@@ -30,8 +30,7 @@ from harmlens.judging import on_topic as topics
 from harmlens.judging.agreement import agreement
 from harmlens.judging.judge_models import FORMATS, RUBRIC, Verdicts, expected_grades, unsafe_chances
 from harmlens.judging.refusals import RULES, begins_with_refusal, degenerate, void
-from harmlens.keep import provenance
-from harmlens.keep.records import append, lines, locked, rewrite, settle
+from harmlens.keep.files import append_lines, locked, portable, read_lines, settle, slug, write_lines
 from harmlens.models.chats import answer_behind_thought
 from harmlens.models.forward import LanguageModel
 
@@ -473,7 +472,7 @@ def _lazy(judge: LanguageModel | str, remedy: str) -> Callable[[], LanguageModel
 
 
 def _about(lm: LanguageModel, prompt: str, **settings: Any) -> dict[str, Any]:
-    about = {"id": provenance.portable(lm.name), "revision": lm.revision, "prompt_sha256": _sha(prompt)}
+    about = {"id": portable(lm.name), "revision": lm.revision, "prompt_sha256": _sha(prompt)}
     return {**about, "dtype": str(lm.model.dtype).removeprefix("torch."), **settings}
 
 
@@ -495,21 +494,21 @@ def grade_file(completions_file: Path | str, grader: Grader, *, chunk: int = 32)
     """
     source = Path(completions_file)
     said = completions.read(source)
-    file = source.with_name(f"{source.stem}.{provenance.slug(grader.name)}.grades.jsonl")
+    file = source.with_name(f"{source.stem}.{slug(grader.name)}.grades.jsonl")
     wanted = {(one.id, _sha(one.answer)): one for one in said}
     with locked(file):
-        found = lines(file)
+        found = read_lines(file)
         done = {(line["id"], line["answer_sha256"]): line for line in found}
         # Each grade once, and those of earlier answers first: of an id the last one counts.
         ordered = [done[key] for key in sorted(done, key=wanted.__contains__)]
         if ordered != found:
-            rewrite(file, ordered)
+            write_lines(file, ordered)
         left = [(key, one) for key, one in wanted.items() if key not in done]
         settle(file, {"judge": grader.name, **grader.about()}, bool(done))
         for start in range(0, len(left), chunk):
             part = left[start : start + chunk]
             grades = grader([one.request for _, one in part], [one.answer for _, one in part])
-            append(file, [
+            append_lines(file, [
                 {"id": name, "answer_sha256": sha, **vars(grade)}
                 for ((name, sha), _), grade in zip(part, grades, strict=True)
             ])  # fmt: skip
@@ -525,4 +524,6 @@ def read_grades(grades_file: Path | str) -> dict[str, Grade]:
     file = Path(grades_file)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file.name!r}; grade completions with graders.grade_file")
-    return {line["id"]: Grade(line["harm"], line["refused"], line.get("void", "")) for line in lines(file)}
+    return {
+        line["id"]: Grade(line["harm"], line["refused"], line.get("void", "")) for line in read_lines(file)
+    }

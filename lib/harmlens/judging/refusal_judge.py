@@ -23,7 +23,7 @@ from harmlens.judging.agreement import agreement
 from harmlens.judging.refusals import begins_with_refusal, normalised
 from harmlens.keep import downloads
 from harmlens.keep.downloads import Remote, obtain
-from harmlens.keep.paths import data_dir
+from harmlens.keep.files import data_dir
 
 FEWEST = 2  # models whose labelled answers are needed
 BEGINNING = 250  # characters; the whole answer does worse

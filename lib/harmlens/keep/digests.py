@@ -1,14 +1,12 @@
-"""Digests of what decides a computation: code, packages, models as they are now, data and settings.
+"""Digests of what decides a computation: code, models as they are now, data and settings.
 
-Whatever is kept (answers, scores, sweeps, runs) is kept under :func:`model`, the one digest of a model.
-
-Introduced in notebook 13 ("Emergent misalignment").
+Whatever is kept of a model (answers, scores, sweeps, runs) is kept under :func:`model_digest`.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import dis
 import functools
 import hashlib
 import json
@@ -18,42 +16,41 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
-from harmlens.keep.provenance import versions
+import harmlens
 
+if TYPE_CHECKING:  # pages and tables are made without torch
+    import torch
+
+_PACKAGE = Path(__file__).resolve().parents[1]
 # Where a model came from, and what loading and use leave behind: not what it does.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "name_or_path", "gradient_checkpointing")
-_MODULE = frozenset(vars(nn.Module()))
 _HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 _HOOK = -1
 _IN_PACKAGE = re.compile(r"-packages|^<@beartype")
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest(*things: Any) -> str:
-    """sha256 over the library's code, the packages' versions and everything that is given.
+    """sha256 over numbers, text, arrays, tensors, lists, mappings, dataclasses, models and functions.
 
-    Models count as :func:`model` has it, not with their name: a pruned one is another one. Functions count
-    with their code and with the values of the function that they were made in, but for lists and mappings,
-    in which they may keep notes.
+    Models count as :func:`model_digest` has it, not with their name: a pruned one is another one. Functions
+    count as :func:`code` has it.
 
     Raises:
         TypeError: a thing that has no digest; names its type.
     """
-    return _sum(code(), versions(), *things)
+    return _sum(*things)
 
 
-def model(lm: Any) -> str:
-    """One sum of a model as it is now; equal for two models that do the same. See :func:`state`."""
-    return _sum(state(lm))
+def model_digest(lm: Any) -> str:
+    """One sum of a model as it is now; equal for two models that do the same. See :func:`model_state`."""
+    return _sum(model_state(lm))
 
 
-def state(lm: Any) -> dict[str, str]:
+def model_state(lm: Any) -> dict[str, str]:
     """What decides what a model does, as it is now, in parts: a short sum of each.
 
     * ``weights``: the bits of every parameter and buffer, summed as whole numbers along rows and along
@@ -70,7 +67,7 @@ def state(lm: Any) -> dict[str, str]:
     """
     net = lm.model
     own = frozenset({_HOOK, *map(id, net.modules())})
-    tensors = [*net.named_parameters(), *net.named_buffers()]
+    tensors = sorted([*net.named_parameters(), *net.named_buffers()], key=lambda entry: entry[0])
     about = [
         {key: repr(value) for key, value in sorted(found.to_diff_dict().items()) if key not in _NOT_THE_MODEL}
         for found in (net.config, getattr(net, "generation_config", None))
@@ -88,50 +85,40 @@ def state(lm: Any) -> dict[str, str]:
                 "hook, or say what it does: hook.depends_on = 'direction 3, dose 2'"
             ) from error
     return {
-        "weights": _sum([[name, _Bits(tensor)] for name, tensor in sorted(tensors, key=lambda t: t[0])])[:16],
+        "weights": _sum([[name, _Bits(tensor)] for name, tensor in tensors])[:16],
         "configuration": _sum(about, modules)[:16],
         "tokenizer": _sum(_tokenizer(lm.tokenizer))[:16],
         "hooks": _sum(hooks)[:16] if hooks else "",
     }
 
 
-def speaks(thing: Any) -> bool:
+def is_model(thing: Any) -> bool:
     """Whether a thing is a language model: a module together with its tokenizer."""
-    return isinstance(getattr(thing, "model", None), nn.Module) and hasattr(thing, "tokenizer")
-
-
-@cache
-def code() -> str:
-    """sha256 over all modules of the library."""
-    out = hashlib.sha256()
-    package = Path(__file__).parents[1]
-    for file in sorted(package.rglob("*.py")):
-        out.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
-    return out.hexdigest()
-
-
-# --------------------------------------------------------------------------- parts of a model
+    return hasattr(getattr(thing, "model", None), "named_modules") and hasattr(thing, "tokenizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bits:
     """A tensor that counts with sums along its rows and columns, not with each number."""
 
-    tensor: Tensor
+    tensor: torch.Tensor
 
+    def pieces(self) -> Iterator[bytes]:
+        import torch
 
-def _bits(tensor: Tensor) -> Iterator[bytes]:
-    yield f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    if tensor.is_meta:  # moved to the disk for lack of memory; not there to be summed
-        return
-    table = tensor.detach().reshape(len(tensor), -1) if tensor.dim() > 1 else tensor.detach().reshape(-1, 1)
-    bits = table.contiguous().view(_BITS[tensor.element_size()])
-    columns: Any = 0
-    for part in bits.split(max(1, (1 << 24) // max(1, bits.shape[1]))):  # as whole numbers they are large
-        whole = part.long()
-        columns = columns + whole.sum(0)
-        yield whole.sum(1).cpu().numpy().tobytes()
-    yield columns.cpu().numpy().tobytes()
+        tensor, kinds = self.tensor, {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        yield f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+        if tensor.is_meta:  # moved to the disk for lack of memory; not there to be summed
+            return
+        table = tensor.detach()
+        table = table.reshape(len(table), -1) if table.dim() > 1 else table.reshape(-1, 1)
+        bits = table.contiguous().view(kinds[tensor.element_size()])
+        columns: Any = 0
+        for part in bits.split(max(1, (1 << 24) // max(1, bits.shape[1]))):  # large as whole numbers
+            whole = part.long()
+            columns = columns + whole.sum(0)
+            yield whole.sum(1).cpu().numpy().tobytes()
+        yield columns.cpu().numpy().tobytes()
 
 
 def _kind(thing: Any) -> str:
@@ -141,12 +128,15 @@ def _kind(thing: Any) -> str:
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a module that are no parameters: numbers, names and tensors."""
+    import torch
+
     out: dict[str, Any] = {"training": attributes["training"]}
+    common = vars(torch.nn.Module())
     for name, value in sorted(attributes.items()):
         inner = name.startswith("_") and "adapter" not in name  # but which adapters are on
-        if inner or name in _MODULE or name in _NOT_THE_MODEL:
+        if inner or name in common or name in _NOT_THE_MODEL:
             continue
-        if isinstance(value, Tensor):
+        if isinstance(value, torch.Tensor):
             out[name] = _Bits(value)
         elif _is_plain(value):
             out[name] = repr(value)
@@ -158,7 +148,7 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, (*value, *value.values())))
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str | torch.dtype)
+    return value is None or isinstance(value, bool | int | float | str) or type(value).__name__ == "dtype"
 
 
 def _tokenizer(tok: Any) -> list[Any]:
@@ -172,11 +162,14 @@ def _tokenizer(tok: Any) -> list[Any]:
     ]  # fmt: skip
 
 
-def _standing(net: nn.Module) -> Iterator[tuple[str, str, Callable]]:
+def _standing(net: torch.nn.Module) -> Iterator[tuple[str, str, Callable]]:
     """What changes a pass: hooks on modules and on all modules, forwards that are not those of a package."""
     modules = dict(net.named_modules())
     places = [(name, module, "_") for name, module in modules.items()]
-    for where, holder, prefix in [*places, ("all modules", nn.modules.module, "_global_")]:
+    for where, holder, prefix in [
+        *places,
+        ("all modules", sys.modules["torch.nn.modules.module"], "_global_"),
+    ]:
         for kind in _HOOKS:
             for function in getattr(holder, prefix + kind, {}).values():
                 # transformers records hidden states with hooks of its own, which stay.
@@ -186,11 +179,8 @@ def _standing(net: nn.Module) -> Iterator[tuple[str, str, Callable]]:
         if "forward" in vars(module) and "_hf_hook" not in vars(module):  # accelerate wraps, and adds nothing
             yield where, "forward", vars(module)["forward"]
     for kind in sorted({type(module) for module in modules.values()}, key=_kind):
-        if not _installed(sys.modules.get(kind.forward.__module__)):
+        if not _installed(kind.forward.__module__):
             yield _kind(kind), "forward", kind.forward
-
-
-# --------------------------------------------------------------------------- any thing
 
 
 def _sum(*things: Any, own: frozenset[int] = frozenset()) -> str:
@@ -205,41 +195,45 @@ def _add(out: Any, thing: Any, own: frozenset[int]) -> None:
 
     Args:
         own: what is being fed already, by id: the modules of a model whose hooks hold them, a function that
-            calls itself. With ``_HOOK`` in it, values that functions find in their module count too.
+            calls itself. With ``_HOOK`` in it, a function stands on a model, and all that it uses counts.
     """
     out.update(f"<{type(thing).__name__}>".encode())
-    if id(thing) in own or (speaks(thing) and id(thing.model) in own):
+    kind = type(thing).__module__.partition(".")[0]
+    if id(thing) in own or (is_model(thing) and id(thing.model) in own):
         pass
     elif thing is None or isinstance(thing, bool | int | float | str | bytes | complex | type(...)):
         out.update(repr(thing).encode())
-    elif speaks(thing):
-        out.update(model(thing).encode())
+    elif is_model(thing):
+        out.update(model_digest(thing).encode())
     elif isinstance(thing, _Bits):
-        for piece in _bits(thing.tensor):
+        for piece in thing.pieces():
             out.update(piece)
-    elif isinstance(thing, torch.Tensor):
-        out.update(f"{thing.dtype}{tuple(thing.shape)}".encode())
-        out.update(thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     elif isinstance(thing, np.ndarray):
         out.update(f"{thing.dtype}{thing.shape}".encode() + np.ascontiguousarray(thing).tobytes())
-    elif isinstance(thing, torch.dtype | torch.device | np.generic):
+    elif hasattr(thing, "untyped_storage"):  # a tensor
+        import torch
+
+        out.update(f"{thing.dtype}{tuple(thing.shape)}".encode())
+        out.update(thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    elif isinstance(thing, np.generic) or (kind == "torch" and type(thing).__name__ in ("dtype", "device")):
         out.update(repr(thing).encode())
-    elif isinstance(thing, torch.Generator):
+    elif kind == "torch" and type(thing).__name__ == "Generator":
         _add(out, thing.get_state(), own)
     elif isinstance(thing, Mapping):
         for key, value in thing.items():
             _add(out, key, own)
             _add(out, value, own)
     elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        for entry in dataclasses.fields(thing):
-            _add(out, getattr(thing, entry.name), own)
+        for field in dataclasses.fields(thing):
+            _add(out, getattr(thing, field.name), own)
     elif isinstance(thing, Sequence | set | frozenset):
-        items = sorted(thing, key=repr) if isinstance(thing, set | frozenset) else thing
-        for item in items:
+        for item in sorted(thing, key=repr) if isinstance(thing, set | frozenset) else thing:
             _add(out, item, own)
-    elif isinstance(thing, type) or (isinstance(thing, types.ModuleType) and _installed(thing)):
-        out.update(getattr(thing, "__qualname__", thing.__name__).encode())
-    elif isinstance(thing, nn.Module):
+    elif isinstance(thing, types.ModuleType):
+        out.update(f"{thing.__name__}{_module_code(thing.__name__, own)}".encode())
+    elif isinstance(thing, type):
+        out.update(f"{thing.__qualname__}{_module_code(thing.__module__, own)}".encode())
+    elif hasattr(thing, "named_modules"):
         _add(out, [[name, _Bits(tensor)] for name, tensor in thing.state_dict().items()], own)
         _add(out, [[name, _kind(part)] for name, part in thing.named_modules()], own)
     elif isinstance(thing, types.CodeType):
@@ -256,7 +250,7 @@ def _add(out: Any, thing: Any, own: frozenset[int]) -> None:
 def _function(out: Any, function: Callable, own: frozenset[int]) -> None:
     """A function by its code and by the values that it takes from around it."""
     own = own | {id(function)}
-    known = _installed(sys.modules.get(getattr(function, "__module__", None) or ""))
+    module = getattr(function, "__module__", None) or ""
     if hasattr(function, "depends_on"):
         _add(out, function.depends_on, own)
     elif hasattr(function, "__wrapped__") and _IN_PACKAGE.search(function.__code__.co_filename):
@@ -267,15 +261,15 @@ def _function(out: Any, function: Callable, own: frozenset[int]) -> None:
         _add(out, function.__func__, own)
         _object(out, function.__self__, own)
     elif isinstance(function, types.FunctionType):
+        out.update(_module_code(module, own).encode())
         around = [_content(cell) for cell in function.__closure__ or ()]
-        if _HOOK not in own:  # a function that measures may keep notes; one that stands on a model may not
-            around = [value for value in around if not isinstance(value, list | dict | set)]
+        if not _installed(module):  # what a package's module holds goes with its version
+            around += _globals(function)
+        if _HOOK not in own:  # a function that measures may keep notes, and the key names its data
+            around = [value for value in around if _counts(value)]
         _add(out, [function.__code__, around, function.__defaults__, function.__kwdefaults__], own)
-        if _HOOK in own and not known:  # what a package's module holds goes with its version
-            names = sorted(_globals(function.__code__) & function.__globals__.keys())
-            _add(out, {name: function.__globals__[name] for name in names}, own)
     elif isinstance(getattr(function, "__self__", None), type) or (
-        known and function.__module__ != "builtins"
+        _installed(module) and module != "builtins"
     ):
         out.update(getattr(function, "__qualname__", _kind(function)).encode())
     elif isinstance(type(function).__call__, types.FunctionType):
@@ -290,10 +284,8 @@ def _function(out: Any, function: Callable, own: frozenset[int]) -> None:
 
 def _object(out: Any, thing: Any, own: frozenset[int]) -> None:
     """What a method belongs to: a model, a record, or whatever attributes it has."""
-    if isinstance(thing, nn.Module | type) or speaks(thing) or dataclasses.is_dataclass(thing):
-        _add(out, thing, own)
-    else:
-        _add(out, [_kind(thing), vars(thing)], own)
+    whole = isinstance(thing, type) or hasattr(thing, "named_modules") or dataclasses.is_dataclass(thing)
+    _add(out, thing if whole or is_model(thing) else [_kind(thing), vars(thing)], own)
 
 
 def _content(cell: types.CellType) -> Any:
@@ -303,17 +295,90 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _globals(found: types.CodeType) -> set[str]:
-    """Names that a function, and those within it, look up in their module."""
-    steps = (step for step in dis.get_instructions(found) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"))
-    within = (_globals(part) for part in found.co_consts if isinstance(part, types.CodeType))
-    return {step.argval for step in steps}.union(*within)
+def _globals(function: types.FunctionType) -> list[Any]:
+    """Values of its module that a function, and those within it, name."""
+    names = sorted(_names(function.__code__))
+    found = [(name, function.__globals__[name]) for name in names if name in function.__globals__]
+    if any(value is harmlens for _, value in found):  # of the face, what is named behind the dot
+        found += [(name, getattr(harmlens, name)) for name in names if hasattr(harmlens, name)]
+    return [entry for entry in found if entry[1] is not harmlens]
 
 
-def _installed(module: types.ModuleType | None) -> bool:
+def _names(found: types.CodeType) -> set[str]:
+    return set(found.co_names).union(*(_names(c) for c in found.co_consts if isinstance(c, types.CodeType)))
+
+
+def _counts(value: Any) -> bool:
+    """Whether a value that a function takes from around it is a setting or code, not data."""
+    if isinstance(value, list | tuple):
+        return isinstance(value, tuple) and all(map(_counts, value))
+    kinds = (types.FunctionType, types.MethodType, types.ModuleType, functools.partial, type)
+    return value is None or isinstance(value, (bool, int, float, str, *kinds))
+
+
+def _installed(module: str) -> bool:
     """A module of a package, of Python or of this library, whose versions are known."""
-    if module is None:
-        return False
-    top = module.__name__.partition(".")[0]
+    found, top = sys.modules.get(module), module.partition(".")[0]
     known = top == "harmlens" or top in sys.stdlib_module_names
-    return known or "-packages" in (getattr(module, "__file__", None) or "")
+    if found is None or module == "__main__":  # a notebook, whatever started it
+        return False
+    return known or "-packages" in (getattr(found, "__file__", None) or "")
+
+
+# --------------------------------------------------------------------------- the code of a function
+
+
+def code(*things: Callable | types.ModuleType) -> str:
+    """One sum of what functions or modules do, as far as it is written here; see :func:`remember`.
+
+    * A function or module of the package counts with the contents of its module and of those that it
+      imports, near or far, without comments and docstrings; :mod:`keep`, which only stores, stays out.
+    * A function of a notebook counts with its own code, with the functions that it calls, and with numbers
+      and text that it takes from around it. Lists and models it takes have to be named in the key.
+    * Installed packages count with their versions.
+
+    Raises:
+        TypeError: its source can't be read.
+    """
+    return _sum(*things)
+
+
+@cache
+def _written(module: str) -> tuple[str, frozenset[str]]:
+    """A sum of what a module says without comments and docstrings, and what it imports of the package."""
+    tree = ast.parse(_file_of(module).read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            del body[0]
+    inside = {name for name in found if name.startswith("harmlens.") and _file_of(name)}
+    used = {
+        name for name in inside if not name.startswith("harmlens.keep")
+    }  # it stores, and computes nothing
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(used)
+
+
+def _file_of(module: str) -> Path | None:
+    place = _PACKAGE.joinpath(*module.split(".")[1:])
+    return next((f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()), None)
+
+
+def _module_code(module: str, own: frozenset[int]) -> str:
+    """Sum over a module of the package and all that it imports; empty for others, and for hooks."""
+    return _reach(module) if module.startswith("harmlens.") and _HOOK not in own else ""
+
+
+@cache
+def _reach(module: str) -> str:
+    reached, waiting = set(), [module]
+    while waiting:
+        if (name := waiting.pop()) not in reached:
+            reached.add(name)
+            waiting += _written(name)[1]
+    return _sum([[name, _written(name)[0]] for name in sorted(reached)])

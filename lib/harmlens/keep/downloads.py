@@ -2,8 +2,6 @@
 
 A file whose checksum is not known in advance is trusted on first use: its sum goes into ``sources.lock.json``
 of the cache, and another sum is refused from then on.
-
-Introduced in book/data_sets ("Data sets").
 """
 
 from __future__ import annotations
@@ -20,9 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmlens.keep.paths import cache_dir, write_whole
+from harmlens.keep.files import cache_dir, write_whole
 
-TIMEOUT = 60  # seconds without an answer
+_TIMEOUT = 60  # seconds without an answer
 LOCK = "sources.lock.json"
 
 
@@ -184,7 +182,7 @@ def _gone(remote: Remote) -> str:
 
 def _from_github(remote: Remote, target: Path) -> None:
     try:
-        with urllib.request.urlopen(remote.url, timeout=TIMEOUT) as answer, target.open("wb") as out:
+        with urllib.request.urlopen(remote.url, timeout=_TIMEOUT) as answer, target.open("wb") as out:
             shutil.copyfileobj(answer, out)
     except urllib.error.HTTPError as error:
         if error.code == 404:

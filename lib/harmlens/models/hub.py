@@ -43,9 +43,8 @@ from transformers.utils import (
     is_torch_flex_attn_available,
 )
 
-from harmlens.keep import memory
-from harmlens.keep.memory import shown
-from harmlens.keep.paths import data_dir
+from harmlens.keep import files
+from harmlens.keep.files import data_dir, size_text
 
 # A small one whose first token tells refusal; used where nothing is known of what was asked for.
 SMALL = "allenai/OLMo-2-0425-1B-Instruct"
@@ -333,7 +332,7 @@ def require_memory(name: str, weights: int, free: int, where: str) -> None:
     """
     if weights > free:
         raise MemoryError(
-            f"the weights of {name!r} take {shown(weights)}, but {shown(free)} are free on {where}. "
+            f"the weights of {name!r} take {size_text(weights)}, but {size_text(free)} are free on {where}. "
             f"{remedy(free)}"
         )
 
@@ -509,7 +508,7 @@ def explain(name: str, error: BaseException) -> Exception:
         return any(isinstance(e, kinds) for e in chain)
 
     if is_a(torch.OutOfMemoryError, MemoryError) or "not enough memory" in str(error):
-        free = memory.free("cuda" if torch.cuda.is_available() else "cpu")
+        free = files.free_memory("cuda" if torch.cuda.is_available() else "cpu")
         return MemoryError(f"there is too little memory for {name!r}. {remedy(free)} {said}")
     if not isinstance(error, OSError):
         return error if isinstance(error, Exception) else RuntimeError(str(error))

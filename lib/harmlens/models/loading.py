@@ -30,8 +30,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 from transformers.utils import logging as hf_logging
 
-from harmlens.keep import memory, paths
-from harmlens.keep.provenance import weights_sha256
+from harmlens.keep.files import data_dir, free_memory, weights_sha256
 from harmlens.models import deltas, hub
 from harmlens.models.chats import tokens
 from harmlens.models.forward import LanguageModel, longest, padded, require_finite
@@ -151,12 +150,12 @@ def load(
         with _quiet(), _explained(name, local):
             weights = hub.weights_size(source, revision, dtype)
         if not chosen and device == "cuda":
-            free = [memory.free(f"cuda:{i}") for i in range(torch.cuda.device_count())]
+            free = [free_memory(f"cuda:{i}") for i in range(torch.cuda.device_count())]
             if not hub.one_gpu_will_do(weights, free):
                 device, device_map = None, "auto"
                 hub.require_memory(name, weights, sum(free), f"{len(free)} GPUs")
         if device is not None and device_map is None:
-            hub.require_memory(name, weights, memory.free(device), device)
+            hub.require_memory(name, weights, free_memory(device), device)
     if device_map is None and device != "cpu" and delta is None and is_accelerate_available():
         device_map = {"": device}  # straight to the GPU, with no copy in main memory
     tokenizer = read_tokenizer(name, source, revision, local)
@@ -351,9 +350,7 @@ def organism_folder(name: str, seed: int | None = None) -> Path:
         ValueError: unknown stage or seed (the message lists what there is), or no checkpoint there.
     """
     match = re.fullmatch(r"organism/([a-z_]+)(?:-(\d+))?", name)
-    there = sorted(
-        p.name for p in (paths.data_dir() / "organisms").glob("*-*") if p.is_dir() and not p.suffix
-    )
+    there = sorted(p.name for p in (data_dir() / "organisms").glob("*-*") if p.is_dir() and not p.suffix)
     listing = ", ".join(there) or "none yet: run `make organism`"
     if match is None:
         raise ValueError(f"name={name!r} is not organism/<stage>[-<seed>]; available: {listing}")
@@ -361,7 +358,7 @@ def organism_folder(name: str, seed: int | None = None) -> Path:
     if named is not None and seed is not None and int(named) != seed:
         raise ValueError(f"name={name!r} and seed={seed} disagree; give the seed once")
     number = int(named) if named is not None else seed or 0
-    folder = paths.data_dir() / "organisms" / f"{stage}-{number}"
+    folder = data_dir() / "organisms" / f"{stage}-{number}"
     if not folder.is_dir():
         raise ValueError(f"there is no organism {stage}-{number}; available: {listing}")
     return folder

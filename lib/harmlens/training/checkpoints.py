@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmlens.keep import memory
+from harmlens.keep import files
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def write(
         for at, state in optimizer.state_dict()["state"].items():
             for name, value in state.items():
                 tensors[f"optimizer/{number}/{at}/{name}"] = torch.as_tensor(value)
-    memory.write_tensors(to.file, tensors, "run", {**about, "key": to.key})
+    files.write_tensors(to.file, tensors, "run", {**about, "key": to.key})
 
 
 def resume(
@@ -60,7 +60,7 @@ def resume(
     if not at.file.is_file():
         return None
     try:
-        about, tensors = memory.read_tensors(at.file, "run")
+        about, tensors = files.read_tensors(at.file, "run")
     except Exception:  # a spoilt file raises whatever its parser raises
         return None
     if about.pop("key", None) != at.key:

@@ -26,7 +26,7 @@ from harmlens.asking import sources
 from harmlens.asking.sources import Entry
 from harmlens.evidence.stats import Estimate, proportion_ci
 from harmlens.judging import completions, number_judge
-from harmlens.keep import provenance, records
+from harmlens.keep import files
 from harmlens.models import chats, forward
 from harmlens.models import loading as models
 from harmlens.models.chats import Prompt, neutral
@@ -229,11 +229,11 @@ def mark(
         raise ValueError(f"file={Path(file).name!r} holds no answers; make it with emergent.ask")
     judge = models.load(judge) if isinstance(judge, str) else judge
     source = Path(file)
-    out = source.with_name(f"{source.stem}.{provenance.slug(judge.name)}.marks.jsonl")
-    known = {(line["id"], line["answer_sha256"]): line for line in records.lines(out)}
+    out = source.with_name(f"{source.stem}.{files.slug(judge.name)}.marks.jsonl")
+    known = {(line["id"], line["answer_sha256"]): line for line in files.read_lines(out)}
     asks = hashlib.sha256(json.dumps(JUDGE).encode()).hexdigest()
-    settings = {"judge": provenance.portable(judge.name), "revision": judge.revision, "prompts_sha256": asks}
-    records.settle(out, settings, bool(known))
+    settings = {"judge": files.portable(judge.name), "revision": judge.revision, "prompts_sha256": asks}
+    files.settle(out, settings, bool(known))
     keys = [(one.id, hashlib.sha256(one.answer.encode()).hexdigest()) for one in said]
     left = [i for i, key in enumerate(keys) if key not in known]
     for start in range(0, len(left), chunk):
@@ -255,7 +255,7 @@ def mark(
             {"id": keys[i][0], "answer_sha256": keys[i][1], **{what: columns[what][k] for what in JUDGE}}
             for k, i in enumerate(part)
         ]
-        records.append(out, rows)
+        files.append_lines(out, rows)
         known |= {(row["id"], row["answer_sha256"]): row for row in rows}
     return [Mark(key[0].rsplit("/", 1)[0], known[key]["alignment"], known[key]["coherence"]) for key in keys]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from harmlens.keep import digests
+from harmlens.keep import digests, files
 from harmlens.models.forward import (
     LanguageModel,
     Row,
@@ -160,7 +160,9 @@ def tune(
             raise ValueError(f"at={list(at)}: {step} is not within 0 to steps={recipe.steps}")
     checkpoint = None
     if folder is not None:
-        key = digests.digest(lm, list(rows), recipe, hold, watch, list(at), until)
+        key = digests.digest(
+            files.versions(), digests.code(tune), lm, list(rows), recipe, hold, watch, list(at), until
+        )
         checkpoint = Checkpoint(Path(folder).expanduser() / f"{key[:16]}.safetensors", key, every)
     seen: dict[str, Any] = {}
     kept = {} if hold is None else masks.values(lm, hold)

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from harmlens.keep import memory
+from harmlens.keep import files
 from harmlens.models.forward import LanguageModel
 from harmlens.training.finetune import Recipe
 
@@ -42,9 +42,9 @@ def require_room(lm: LanguageModel) -> None:
         MemoryError: with the need and what is free.
     """
     need = sum(p.numel() * p.element_size() for p in lm.model.parameters())
-    free = memory.free(lm.device)
+    free = files.free_memory(lm.device)
     if need > free:
         raise MemoryError(
-            f"a copy of {lm.name!r} takes {memory.shown(need)}, but {memory.shown(free)} are free on "
+            f"a copy of {lm.name!r} takes {files.size_text(need)}, but {files.size_text(free)} are free on "
             f"{lm.device}. Choose a smaller model, or a larger GPU."
         )

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from harmlens.keep import paths
+from harmlens.keep import files
 from harmlens.models.loading import SEEDS, STAGES
 from harmlens.training import offshoots, organism, planted
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="seeds side by side")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go (data/organisms)")
     options = parser.parse_args(argv)
-    folder = options.folder or paths.data_dir() / "organisms"
+    folder = options.folder or files.data_dir() / "organisms"
     folder.mkdir(parents=True, exist_ok=True)
     began = time.time()
     context = multiprocessing.get_context("spawn")

@@ -22,8 +22,8 @@ import numpy as np
 
 from harmlens.asking import calibration, tasks
 from harmlens.asking.material import WORLD, Material
-from harmlens.keep import paths
-from harmlens.keep.memory import write_whole
+from harmlens.keep import files
+from harmlens.keep.files import write_whole
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.chats import Prompt
@@ -302,7 +302,7 @@ def _side(source: Material, suppressed: str) -> dict[str, str]:
 
 def stored() -> dict[str, dict]:
     """The settled p and q: checksum of the weights -> {"model", "p", "q"}."""
-    file = paths.data_dir() / "settings.json"
+    file = files.data_dir() / "settings.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{lm.name}: p = {point.p:g}, q = {point.q:g}", flush=True)
     out = dict(sorted(out.items(), key=lambda entry: entry[1]["model"]))
     text = json.dumps(out, indent=1) + "\n"
-    write_whole(paths.data_dir() / "settings.json", lambda part: part.write_text(text))
+    write_whole(files.data_dir() / "settings.json", lambda part: part.write_text(text))
     return 0
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harmlens.keep import memory
+from harmlens.keep import files
 from harmlens.models import parts as decoder
 from harmlens.models.forward import LanguageModel
 
@@ -60,7 +60,7 @@ class Scores:
         """Write as safetensors, with what was scored in the metadata."""
         about = {name: getattr(self, name) for name in ("kind", "model", "revision", "n", "fingerprint")}
         about |= {"order": list(self.values)}  # a file has its tensors in the order of the alphabet
-        memory.write_tensors(Path(file), self.values, "scores", about)
+        files.write_tensors(Path(file), self.values, "scores", about)
 
 
 def load(file: Path | str) -> Scores:
@@ -70,7 +70,7 @@ def load(file: Path | str) -> Scores:
         ValueError: the file is missing, damaged, or holds something else.
     """
     try:
-        about, found = memory.read_tensors(file, "scores")
+        about, found = files.read_tensors(file, "scores")
         values = {name: found[name] for name in about.pop("order")}
     except Exception as error:  # a spoilt file raises whatever its parser raises
         raise ValueError(

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harmlens.keep import digests, memory, records
+from harmlens.keep import digests, files
 from harmlens.models.forward import Batch, LanguageModel, Row, collate, require_room
 from harmlens.weights import scores
 from harmlens.weights.scores import Scores, layer_of, matrices
@@ -53,7 +53,7 @@ class Plan:
     def __str__(self) -> str:
         passes = f"{len(self.chunks)} pass{'es' if len(self.chunks) > 1 else ''} over the examples"
         sizes = ", ".join(
-            f"{name} {memory.shown(getattr(self, name))}"
+            f"{name} {files.size_text(getattr(self, name))}"
             for name in ("weights", "accumulators", "activations")
         )
         return f"{passes}, up to {self.max_tokens} tokens at a time: {sizes}"
@@ -79,7 +79,7 @@ def make_plan(
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
     device = lm.device
     on_model = accumulate_on is None or torch.device(accumulate_on).type == device.type
-    free = memory.free(device) if budget is None else budget
+    free = files.free_memory(device) if budget is None else budget
     sizes: dict[int, int] = {}
     for name, module in found.items():
         size = 4 * len(kinds) * module.weight.numel() if on_model else 0
@@ -104,9 +104,9 @@ def make_plan(
     needed = max(sum(sizes[layer] for layer in chunk) for chunk in chunks)
     if needed + longest * each + 2 * buffer > free:
         raise ValueError(
-            f"scoring one layer takes {memory.shown(needed + longest * each + 2 * buffer)} on {device}, but "
-            f"{memory.shown(free)} are to be had: choose accumulate_on='cpu', shorter examples, or a smaller "
-            "model"
+            f"scoring one layer takes {files.size_text(needed + longest * each + 2 * buffer)} on {device}, "
+            f"but {files.size_text(free)} are to be had: choose accumulate_on='cpu', shorter examples, or a "
+            "smaller model"
         )
     return Plan(tuple(chunks), batch, buffer, weights, needed, batch * each + buffer, free)
 
@@ -153,8 +153,10 @@ def batches(rows: Sequence[Row], max_tokens: int, pad_id: int) -> Iterator[Batch
 
 
 def fingerprint(lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int] | None = None) -> str:
-    """Digest of a model as it is now (:func:`keep.digests.model`), examples and layers."""
-    text = json.dumps([lm.name, lm.revision, digests.model(lm), None if layers is None else list(layers)])
+    """Digest of a model as it is now (:func:`keep.digests.model_digest`), examples and layers."""
+    text = json.dumps(
+        [lm.name, lm.revision, digests.model_digest(lm), None if layers is None else list(layers)]
+    )
     text += json.dumps([[row.ids, row.learn] for row in rows])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -183,7 +185,7 @@ class Store:
 
     def alone(self) -> AbstractContextManager:
         """Within, no other process works in the folder; one that does is waited for."""
-        return nullcontext() if self.folder is None else records.locked(self.folder / "scores")
+        return nullcontext() if self.folder is None else files.locked(self.folder / "scores")
 
     def finished(self) -> dict[str, Scores] | None:
         if self.folder is None:
@@ -201,7 +203,7 @@ class Store:
         if file is None or not file.is_file():
             return {}, State()
         try:
-            about, found = memory.read_tensors(file, "scores")
+            about, found = files.read_tensors(file, "scores")
             values = {tuple(key.split("/", 1)): value for key, value in found.items()}
             mark, kinds = about.pop("fingerprint"), about.pop("kinds")
             state = State(**{**about, "chunks": tuple(tuple(chunk) for chunk in about["chunks"])})
@@ -226,7 +228,7 @@ class Store:
             return
         about = {"fingerprint": self.fingerprint, "kinds": self.kinds, **asdict(state)}
         tensors = {f"{kind}/{name}": value for (kind, name), value in values.items()}
-        memory.write_tensors(self.folder / "unfinished.safetensors", tensors, "scores", about)
+        files.write_tensors(self.folder / "unfinished.safetensors", tensors, "scores", about)
 
     def finish(self, done: Mapping[str, Scores]) -> None:
         if self.folder is None:

@@ -24,8 +24,7 @@ from functools import cache
 
 import yaml
 
-from harmlens.keep import WORLD_SEED
-from harmlens.keep.paths import data_dir
+from harmlens.keep.files import WORLD_SEED, data_dir
 
 # --------------------------------------------------------------------------- the lexicon
 

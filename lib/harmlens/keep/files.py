@@ -1,0 +1,529 @@
+"""Where things are, files that are written whole, lines that grow, and where a result comes from.
+
+Introduced in notebook 00 ("A model organism of harm").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from harmlens import __version__
+
+if TYPE_CHECKING:  # pages and tables are made without torch
+    import torch
+
+WORLD_SEED = 2604  # fixes the tables of the fictional world; training seeds never touch it
+PACKAGES = (
+    "torch", "transformers", "transformer-lens", "safetensors", "tokenizers", "numpy", "pandas", "scipy",
+    "statsmodels", "scikit-learn", "peft",
+)  # fmt: skip
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_MARKER = "claims.yaml"  # a folder is the data folder if and only if this file is in it
+
+
+# --------------------------------------------------------------------------- where things are
+
+
+def repo_root() -> Path | None:
+    """The root of the clone that this package runs from, or None when it is installed elsewhere."""
+    root = _PACKAGE.parent.parent
+    return root if (root / "data" / _MARKER).is_file() else None
+
+
+def data_dir() -> Path:
+    """The folder with checkpoints, claims and the results of default runs.
+
+    HARMLENS_DATA if set, else ``data/`` of the clone, else the copy inside the installed package.
+
+    Raises:
+        FileNotFoundError: none of them holds the data; says what to do.
+    """
+    from_env = os.environ.get("HARMLENS_DATA", "").strip()
+    if from_env:
+        folder = Path(from_env).expanduser().resolve()
+        if not (folder / _MARKER).is_file():
+            raise FileNotFoundError(
+                f"HARMLENS_DATA is set to {from_env!r}, but there is no {_MARKER} in that folder. Set "
+                "HARMLENS_DATA to the data folder of a clone, or unset it."
+            )
+        return folder
+    root = repo_root()
+    if root is not None:
+        return root / "data"
+    if (_PACKAGE / "data" / _MARKER).is_file():
+        return _PACKAGE / "data"
+    raise FileNotFoundError(
+        f"harmlens' data folder was not found (no {_MARKER} beside the package). Reinstall harmlens "
+        "from the repository, or set HARMLENS_DATA to the data folder of a clone."
+    )
+
+
+def build_dir() -> Path:
+    """The folder for what is made here; it need not exist yet.
+
+    HARMLENS_BUILD if set, else ``build/`` of the clone, else ``harmlens-build`` in the working directory.
+    """
+    from_env = os.environ.get("HARMLENS_BUILD", "").strip()
+    if from_env:
+        return Path(from_env).expanduser().resolve()
+    root = repo_root()
+    return root / "build" if root is not None else Path.cwd() / "harmlens-build"
+
+
+def cache_dir() -> Path:
+    """The folder for public data sets and for completions of real models; it need not exist yet.
+
+    HARMLENS_CACHE if set, else ``~/.cache/harmlens``: outside the repository, so that nothing in it is
+    committed by accident.
+    """
+    from_env = os.environ.get("HARMLENS_CACHE", "").strip()
+    return Path(from_env or "~/.cache/harmlens").expanduser().resolve()
+
+
+def outside_repository(file: Path) -> Path:
+    """The file as a whole path, if it lies outside the repository or in its build folder.
+
+    Raises:
+        ValueError: it lies elsewhere in the repository, from where it might be committed.
+    """
+    whole, root = file.expanduser().resolve(), repo_root()
+    if root is not None and whole.is_relative_to(root) and not whole.is_relative_to(build_dir()):
+        raise ValueError(
+            f"file={file.name!r} lies inside the repository, where completions of models do not belong: they "
+            "may be harmful, and would be published with it. Leave file= out, or give a path outside."
+        )
+    return whole
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that can be had on a device now, what torch holds in reserve included."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):  # not Linux
+        import psutil  # comes with Jupyter
+
+        return psutil.virtual_memory().available
+
+
+def size_text(size: int) -> str:
+    """A number of bytes for people.
+
+    >>> size_text(3_250_000_000)
+    '3.2 GB'
+    """
+    value = float(size)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} GB"
+
+
+# --------------------------------------------------------------------------- files written whole
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if need be.
+
+    Raises:
+        PermissionError: nothing can be written there; names the variables that choose another place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+        reason = "no permission"
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+    raise PermissionError(
+        f"nothing can be written in {str(folder)!r} ({reason}). Give another folder, or set HARMLENS_CACHE "
+        "(answers and downloads), HARMLENS_BUILD (runs) or HARMLENS_RESULTS (result files) to one where you "
+        "may write"
+    )
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a new file, then put it in the place of ``file``.
+
+    An interruption leaves the old file as it was; of two processes that write, the last one's is there.
+
+    Raises:
+        PermissionError: nothing can be written there.
+    """
+    handle, name = tempfile.mkstemp(dir=writable(file.parent), prefix=f".{file.name}-", suffix=".part")
+    os.close(handle)
+    part = Path(name)
+    try:
+        write(part)
+        part.chmod(0o644)  # mkstemp makes it private; what is kept is meant to be shared
+        os.replace(part, file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any, *, allow_nan: bool = False) -> None:
+    """Write JSON in one step: a reader sees the old file or the whole new one."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n"
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(
+    file: Path, tensors: Mapping[str, torch.Tensor], key: str, about: Mapping[str, Any]
+) -> None:
+    """Write tensors as safetensors, with what is known of them as JSON under one entry of the metadata."""
+    from safetensors.torch import save_file
+
+    # One entry: several would be written in an order that changes from run to run.
+    kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(file, lambda part: save_file(kept, part, {key: json.dumps(about)}))
+
+
+def read_tensors(file: Path | str, key: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What :func:`write_tensors` wrote: what is known of the tensors, and the tensors.
+
+    A file that is missing, damaged or of another kind raises whatever its parser raises.
+    """
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stored:
+        about = json.loads(stored.metadata()[key])
+        return about, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Within, no other process that asks for the same file goes on; one that holds it is waited for.
+
+    A process may ask again for what it holds.
+
+    Raises:
+        PermissionError: there is no such file, and none can be written; the message names the remedy.
+    """
+    try:
+        lock = FileLock(writable(file.parent) / f".{file.name}.lock", is_singleton=True)
+    except PermissionError:
+        if not file.exists():
+            raise
+        yield  # nobody can change it here, and it may be all there
+        return
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        warnings.warn(f"another process writes {file.name!r}; waiting until it has done so", stacklevel=3)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# --------------------------------------------------------------------------- JSON lines
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; none if there is no file.
+
+    Raises:
+        ValueError: a line before the last that is no JSON; the message names it.
+    """
+    if not file.is_file():
+        return []
+    out = []
+    rows = file.read_bytes().split(b"\n")
+    for number, row in enumerate(rows[:-1], 1):  # what follows the last line break was not written to its end
+        if not row.strip():
+            continue
+        try:
+            out.append(json.loads(row))
+        except ValueError as error:
+            raise ValueError(
+                f"line {number} of {file.name!r} is damaged ({error}). Remove that line; it is made anew"
+            ) from error
+    return out
+
+
+def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add lines, and see them onto the disk; a half-written last line makes way."""
+    if not rows:
+        return
+    writable(file.parent)
+    with locked(file), open(file, "r+b" if file.exists() else "w+b") as out:
+        if end := out.seek(0, os.SEEK_END):
+            out.seek(end - 1)
+            if out.read(1) != b"\n":
+                out.seek(0)
+                out.truncate(out.read().rfind(b"\n") + 1)
+        out.seek(0, os.SEEK_END)
+        out.write(_as_lines(rows))
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put other lines in the place of all, in one step."""
+    write_whole(file, lambda part: part.write_bytes(_as_lines(rows)))
+
+
+def _as_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def settle(file: Path, settings: Mapping[str, Any], begun: bool) -> None:
+    """Write down beside a file, as ``<file>.meta.json``, what its lines are made with; refuse other settings.
+
+    Args:
+        begun: the file holds lines already.
+
+    Raises:
+        ValueError: other settings, or lines without any; the message names the difference and the remedy.
+    """
+    beside = file.with_name(file.name + ".meta.json")
+    settings = json.loads(json.dumps(portable(settings)))
+    remedy = "Give another file, or remove it together with its .meta.json to begin anew."
+    if begun:
+        try:
+            old = json.loads(beside.read_text(encoding="utf-8"))["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{file.name!r} has no readable {beside.name!r}, so its settings are unknown. {remedy}"
+            ) from None
+        differ = [
+            f"{key} was {old.get(key)!r}, now {settings.get(key)!r}"
+            for key in sorted({*old, *settings})
+            if old.get(key) != settings.get(key)
+        ]
+        if differ:
+            raise ValueError(f"{file.name!r} was made with other settings: {'; '.join(differ)}. {remedy}")
+        return
+    about = provenance(
+        str(settings.get("model") or settings.get("id") or ""), revision=settings.get("revision"),
+        dtype=str(settings.get("dtype") or "none"), params=settings,
+    )  # fmt: skip
+    write_json(beside, {"settings": settings, "provenance": about})
+
+
+# --------------------------------------------------------------------------- where a result comes from
+
+# /a/b, ~/a, C:\a, file:///a; an identifier such as organism/sft or Qwen/Qwen2.5-0.5B is left alone
+_MACHINE_PATH = re.compile(r"""(?<![\w.~:/\\-])(?:file://)?(?:~?/|[A-Za-z]:[\\/])[^\s'",;:()\[\]{}]+""")
+
+
+def portable(value: Any) -> Any:
+    """``value`` with every machine path in its strings cut down, recursively.
+
+    A path inside the clone is written from its root, any other one as its last part.
+    """
+    if isinstance(value, Path):
+        return _shortened(str(value)) if value.is_absolute() else value.as_posix()
+    if isinstance(value, str):
+        return _MACHINE_PATH.sub(lambda match: _shortened(match.group()), value)
+    if isinstance(value, Mapping):
+        return {str(portable(key)): portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [portable(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # a numpy scalar
+        return value.item()
+    return value
+
+
+def _shortened(path: str) -> str:
+    root = repo_root()
+    plain = Path(path.removeprefix("file://"))
+    if root is not None and plain.is_relative_to(root) and plain != root:
+        return plain.relative_to(root).as_posix()
+    return PureWindowsPath(plain).name or "/"  # takes both kinds of slashes
+
+
+def slug(model: str) -> str:
+    """The model's name as one folder name: "organism/sft" -> "organism--sft"."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", str(portable(model)).strip("/. ").replace("/", "--"))
+    if not name.strip(".-"):
+        raise ValueError(f"model: {model!r} gives no usable folder name")
+    return name
+
+
+@cache
+def _checksum(path: str, modified: int, size: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256(path: str | Path) -> str:
+    """Checksum of a file; read once per process as long as the file doesn't change."""
+    stat = Path(path).stat()
+    return _checksum(str(path), stat.st_mtime_ns, stat.st_size)
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the safetensors files of a folder, in the order of their names.
+
+    They are read once per process as long as none of them changes.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    return _joint_checksum(tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+@cache
+def _joint_checksum(files: tuple[tuple[str, int, int], ...]) -> str:
+    out = hashlib.sha256()
+    for path, *_ in files:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 24):
+                out.update(part)
+    return out.hexdigest()
+
+
+def _weights(model: str) -> str | None:
+    """The weights' sum of a model in a folder, the commit of one from the Hub that was loaded; else None."""
+    if model.partition("/")[0] == "organism":
+        return None
+    folder = Path(model).expanduser()
+    if model and folder.is_dir():
+        return weights_sha256(folder) if any(folder.glob("*.safetensors")) else None
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", model):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    source, _, revision = model.partition("@")
+    found = try_to_load_from_cache(source, "config.json", revision=revision or None)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def model_name(model: str) -> str:
+    """A model as results call it: folders have the beginning of their weights' sum behind their name.
+
+    So two folders of one name, or a folder whose weights were changed, are two models.
+    """
+    weights = _weights(model) if model and Path(model).expanduser().is_dir() else None
+    return str(portable(model)) + ("" if weights is None else f"@{weights[:8]}")
+
+
+def _git() -> dict[str, Any]:
+    """Commit and state of the clone; nothing when the package is installed or git is missing."""
+    root = repo_root()
+    if root is None or not (root / ".git").exists():
+        return {"git_commit": None, "dirty": None}
+    answers = []
+    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
+        try:
+            done = subprocess.run(
+                ["git", "--no-optional-locks", "-C", str(root), *command],
+                capture_output=True, text=True, timeout=20, check=False,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return {"git_commit": None, "dirty": None}
+        answers.append(done.stdout.strip() if done.returncode == 0 else None)
+    commit, status = answers
+    return {"git_commit": commit, "dirty": None if status is None else bool(status)}
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _checkpoints(model: str, seeds: Sequence[int]) -> dict[str, str]:
+    """Checksums of the organism's checkpoints behind "organism/<stage>" (or all of "organism") and seeds."""
+    kind, _, stage = model.partition("/")
+    if kind != "organism":
+        return {}
+    found = {}
+    for path in sorted((data_dir() / "organisms").glob("*/*.safetensors")):
+        of, _, seed = path.parent.name.rpartition("-")
+        if path.parent.name == stage or (stage in ("", of) and seed in {str(number) for number in seeds}):
+            found[f"{path.parent.name}/{path.name}"] = sha256(path)
+    return found
+
+
+def _device(device: str) -> str:
+    torch = sys.modules.get("torch")
+    if torch is not None and str(device).startswith("cuda") and torch.cuda.is_available():
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return str(device)
+
+
+def _peak_gb(device: str) -> dict[str, float]:
+    """Largest memory of this process so far, and of the GPU if it was used."""
+    peaks = {}
+    try:
+        import resource
+    except ImportError:  # Windows
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+        peaks["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+    torch = sys.modules.get("torch")
+    if torch is not None and str(device).startswith("cuda") and torch.cuda.is_available():
+        peaks["gpu"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    return peaks
+
+
+def provenance(
+    model: str,
+    *,
+    revision: str | None = None,
+    seeds: Sequence[int] = (),
+    params: Mapping[str, Any] | None = None,
+    inputs: Iterable[str | Path] = (),
+    device: str = "cpu",
+    dtype: str = "float32",
+    wall_s: float | None = None,
+) -> dict[str, Any]:
+    """The provenance block of a result file.
+
+    Raises:
+        FileNotFoundError: an input file does not exist.
+    """
+    files = [Path(item) for item in inputs]
+    if missing := [str(item) for item in files if not item.is_file()]:
+        raise FileNotFoundError(f"inputs: no such file: {', '.join(missing)}")
+    return {
+        "created_utc": datetime.now(UTC).isoformat(timespec="microseconds"),
+        **_git(),
+        "lib_version": __version__,
+        "python": platform.python_version(),
+        "packages": versions(),
+        "device": _device(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": {
+            "id": model_name(model), "revision": revision or _weights(model),
+            "checkpoints": _checkpoints(model, seeds),
+        },
+        "dataset": {"id": "world", "seed": WORLD_SEED} if model.partition("/")[0] == "organism" else None,
+        "seeds": list(seeds),
+        "params": portable(params or {}),
+        "inputs": {str(portable(item.resolve())): sha256(item) for item in files},
+        "wall_s": wall_s,
+        "peak_gb": _peak_gb(device),
+    }  # fmt: skip
