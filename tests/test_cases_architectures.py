@@ -273,7 +273,7 @@ def test_t9_models_of_several_streams_are_named():
     for call in (
         lambda: patching.layers(lm, PAIRS, Y1),
         lambda: interventions.activations(lm, ["a"], {0: [0]}),
-        lambda: directions.streams(lm, texts),
+        lambda: interventions.states(lm, texts),
         lambda: interventions.states(lm, texts, normed=True),
     ):
         with pytest.raises(ValueError, match=r"carry several streams side by side .*completions and tuning"):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import lecture
 import pytest
 import tiny
 import torch
 from naive import Naive
 
-from harmlens.flow import directions, outcomes
-from harmlens.flow.directions import Direction, Trial
+from harmlens.flow import directions, interventions, outcomes
+from harmlens.flow.directions import Direction
 from harmlens.flow.outcomes import TokenSets
 from harmlens.models import forward
 from harmlens.models import parts as decoder
@@ -20,6 +21,7 @@ from harmlens.world import vale as world
 
 Y1 = outcomes.y1(TokenSets((20, 21, 22), (30, 31)))
 WIDTH = tiny.SHAPE.width
+PAGE = lecture.defined("17")  # how a direction is chosen is the notebook's own
 
 
 @pytest.fixture(scope="module")
@@ -46,25 +48,10 @@ def component(value, direction):
 # --------------------------------------------------------------------------- finding
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_streams_are_the_hidden_states_and_the_last_one_is_not_yet_normalised(architecture):
-    lm = tiny.model(architecture)
-    some = tiny.texts(lm)
-    got = directions.streams(lm, some, positions=[-3, -1], batch_size=3)
-    for row, text in zip(got, some, strict=True):
-        ids = torch.tensor([tokens(lm.tokenizer, text)])
-        with torch.no_grad():
-            states = lm.model(input_ids=ids, output_hidden_states=True).hidden_states
-            end = decoder.stack(lm).norm(row[-1])
-        for depth in range(len(states) - 1):
-            torch.testing.assert_close(row[depth], states[depth][0, [-3, -1]], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(end, states[-1][0, [-3, -1]], atol=1e-4, rtol=1e-4)
-
-
 def test_a_candidate_is_a_difference_of_means(lm, texts):
     found = directions.candidates(lm, texts[:3], texts[3:], positions=[-2, -1])
     at = {(d.depth, d.position): d.vector for d in found}
-    streams = directions.streams(lm, texts, positions=[-2, -1])
+    streams = interventions.states(lm, texts, positions=[-2, -1])
     assert max(depth for depth, _ in at) == 1  # two blocks; what stands behind the last is left out
     torch.testing.assert_close(at[1, -1], streams[:3, 1, 1].mean(0) - streams[3:, 1, 1].mean(0))
     assert (0, -1) not in at  # the same token everywhere: no difference
@@ -72,51 +59,41 @@ def test_a_candidate_is_a_difference_of_means(lm, texts):
 
 def test_the_shared_end_is_what_the_template_writes(lm):
     ends = [lm.render("is it red ?"), lm.render("who sells a powder")]
-    assert directions.shared_end(lm, ends) == [-2, -1]
-    assert directions.shared_end(lm, ends, most=1) == [-1]
-    with pytest.raises(ValueError, match="texts end in different tokens"):
-        directions.shared_end(lm, ["powder", "ledger"])
-    with pytest.raises(ValueError, match="texts is empty"):
-        directions.shared_end(lm, [])
+    assert PAGE.shared_end(lm, ends) == [-2, -1]
+    assert PAGE.shared_end(lm, ends, most=1) == [-1]
+    with pytest.raises(AssertionError, match="texts end in different tokens"):
+        PAGE.shared_end(lm, ["powder", "ledger"])
 
 
 def test_shuffled_directions_hold_nothing_of_the_difference_between_the_sides(lm, texts):
     like = directions.candidates(lm, texts[:1], texts[1:2])[0]
     # All texts of a side alike: what is left of a difference of halves is nothing.
-    [none] = directions.shuffled(lm, texts[:1] * 4, texts[1:2] * 4, like)
+    [none] = PAGE.shuffled_like(lm, texts[:1] * 4, texts[1:2] * 4, like, 1)
     assert none.vector.norm() < 1e-5 * like.vector.norm()
-    a, b, again = (
-        directions.shuffled(lm, texts[:4], texts[3:], like, draws=2, seed=seed)[i].vector
-        for seed, i in ((0, 0), (0, 1), (0, 0))
-    )
-    assert torch.equal(a, again) and not torch.equal(a, b) and a.norm() > 0
-    with pytest.raises(ValueError, match="at least two texts"):
-        directions.shuffled(lm, texts[:1], texts, like)
+    a, b = (d.vector for d in PAGE.shuffled_like(lm, texts[:4], texts[3:], like, 2))
+    assert not torch.equal(a, b) and a.norm() > 0
 
 
-def test_isotropic_directions_are_as_long_and_differ():
-    made = directions.isotropic(Direction(vector(), 1), draws=3)
-    assert len(made) == 3 and not torch.equal(made[0].vector, made[1].vector)
-    for one in made:
-        torch.testing.assert_close(one.vector.norm(), vector().norm())
-        torch.testing.assert_close(one.unit.norm(), torch.tensor(1.0))
+def test_a_direction_drawn_blindly_is_as_long_and_another_one():
+    one = PAGE.drawn_blindly(Direction(vector(), 1))
+    torch.testing.assert_close(one.vector.norm(), vector().norm())
+    torch.testing.assert_close(one.unit.norm(), torch.tensor(1.0))
+    assert not torch.equal(one.vector, vector()) and one.depth == 1
 
 
-@pytest.mark.parametrize("positions", [(), (0,), (-400,)])
-def test_positions_outside_a_text_are_refused(lm, texts, positions):
-    with pytest.raises(ValueError, match="positions="):
-        directions.streams(lm, texts, positions=positions)
-    with pytest.raises(ValueError, match="texts is empty"):
-        directions.streams(lm, [])
+def page(lm):
+    """Notebook 17 with one model, of two layers."""
+    return lecture.defined("17", lms={0: lm}, y1={0: Y1}, last=1)
 
 
 def test_only_texts_that_behave_as_expected_are_kept(lm, texts):
     values = outcomes.logit_difference(forward.last_logits(lm, texts), TokenSets((20, 21, 22), (30, 31)))
     for refused in (True, False):
         wanted = [t for t, v in zip(texts, values.tolist(), strict=True) if (v < 0) == refused]
-        assert directions.behaving(lm, texts, Y1, refused=refused, least=0) == wanted
-    with pytest.raises(ValueError, match=r"are refused, 99 are needed"):
-        directions.behaving(lm, texts, Y1, refused=True, least=99)
+        if len(wanted) > 1:
+            assert page(lm).behaving(0, texts, refused) == wanted
+        with pytest.raises(AssertionError, match="are needed; give more requests"):
+            page(lm).behaving(0, texts[:1], refused)
 
 
 # --------------------------------------------------------------------------- removing
@@ -137,7 +114,7 @@ def test_nothing_of_the_direction_is_left_anywhere_in_the_stream(architecture):
     ]
     with directions.ablated(lm, d):
         hooks = [m.register_forward_pre_hook(lambda _, x: seen.append(x[0])) for m in middle]
-        streams = directions.streams(lm, tiny.texts(lm), positions=[-4, -1])
+        streams = interventions.states(lm, tiny.texts(lm), positions=[-4, -1])
         for hook in hooks:
             hook.remove()
     assert component(streams, d) < 1e-4
@@ -183,20 +160,20 @@ def test_half_precision_stays_half_precision(texts):
     lm.model.to(torch.bfloat16)
     with directions.ablated(lm, vector()), directions.added(lm, Direction(vector(), 1)):
         assert forward.last_logits(lm, texts).isfinite().all()
-        assert directions.streams(lm, texts).isfinite().all()
+        assert interventions.states(lm, texts).isfinite().all()
 
 
 # --------------------------------------------------------------------------- adding
 
 
 def test_adding_moves_the_stream_by_the_vector_and_only_from_there_on(lm, texts):
-    plain = directions.streams(lm, texts, positions=[-3, -1])
+    plain = interventions.states(lm, texts, positions=[-3, -1])
     with directions.added(lm, Direction(vector(), 1), dose=0.5):
-        moved = directions.streams(lm, texts, positions=[-3, -1])
+        moved = interventions.states(lm, texts, positions=[-3, -1])
     torch.testing.assert_close(moved[:, 0], plain[:, 0])
     torch.testing.assert_close(moved[:, 1], plain[:, 1] + 0.5 * vector(), atol=1e-4, rtol=1e-4)
     with directions.added(lm, Direction(vector(), 1), dose=0.0):
-        assert torch.equal(directions.streams(lm, texts, positions=[-3, -1]), plain)
+        assert torch.equal(interventions.states(lm, texts, positions=[-3, -1]), plain)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +202,7 @@ def test_a_depth_without_block_is_refused(lm):
 def test_a_trial_measures_what_it_says(lm, texts):
     refused, answered = texts[:3], texts[3:]
     found = directions.candidates(lm, refused, answered)
-    [tried] = directions.trials(lm, found, refused, answered, Y1, deepest=0.6)
+    [tried] = page(lm).trials(0, found, refused, answered, deepest=0.6)
     assert tried.direction.depth == 1
     with directions.ablated(lm, tried.direction.vector):
         logits = forward.last_logits(lm, refused)
@@ -239,18 +216,15 @@ def test_a_trial_measures_what_it_says(lm, texts):
     ]
     assert (tried.removed, tried.added) == pytest.approx(y1, abs=1e-4)
     assert tried.shift == pytest.approx(float((plain.exp() * (plain - log_p)).sum(-1).mean()), abs=1e-4)
-    with pytest.raises(ValueError, match="none of 1 directions"):
-        directions.trials(lm, found[-1:], refused, answered, Y1, deepest=0.4)
+    assert page(lm).trials(0, found, refused, answered, deepest=0.4) == []
 
 
 def test_the_choice_follows_the_rule():
     def trial(removed, added, shift):
-        return Trial(Direction(vector(), 1), removed, added, shift)
+        return PAGE.Trial(Direction(vector(), 1), removed, added, shift)
 
     good, harsh, mute, wild = trial(1, -1, 0.05), trial(3, -1, 0.5), trial(2, 1, 0.05), trial(9, 1, 9.0)
-    assert directions.choose([harsh, good, mute, wild]) is good
-    assert directions.choose([harsh, mute, wild]) is harsh  # adds refusal, if not gently
-    assert directions.choose([mute, wild]) is mute  # gentle, if it does not add refusal
-    assert directions.choose([wild]) is wild
-    with pytest.raises(ValueError, match="tried is empty"):
-        directions.choose([])
+    assert PAGE.choose([harsh, good, mute, wild]) is good
+    assert PAGE.choose([harsh, mute, wild]) is harsh  # adds refusal, if not gently
+    assert PAGE.choose([mute, wild]) is mute  # gentle, if it does not add refusal
+    assert PAGE.choose([wild]) is wild
