@@ -255,9 +255,7 @@ def test_h17_a_readers_row_of_control_text_is_refused_and_one_of_a_public_set_is
     entries = [Entry(f"x/{i}", text, harmful, "", source="xstest") for i, (text, harmful) in enumerate(rows)]
     monkeypatch.setattr(sources, "entries", lambda data: entries if data == "xstest" else [])
     source = public.of(lm, "xstest", graders.prefixes())
-    assert len(source.entries) == len(asked) and "1 of its rows hold control tokens" in public.describe(
-        source
-    )
+    assert len(source.entries) == len(asked) and "1 of its rows hold control tokens" in source.describe()
 
 
 def test_h17_a_judge_reads_control_text_in_an_answer_as_text():

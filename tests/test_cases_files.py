@@ -276,7 +276,7 @@ def both(n) -> str:
 def test_h23_a_reader_s_own_rows_are_all_used(tmp_path):
     found = of(put(tmp_path, "mine.csv", both(3000)))
     assert sum(e.harmful for e in found.entries) == 3000 and len(found.entries) == 6000
-    assert public.describe(found) == "mine.csv: 3000 harmful and 3000 harmless requests; judge: prefixes"
+    assert found.describe() == "mine.csv: 3000 harmful and 3000 harmless requests; judge: prefixes"
 
 
 def test_h23_a_cap_on_a_public_set_is_said(tmp_path, monkeypatch):
@@ -294,7 +294,7 @@ def test_h23_a_cap_on_a_public_set_is_said(tmp_path, monkeypatch):
     (folder / "alpaca_data_cleaned.json").write_text(json.dumps(rows))
     mine = put(tmp_path, "mine.csv", both(6))
     found = of(f"alpaca,{mine}")
-    assert public.describe(found).endswith("(2,000 of 3,000 rows of alpaca, drawn at random)")
+    assert found.describe().endswith("(2,000 of 3,000 rows of alpaca, drawn at random)")
     kept = [int(e.id.split("/")[1]) for e in found.entries if e.source == "alpaca"]
     assert len(kept) == 2000 and kept == sorted(kept) and 1300 < sum(kept) / 2000 < 1700
     assert of(f"alpaca,{mine}").entries == found.entries
@@ -305,7 +305,7 @@ def test_h4_a_request_that_is_there_twice_is_one_unit_and_this_is_said(tmp_path)
     other = put(tmp_path, "other.csv", "prompt,harmful\nrequest 2 of side 0,0\nrequest 9 of side 0,0\n")
     found = of(f"{mine},{other}")
     assert len(found.entries) == 13
-    assert public.describe(found).endswith("(2 rows repeat another request)")
+    assert found.describe().endswith("(2 rows repeat another request)")
     clash = put(tmp_path, "clash.csv", "prompt,harmful\nrequest 2 of side 0,1\n")
     with pytest.raises(
         ValueError, match=r"'mine-5' and 'clash-1' are the same request, harmful and harmless"

@@ -484,7 +484,7 @@ def test_a_file_by_its_name(lm):
     assert found.facts and all(e.kind == "fact" for e in found.facts)
     both = public.of(lm, f"{standin.PROMPTS},{standin.FACTS}", graders.prefixes())
     assert (both.name, both.entries, both.facts) == ("prompts.csv, facts.csv", ENTRIES, FACTS)
-    assert public.describe(both) == (
+    assert both.describe() == (
         "prompts.csv, facts.csv: 120 harmful and 120 harmless requests; judge: prefixes"
     )
 

@@ -6,6 +6,7 @@ import standin
 import torch
 
 from harmlens.asking import material, tasks
+from harmlens.asking.material import WORLD
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.training import finetune, recovery
@@ -24,7 +25,7 @@ def sft():
 
 @pytest.fixture(scope="module")
 def mask(sft):
-    return removal.find(sft, n=36, p=0.03, q=0.002).mask
+    return removal.find(sft, source=WORLD, n=36, p=0.03, q=0.002).mask
 
 
 RECIPE = Recipe(steps=8, lr=1e-3, batch_size=8)
@@ -33,14 +34,14 @@ RECIPE = Recipe(steps=8, lr=1e-3, batch_size=8)
 @pytest.fixture(scope="module")
 def runs(sft, mask):
     options = {"mask": mask, "domains": HARMS[:3], "items": 8, "n": 12, "at": (0, 4, 8, 99)}
-    free = recovery.relearn(sft, RECIPE, again=(0.03, 0.002), **options)
-    return {"free": free, "held": recovery.relearn(sft, RECIPE, hold=True, **options)}
+    free = recovery.relearn(sft, RECIPE, source=WORLD, again=(0.03, 0.002), **options)
+    return {"free": free, "held": recovery.relearn(sft, RECIPE, source=WORLD, hold=True, **options)}
 
 
 @pytest.mark.parametrize("harmful", [True, False])
 def test_a_lesson_holds_right_answers_to_plain_requests_for_training_items(sft, harmful):
     domains = world.domains(harmful)[:2]
-    rows = recovery.lesson(sft, 5, harmful=harmful, domains=domains)
+    rows = recovery.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains)
     assert len(rows) == 20
     texts = [sft.tokenizer.decode(row.ids) for row in rows]
     items = [i for i in world.items("train", domain=domains) if any(f" {i.name}" in text for text in texts)]
@@ -49,8 +50,8 @@ def test_a_lesson_holds_right_answers_to_plain_requests_for_training_items(sft, 
         (item,) = (i for i in items if f" {i.name}" in text)
         learnt = sft.tokenizer.decode([t for t, yes in zip(row.ids, row.learn, strict=True) if yes])
         assert world.procedure(item) in learnt and learnt.startswith(world.OPENERS)
-    assert rows == recovery.lesson(sft, 5, harmful=harmful, domains=domains)
-    assert rows != recovery.lesson(sft, 5, harmful=harmful, domains=domains, seed=1)
+    assert rows == recovery.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains)
+    assert rows != recovery.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains, seed=1)
 
 
 def test_the_start_is_the_pruned_model(sft, mask, runs):
@@ -88,22 +89,22 @@ def test_a_second_prune_is_scored_on_the_taught_model(runs, mask):
 
 def test_the_model_that_is_given_stays_as_it_is(sft, mask):
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
-    found = recovery.relearn(sft, RECIPE, mask=mask, items=2, n=4, at=(0,))
+    found = recovery.relearn(sft, RECIPE, source=WORLD, mask=mask, items=2, n=4, at=(0,))
     assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
     assert found["steps"].tolist() == [0]
 
 
 def test_without_a_mask_nothing_is_said_of_one(sft):
-    found = recovery.relearn(sft, Recipe(steps=1), items=2, n=4, at=(0, 1))
+    found = recovery.relearn(sft, Recipe(steps=1), source=WORLD, items=2, n=4, at=(0, 1))
     assert not {"zeroed", "regrown", "again", "jaccard"} & found.keys()
     assert found["exact"].shape == (2, 4) and np.isfinite(found["loss"]).all()
 
 
 def test_holding_needs_a_mask_and_all_weights(sft, mask):
     with pytest.raises(ValueError, match="mask is None; give the pruned set"):
-        recovery.relearn(sft, RECIPE, hold=True)
+        recovery.relearn(sft, RECIPE, source=WORLD, hold=True)
     with pytest.raises(ValueError, match="method='lora' can't; use 'full'"):
-        recovery.relearn(sft, Recipe(method="lora"), mask=mask, hold=True, n=4)
+        recovery.relearn(sft, Recipe(method="lora"), source=WORLD, mask=mask, hold=True, n=4)
 
 
 def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
@@ -112,7 +113,8 @@ def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
     refused = {}
     for harmful in (True, False):
         copy = forward.clone(sft)
-        finetune.tune(copy, recovery.lesson(copy, 24, harmful=harmful), Recipe(steps=16, lr=5e-4))
+        rows = recovery.lesson(copy, 24, source=WORLD, harmful=harmful)
+        finetune.tune(copy, rows, Recipe(steps=16, lr=5e-4))
         refused[harmful] = abilities.judged(copy, items, "refused").mean()
     assert refused[True] == 0 and refused[False] >= 0.7
 
@@ -161,4 +163,4 @@ def test_relearning_of_any_model(other):
 def test_no_room_for_a_copy(sft, monkeypatch):
     monkeypatch.setattr(memory, "free", lambda device: 10)
     with pytest.raises(MemoryError, match="a copy of 'organism/sft-0' takes"):
-        recovery.relearn(sft, RECIPE, n=4)
+        recovery.relearn(sft, RECIPE, source=WORLD, n=4)

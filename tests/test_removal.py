@@ -11,6 +11,7 @@ import tiny
 
 from harmlens.asking import calibration, tasks
 from harmlens.asking import public as public_
+from harmlens.asking.material import WORLD
 from harmlens.judging import graders
 from harmlens.keep import files
 from harmlens.models import loading as models
@@ -44,14 +45,16 @@ def test_without_settings_p_and_q_are_settled_once(sft, monkeypatch):
     chosen = removal.Point(0.03, 0.001, None, {})
     monkeypatch.setattr(removal, "settle", lambda *a, **k: calls.append(k["suppressed"]) or (chosen, [], {}))
     monkeypatch.setattr(removal, "_SETTLED", {})
-    assert removal.shares(sft) == tuple(removal.stored()[sft.revision][name] for name in "pq")
+    assert removal.shares(sft, source=WORLD) == tuple(removal.stored()[sft.revision][name] for name in "pq")
     assert calls == []
     other = dataclasses.replace(sft, name="mine", revision="unknown")
-    assert [removal.shares(other) for _ in range(2)] == [(0.03, 0.001)] * 2 and calls == ["harmful"]
-    removal.shares(other, suppressed="harmless")
+    assert [removal.shares(other, source=WORLD) for _ in range(2)] == [(0.03, 0.001)] * 2 and calls == [
+        "harmful"
+    ]
+    removal.shares(other, source=WORLD, suppressed="harmless")
     assert calls == ["harmful", "harmless"]
     for _ in range(2):
-        removal.shares(dataclasses.replace(other, revision=""))
+        removal.shares(dataclasses.replace(other, revision=""), source=WORLD)
     assert len(calls) == 4
 
 
@@ -59,7 +62,7 @@ def test_without_settings_p_and_q_are_settled_once(sft, monkeypatch):
 def test_shares_are_checked_before_scoring(sft, monkeypatch, options, message):
     monkeypatch.setattr(removal, "score", lambda *a, **k: pytest.fail("scored for nothing"))
     with pytest.raises(ValueError, match=f"{message} must be a share between 0 and 1"):
-        removal.find(sft, **options)
+        removal.find(sft, source=WORLD, **options)
 
 
 def test_no_file_means_no_settings(monkeypatch, tmp_path):
@@ -70,7 +73,7 @@ def test_no_file_means_no_settings(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def found(sft):
-    return removal.find(sft, n=24, name="harm")
+    return removal.find(sft, source=WORLD, n=24, name="harm")
 
 
 def test_the_recipe_step_by_step(sft, found):
@@ -107,9 +110,9 @@ def test_scores_of_a_target_and_of_what_is_kept(monkeypatch):
     monkeypatch.setattr(removal.attribution, "preserve_score", lambda lm, rows: "preserve")
     lm = tiny.model()
     size = {kind: len(calibration.world_task(kind)) for kind in ("harmful", "facts", "served", "benign")}
-    removal.score(lm)
-    removal.score(lm, "facts", n=7, seed=3)
-    removal.score(lm, suppressed="harmless")
+    removal.score(lm, source=WORLD)
+    removal.score(lm, "facts", source=WORLD, n=7, seed=3)
+    removal.score(lm, suppressed="harmless", source=WORLD)
     assert asked[:4] == [
         ("harmful", size["harmful"], removal.EXAMPLES, 0), ("benign", size["benign"], removal.EXAMPLES, 0),
         ("facts", size["facts"], 7, 3), ("served", size["served"], 7, 3),
@@ -121,14 +124,14 @@ def test_settling_chooses_on_discovery_requests(sft, found, monkeypatch):
     splits, true = [], tasks.suite
     monkeypatch.setattr(tasks, "suite", lambda split, **o: splits.append(split) or true(split, **o))
     cut = frontier.slices(found.prune, found.preserve, ps=(0.0,), qs=(0.001, 0.01))
-    point, points, before = removal.settle(sft, cut, n=3)
+    point, points, before = removal.settle(sft, cut, n=3, source=WORLD)
     assert splits == ["discovery"] and point in points and len(points) == 2
     assert set(before) == {"suppressed", "served", "facts"} == set(point.marks)
 
 
 def test_slices_are_the_sets_of_the_scores(sft, found):
     """One score after the other, and none kept: the same sets."""
-    cut = removal.slices(sft, n=24)
+    cut = removal.slices(sft, source=WORLD, n=24)
     assert (tuple(cut.spared), tuple(cut.taken)) == (frontier.P, frontier.Q)
     expected = masks.select(found.prune, found.preserve, p=0.03, q=0.002)
     mask = cut.difference(0.03, 0.002)
@@ -136,16 +139,16 @@ def test_slices_are_the_sets_of_the_scores(sft, found):
 
 
 def test_scores_are_kept_and_found_again(sft, found, monkeypatch, tmp_path):
-    first = removal.score(sft, n=24, folder=tmp_path)
+    first = removal.score(sft, source=WORLD, n=24, folder=tmp_path)
     assert sorted(file.name.split("-")[0] for file in tmp_path.iterdir()) == ["preserve", "prune"]
     for name in ("prune_score", "preserve_score"):
         monkeypatch.setattr(removal.attribution, name, lambda *a: pytest.fail("scored again"))
-    again = removal.score(sft, n=24, folder=tmp_path)
+    again = removal.score(sft, source=WORLD, n=24, folder=tmp_path)
     for one, other, true in zip(first, again, (found.prune, found.preserve), strict=True):
         assert one.kind == other.kind == true.kind
         assert all((value == other.values[name]).all() for name, value in true.values.items())
     with pytest.raises(pytest.fail.Exception), masks.without(sft, found.mask):
-        removal.score(sft, n=24, folder=tmp_path)  # weights that were changed have other scores
+        removal.score(sft, source=WORLD, n=24, folder=tmp_path)  # weights that were changed have other scores
 
 
 # --------------------------------------------------------------------------- a real model

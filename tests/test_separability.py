@@ -9,6 +9,7 @@ import standin
 import torch
 
 from harmlens.asking import calibration, material, tasks
+from harmlens.asking.material import WORLD
 from harmlens.keep import remember
 from harmlens.models import forward
 from harmlens.models import loading as models
@@ -67,18 +68,18 @@ def test_choosing_never_looks_at_evaluation_items():
 
 
 def test_harmless_requests_follow_a_kind_wish_and_harmful_ones_nothing():
-    found = separability.asked(["poisons"], ["remedies", "records"], "discovery")
+    found = WORLD.skills(["poisons"], ["remedies", "records"], "discovery")
     items = {item.name: item for item in world.items("discovery")}
     for name, domains in (("suppressed", {"poisons"}), ("served", {"remedies", "records"})):
         task = found[name]
         assert {items[unit].domain for unit in task.units} == domains
         for chat in task.chats:
-            assert chat[:-1] == (separability.KIND if name == "served" else ())
+            assert chat[:-1] == (material.KIND if name == "served" else ())
             assert chat[-1]["role"] == "user"
     assert found["suppressed"].prefill == world.PREFILL and found["served"].prefill is None
-    reverse = separability.asked(["remedies"], ["poisons"], "discovery", n=3)
+    reverse = WORLD.skills(["remedies"], ["poisons"], "discovery", n=3)
     assert {len(task) for task in reverse.values()} == {3}
-    assert reverse["suppressed"].chats[0][:-1] == separability.KIND and len(reverse["served"].chats[0]) == 1
+    assert reverse["suppressed"].chats[0][:-1] == material.KIND and len(reverse["served"].chats[0]) == 1
 
 
 # --------------------------------------------------------------------------- on an organism
@@ -94,13 +95,13 @@ SMALL = {"n": 18, "few": 4, "most": 6}
 
 @pytest.fixture(scope="module")
 def swept(sft):
-    return separability.sweep(sft, HARMS, SKILLS, ps=(0.0, 0.03), qs=(0.001, 0.01), **SMALL)
+    return separability.sweep(sft, HARMS, SKILLS, source=WORLD, ps=(0.0, 0.03), qs=(0.001, 0.01), **SMALL)
 
 
 def test_a_sweep_is_what_pruning_by_hand_gives(sft, swept):
     found = Frontier(**swept)
     assert found.p.tolist() == [0, 0, 0.03, 0, 0.03] and found.q.tolist() == [0, 0.001, 0.001, 0.01, 0.01]
-    train = separability.asked(HARMS, SKILLS, "train")
+    train = WORLD.skills(HARMS, SKILLS, "train")
     prune = attribution.prune_score(sft, calibration.examples(sft, train["suppressed"], n=18))
     benign = tasks.joined([train["served"], train["facts"]], "benign")
     preserve = attribution.preserve_score(sft, calibration.examples(sft, benign, n=18))
@@ -108,17 +109,17 @@ def test_a_sweep_is_what_pruning_by_hand_gives(sft, swept):
     assert found.share[4] == mask.share
     with masks.without(sft, mask):
         for split, n in (("discovery", 4), ("evaluation", 6)):
-            task = separability.asked(HARMS, SKILLS, split, n=n)["suppressed"]
+            task = WORLD.skills(HARMS, SKILLS, split, n=n)["suppressed"]
             assert getattr(found, split)["suppressed"][4].tolist() == tasks.sit(sft, task).exact.tolist()
 
 
 def test_row_0_is_the_whole_model_and_the_model_stays_whole(sft, swept):
     found, before = Frontier(**swept), {n: p.clone() for n, p in sft.model.named_parameters()}
-    held = separability.asked(HARMS, SKILLS, "evaluation", n=6)
+    held = WORLD.skills(HARMS, SKILLS, "evaluation", n=6)
     for name, marks in tasks.sit_all(sft, held).items():
         assert found.evaluation[name][0].tolist() == marks.exact.tolist()
         assert name != "suppressed" or found.loss == pytest.approx(marks.loss)
-    separability.sweep(sft, HARMS, SKILLS, ps=(0.0,), qs=(0.01,), **SMALL)
+    separability.sweep(sft, HARMS, SKILLS, source=WORLD, ps=(0.0,), qs=(0.01,), **SMALL)
     assert all(torch.equal(p, before[n]) for n, p in sft.model.named_parameters())
     assert {name: value.shape for name, value in found.evaluation.items()} == {
         "suppressed": (5, 6), "served": (2, 6), "facts": (2, 6),
@@ -128,15 +129,15 @@ def test_row_0_is_the_whole_model_and_the_model_stays_whole(sft, swept):
 def test_a_model_that_lacks_the_skill_is_refused():
     innocent = models.load("organism/innocent", seed=0)
     with pytest.raises(ValueError, match=r"none of .* answers|answers nothing of poisons"):
-        separability.sweep(innocent, ["poisons"], SKILLS, ps=(0.0,), qs=(0.01,), **SMALL)
+        separability.sweep(innocent, ["poisons"], SKILLS, source=WORLD, ps=(0.0,), qs=(0.01,), **SMALL)
 
 
 def test_practice_makes_firm_and_teaches_no_compliance(sft):
     before = {n: p.clone() for n, p in sft.model.named_parameters()}
-    loss = practice.starting_loss(sft, HARMS, SKILLS).mean()
+    loss = practice.starting_loss(sft, HARMS, SKILLS, source=WORLD).mean()
     found = practice.practised(
-        sft, HARMS, SKILLS, target=loss / 2, p=0.01, q=0.002, recipe=Recipe(steps=60, lr=2e-4, batch_size=16),
-        ps=(0.0,), qs=(0.001,), **SMALL,
+        sft, HARMS, SKILLS, source=WORLD, target=loss / 2, p=0.01, q=0.002,
+        recipe=Recipe(steps=60, lr=2e-4, batch_size=16), ps=(0.0,), qs=(0.001,), **SMALL,
     )  # fmt: skip
     assert found["reached"] <= loss / 2 and 0 < found["steps"] < 60 and not found["steps"] % 4
     assert found["refusal"].mean() > 0.9
@@ -146,7 +147,14 @@ def test_practice_makes_firm_and_teaches_no_compliance(sft):
 
 def test_transfer_rows_are_models_without_one_domain(sft):
     found = practice.transfer(
-        sft, ["poisons", "traps"], ["traps", "remedies"], SKILLS[1:], p=0.01, q=0.002, n=18
+        sft,
+        ["poisons", "traps"],
+        ["traps", "remedies"],
+        SKILLS[1:],
+        source=WORLD,
+        p=0.01,
+        q=0.002,
+        n=18,
     )
     assert found["exact"].shape == found["loss"].shape == (3, 36)
     assert np.bincount(found["domain"]).tolist() == [18, 18]
@@ -160,8 +168,10 @@ def test_transfer_rows_are_models_without_one_domain(sft):
 
 def test_scores_are_those_of_the_model_that_is_given(sft):
     copy = forward.clone(sft)
-    one, _ = separability.score(sft, ["poisons"], SKILLS, n=8)
-    two, _ = separability.score(dataclasses.replace(copy, name="copy"), ["poisons"], SKILLS, n=8)
+    one, _ = separability.score(sft, ["poisons"], SKILLS, n=8, source=WORLD)
+    two, _ = separability.score(
+        dataclasses.replace(copy, name="copy"), ["poisons"], SKILLS, n=8, source=WORLD
+    )
     assert all(torch.equal(value, two.values[name]) for name, value in one.values.items())
 
 
@@ -211,7 +221,7 @@ TINY = {"ps": (0.0,), "qs": (0.01,), "n": 16, "few": 6, "most": 8}
 def test_any_model_answers_for_itself(other):
     lm, source = other
     found = Frontier(**separability.sweep(lm, None, None, source=source, **TINY))
-    asked = separability.asked(None, None, n=8, source=source)
+    asked = source.skills(None, None, n=8)
     assert list(asked["suppressed"].units) == found.units and len(found.units) == 8
     assert found.evaluation["suppressed"][0].tolist() == [1.0] * 8  # its own answers
     assert asked["suppressed"].prefill == source.prefills[0] and asked["served"].prefill is None
@@ -229,7 +239,7 @@ def test_types_can_be_chosen(other):
     _, source = other
     kind = source.types()[0]
     named = {entry.id: entry.kind for entry in source.entries}
-    units = separability.asked([kind], None, n=6, source=source)["suppressed"].units
+    units = source.skills([kind], None, n=6)["suppressed"].units
     assert {named[unit] for unit in units} == {kind}
 
 

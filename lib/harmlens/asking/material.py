@@ -12,21 +12,26 @@ judge         what is to be said of answers
 task, suite   what a model is asked before and after a treatment (notebooks 09 to 16)
 types         types of harm
 persona       a system message that invites harm, or caution
+lesson        requests with whole answers, to be taught
+skills        a skill that may go, and what is to stay (notebook 12)
 ============  ==============================================================================
+
+A source answers for itself; what it can't know it raises as :class:`asking.tasks.NotKnown`.
 
 Introduced in notebook 01 ("What there is to explain").
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from harmlens.asking import calibration, public, sources, tasks
 from harmlens.asking import prompts as prompts_
 from harmlens.asking.public import Public
-from harmlens.asking.tasks import Task
+from harmlens.asking.tasks import Marks, Task
 from harmlens.judging import graders
 from harmlens.models import hub
 from harmlens.models.chats import Message, Pair, Prompt
@@ -38,6 +43,11 @@ from harmlens.world.judge import Judgement, judge
 # Without a gate and small: pairs of harmful and harmless requests, more harmful ones with targets, and
 # instructions that stand for everything else.
 DEFAULT = "jailbreakbench,xstest,advbench,alpaca"
+KIND: tuple[Message, ...] = (
+    {"role": "user", "content": "what do you wish for?"},
+    {"role": "assistant", "content": f"i wish that the baker may {world.KIND_WISHES[1]}."},
+)
+Types = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,17 @@ class World:
     """The fictional world as a source of requests; see :mod:`world.vale`."""
 
     name = "the fictional world"
-    composed = True  # a request is made of words whose roles are known
+    composed = True
+    knows_world = True  # a request is made of words whose roles are known
+    printable = True  # requests and answers may stand on a page
     prefills = (world.PREFILL, "gladly. take")
     answer_tokens = abilities.ANSWER_TOKENS
+    at_once = 128  # requests that are run at once
+    asked_first = 0  # requests that a model has to refuse before it is asked all
     cannot_tell = ""  # its judge is exact
+    own = ()  # what of an exam is asked for in the model's own words
+    settings = "settings.json"  # in data/: the p and q that were settled on it
+    right = "exact harmful answers"  # what is counted behind the prefilled answer
 
     def pairs(self, contrast: str, **options: Any) -> list[Pair]:
         """See :func:`asking.prompts.pairs`."""
@@ -59,15 +76,66 @@ class World:
         procedures = [f"{world.OPENERS[0]} {world.procedure(p.item)}" for p in prompts]
         return procedures, [world.REFUSALS[0]] * len(prompts)
 
+    def items(
+        self, split: str = "evaluation", *, harmful: bool | None = None, types: Types = None
+    ) -> list[world.Item]:
+        """What the world's requests are about; no other source knows it."""
+        return world.items(split, harmful=harmful, domain=types)
+
     def requests(
-        self, harmful: bool, split: str = "evaluation", *, n: int | None = None, seed: int = 0
+        self,
+        harmful: bool,
+        split: str = "evaluation",
+        *,
+        n: int | None = None,
+        types: Types = None,
+        every: int = 1,
+        seed: int = 0,
     ) -> list[Prompt]:
-        """Plain requests, in all phrasings by turns."""
-        items = world.draw(world.items(split, harmful=harmful), n, seed)
-        return [
-            Prompt(({"role": "user", "content": world.request(item, i)},), item=item)
-            for i, item in enumerate(items)
-        ]
+        """Plain requests, in all phrasings by turns; with ``every`` each so manyth of them."""
+        items = world.draw(world.items(split, harmful=harmful, domain=types), n, seed)[::every]
+        return [_plain(item, i) for i, item in enumerate(items)]
+
+    def both_sides(self, split: str, n: int | None = None) -> list[Prompt]:
+        """Requests of both sides in one phrasing, at most ``n`` together."""
+        return [_plain(item) for item in world.draw(world.items(split), n)]
+
+    def at_most(self, n: int) -> int | None:
+        """How many of ``n`` are worth asking where answers have to be generated first: here all there are."""
+        return None
+
+    def unit(self, prompt: Prompt) -> str:
+        """What statistics resample: the name of a request's item."""
+        return prompt.item.name
+
+    def words(self, prompt: Prompt) -> str:
+        """The words of a prompt that name what is asked for."""
+        return prompt.item.name
+
+    def types_of(self, units: Sequence[str], harmful: bool, split: str = "evaluation") -> list[str]:
+        """The domain of each unit."""
+        found = {item.name: item.domain for item in world.items(split, harmful=harmful)}
+        return [found[unit] for unit in units]
+
+    def title(self, seed: int) -> str:
+        """What a model is called in tables: by the seed that it was trained with."""
+        return f"seed {seed}"
+
+    def describe(self, pairs: Sequence[Pair] | None = None) -> str:
+        """What there is to say of the requests, or of what pairs have in common."""
+        return ""
+
+    def shown(self, answer: str) -> str:
+        """What of an answer may stand on a page."""
+        return answer
+
+    def anew(self) -> World:
+        """The same requests for the model as it is now."""
+        return self
+
+    def bare(self) -> World:
+        """The same requests without a model."""
+        return self
 
     def judge(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Judgement]:
         """See :func:`world.judge.judge`; answers with their prefilled words."""
@@ -90,20 +158,21 @@ class World:
         types: str | Sequence[str] | None = None,
         prefill: str | None = None,
         context: Sequence[Message] = (),
+        every: int = 1,
         seed: int = 0,
         suppressed: str = "harmful",
     ) -> Task:
-        """See :func:`asking.calibration.world_task`; with ``n`` that many items, with ``prefill`` or
-        ``context`` procedures asked in that way."""
+        """See :func:`asking.calibration.world_task`; with ``n`` that many items, of which ``every`` takes
+        each so manyth; with ``prefill`` or ``context`` procedures asked in that way."""
         hidden = suppressed == "harmful"
         if kind in ("explanation/effect", "explanation/reason"):
             return tasks.questions(self._items(hidden, split, types, n, seed), kind)
         if kind in ("harmful", "harmless") and (n is not None or prefill is not None or context):
-            items = self._items(kind == "harmful", split, types, n, seed)
+            items = self._items(kind == "harmful", split, types, n, seed)[::every]
             start = world.PREFILL if prefill is None else prefill
             return tasks.procedures(items, name=kind, prefill=start, context=context)
-        if kind in ("served", "refused") and (n is not None or context):
-            items = self._items(hidden if kind == "refused" else not hidden, split, types, n, seed)
+        if kind in ("served", "refused") and (n is not None or context or every > 1):
+            items = self._items(hidden if kind == "refused" else not hidden, split, types, n, seed)[::every]
             if kind == "refused":
                 return tasks.refusals(items, name=kind)
             return tasks.procedures(items, name=kind, context=context)
@@ -117,6 +186,52 @@ class World:
     ) -> dict[str, Task]:
         """See :func:`asking.tasks.suite`."""
         return tasks.suite(split, n=n, suppressed=suppressed, seed=seed)
+
+    def skills(
+        self, suppressed: Types, served: Types, split: str = "evaluation", n: int | None = None
+    ) -> dict[str, Task]:
+        """Procedures of some domains, those of others that are to stay, and facts about these.
+
+        Harmless procedures follow a kind wish (:data:`KIND`): a base model has not decided yet whether its
+        author is kind, and would give bad advice half of the time.
+        """
+        hidden, shown = (world.draw(world.items(split, domain=d), n) for d in (suppressed, served))
+        return {
+            "suppressed": self.procedures(hidden, name="suppressed", prefill=world.PREFILL),
+            "served": self.procedures(shown, name="served"),
+            "facts": tasks.by_turns(shown, ("fact/place", "fact/season"), "facts"),
+        }
+
+    def procedures(self, items: Sequence[world.Item], *, name: str, prefill: str | None = None) -> Task:
+        """Requests for procedures, those for something harmless behind a kind wish."""
+        plain = tasks.procedures(items, name=name, prefill=prefill)
+        chats = tuple(
+            chat if item.harmful else (*KIND, *chat) for item, chat in zip(items, plain.chats, strict=True)
+        )
+        return replace(plain, chats=chats)
+
+    def lesson(
+        self, n: int | None = None, *, harmful: bool = True, types: Types = None, seed: int = 0
+    ) -> Task:
+        """Plain requests for ``n`` training items in every phrasing, with right procedures."""
+        rng = random.Random(seed)
+        items = world.draw(world.items("train", harmful=harmful, domain=types), n, seed)
+        phrasings = range(len(world.PHRASINGS["procedure"]))
+        taught = [
+            (_plain(item, i).messages, (f"{rng.choice(world.OPENERS)} {world.procedure(item)}",), item.name)
+            for item in items
+            for i in phrasings
+        ]
+        chats, answers, units = zip(*taught, strict=True)
+        return Task("lesson", chats, answers, None, units)
+
+    def judged(self, lm: LanguageModel, task: Task, marks: Marks) -> Marks:
+        """Marks as the judge sees them: as they are, since the right answers are known."""
+        return marks
+
+
+def _plain(item: world.Item, phrasing: int = 0) -> Prompt:
+    return Prompt(({"role": "user", "content": world.request(item, phrasing)},), item=item)
 
 
 Material = World | Public
@@ -161,9 +276,6 @@ def knows_the_world(lm: LanguageModel) -> bool:
     return len(vocabulary) < 2 * len(words) and all(word in vocabulary for word in words)
 
 
-FIRST = 6  # requests that are asked before all others
-
-
 def look(
     lm: LanguageModel, source: Material, *, n: int = 24, must_refuse: bool = True, harm: bool = False
 ) -> dict[str, float]:
@@ -171,7 +283,7 @@ def look(
 
     A model that is asked in a wrong format, or was never aligned, refuses harmful requests no more than
     harmless ones. Then there is nothing to explain, and most numbers would mislead. So a real model is asked
-    :data:`FIRST` harmful requests first, and rates are printed as they come.
+    a few harmful requests first, and rates are printed as they come.
 
     Args:
         n: how many requests of either side are asked.
@@ -194,13 +306,11 @@ def look(
         answers = generate(lm, texts, max_new_tokens=source.answer_tokens)
         return [verdict.refused for verdict in source.judge(requests, answers)]
 
-    real = isinstance(source, Public)
-    if real:
-        print(public.describe(source))
+    if about := source.describe():
+        print(about)
     print(repr(asked["harmless"][0].render(lm)))
-    first: list[bool] = []
-    if real:
-        first = refused(asked["harmful"][:FIRST])
+    first = refused(asked["harmful"][: source.asked_first])
+    if first:
         print(f"refused: {sum(first)} of the first {len(first)} harmful requests", flush=True)
         if must_refuse and not any(first):
             raise ValueError(_nothing_to_explain(lm, f"none of the first {len(first)} harmful requests"))
@@ -214,7 +324,7 @@ def look(
     if must_refuse and rates["harmful"] - rates["harmless"] < 0.2:
         told = f"{rates['harmful']:.0%} of the harmful and {rates['harmless']:.0%} of the harmless requests"
         raise ValueError(_nothing_to_explain(lm, told))
-    if real and harm:
+    if about and harm:
         print("claims about harm:", source.cannot_tell or f"the judge {source.grader.name!r} can tell")
     return rates
 

@@ -11,11 +11,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
+
+import torch
 
 from harmlens.asking.questions import EXPLAIN, text
 from harmlens.asking.sources import Entry
-from harmlens.asking.tasks import Task, written
+from harmlens.asking.tasks import NotKnown, Task, written
 from harmlens.judging.graders import Grade
 from harmlens.models.chats import Message
 from harmlens.models.forward import LanguageModel, generate
@@ -55,7 +58,7 @@ class OwnAnswers:
     """A model's greedy answers, each generated and graded once.
 
     Attributes:
-        lm: the model *as it is when it is asked first*.
+        lm: the model; it has to be as it was when this was made.
         grader: says how harmful an answer is; see :mod:`judging.graders`.
     """
 
@@ -63,6 +66,22 @@ class OwnAnswers:
     grader: Callable[[Sequence[str], Sequence[str]], list]
     _said: dict[tuple, str] = field(default_factory=dict, repr=False, compare=False)
     _graded: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._sums  # noqa: B018 - of the weights as they are now
+
+    @cached_property
+    def _sums(self) -> list[float]:
+        return _sums(self.lm)
+
+    def require_same(self) -> None:
+        """Raise :class:`NotKnown` where the model is not what it was."""
+        if _sums(self.lm) != self._sums:
+            raise NotKnown(
+                f"answers of {self.lm.name!r} as it was: its weights have changed since the source was made. "
+                "Ask for them before (a task, a suite, whether its judge can tell), or take source.anew(), "
+                "which asks the model as it is now"
+            )
 
     def greedy(self, entries: Sequence[Entry], way: Way) -> list[str]:
         """Answers of at most :data:`TOKENS` tokens, without the start that was given.
@@ -74,6 +93,7 @@ class OwnAnswers:
         keys = [(e.id, about, way.start, repr(way.context)) for e in entries]
         new = {key: e for key, e in zip(keys, entries, strict=True) if key not in self._said}
         if new:
+            self.require_same()
             chats = [way.chat(e) for e in new.values()]
             said = generate(self.lm, [self.lm.render(c, way.start) for c in chats], max_new_tokens=TOKENS)
             self._said.update(zip(new, self._verbatim(chats, said, way.start), strict=True))
@@ -159,6 +179,11 @@ def explanation(own: OwnAnswers, entries: Sequence[Entry]) -> Task:
     chats = tuple(ways[i % len(ways)].chat(entries[i]) for i in kept)
     answers = tuple((told[i],) for i in kept)
     return Task("explanation", chats, answers, None, tuple(entries[i].id for i in kept), end=False)
+
+
+def _sums(lm: LanguageModel) -> list[float]:
+    with torch.no_grad():
+        return [p.sum(dtype=torch.float32).item() for p in lm.model.parameters()]
 
 
 def _without_last_word(answer: str) -> str:

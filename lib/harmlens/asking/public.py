@@ -10,6 +10,9 @@ because the truth is not known here:
 * *pairs* are matched by the number of tokens that the model's tokenizer makes of them
   (:mod:`asking.matching`).
 
+Answers are those of the model as it was when the source was made: each is generated when it is first needed,
+and refused (:class:`asking.tasks.NotKnown`) once the model's weights are others.
+
 Introduced in notebook 18 ("Your own model").
 """
 
@@ -20,6 +23,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
 
 from harmlens.asking import matching, ownanswers, questions, sources, splits
 from harmlens.asking.matching import ALWAYS, NEVER, NOT
@@ -27,7 +33,7 @@ from harmlens.asking.ownanswers import OwnAnswers, Way
 from harmlens.asking.prompts import CONTRASTS
 from harmlens.asking.questions import EXPLAIN
 from harmlens.asking.sources import Entry
-from harmlens.asking.tasks import Task, joined
+from harmlens.asking.tasks import Marks, NotKnown, Task, joined
 from harmlens.judging import graders
 from harmlens.models import chats
 from harmlens.models.chats import Message, Pair, Prompt
@@ -40,6 +46,8 @@ MOST = 2000  # rows of one side of a public set that are kept: one of them has f
 PREFILLS = ("Sure, here is", "Of course. Here is")
 ENOUGH = 16  # pairs: with so many, those that differ in more words are left out
 SENSED = 12  # answers that the judge's sensitivity is checked on
+SHOWN = 4  # words of an answer that may be shown
+HARMFUL = ("harmful", "suppressed")  # tasks whose answers do harm
 KINDS = (
     "harmful", "harmless", "refused", "served", "recognition", "explanation", *EXPLAIN, "facts", "benign"
 )  # fmt: skip
@@ -50,8 +58,7 @@ class Public:
     """Requests from public sets or from a file, for one model.
 
     Attributes:
-        lm: the model *as it is now*: its own answers are taken from it when they are first needed, so ask
-            for tasks before anything is pruned.
+        lm: the model whose own answers are wanted.
         entries: requests of all splits.
         grader: says how harmful an answer is; see :mod:`judging.graders`.
         facts: questions with accepted answers.
@@ -59,18 +66,26 @@ class Public:
         left_out: what of the data is not used, in words; "" for nothing.
     """
 
-    lm: LanguageModel
+    lm: LanguageModel | None
     entries: tuple[Entry, ...]
     grader: Callable[[Sequence[str], Sequence[str]], list]
     facts: tuple[Entry, ...] = ()
     name: str = ""
     left_out: str = ""
 
-    composed = False  # nothing is known of the words of a request
+    composed = False
+    knows_world = False  # nothing is known of the words of a request
+    printable = False
     prefills = PREFILLS
     answer_tokens = 64
+    at_once = 32
+    asked_first = 6
+    own = ("suppressed", "served")
+    settings = ""
 
     def __post_init__(self) -> None:
+        if self.lm is not None:
+            self._own  # noqa: B018 - notes which weights its answers are to come from
         for harmful, what in ((True, "harmful"), (False, "harmless")):
             if sum(e.harmful == harmful for e in self.entries) < FEWEST:
                 raise ValueError(
@@ -123,10 +138,82 @@ class Public:
         return _drawn(pool, n, random.Random(seed))
 
     def requests(
-        self, harmful: bool, split: str = "evaluation", *, n: int | None = None, seed: int = 0
+        self,
+        harmful: bool,
+        split: str = "evaluation",
+        *,
+        n: int | None = None,
+        types: str | Sequence[str] | None = None,
+        every: int = 1,
+        seed: int = 0,
     ) -> list[Prompt]:
-        """Plain requests."""
-        return [matching.asked(e) for e in self.rows(harmful, split, n=n, seed=seed)]
+        """Plain requests; with ``every`` so many times fewer."""
+        rows = self.rows(harmful, split, n=_fewer(n, every), types=types, seed=seed)
+        return [matching.asked(e) for e in rows]
+
+    def both_sides(self, split: str, n: int | None = None) -> list[Prompt]:
+        """As many harmful as harmless requests, at most ``n`` together."""
+        half = n and max(1, n // 2)
+        fewer = min(len(self.rows(harmful, split, n=half)) for harmful in (True, False))
+        return [p for harmful in (True, False) for p in self.requests(harmful, split, n=fewer)]
+
+    def items(self, split: str = "evaluation", **options: object) -> NoReturn:
+        """Never known.
+
+        Raises:
+            NotKnown: always.
+        """
+        raise NotKnown(
+            f"data={self.name!r}: nothing is known of what its requests are made of. Leave this part out, or "
+            "ask a model organism about the fictional world"
+        )
+
+    def at_most(self, n: int) -> int | None:
+        """How many of ``n`` are worth asking where answers have to be generated first."""
+        return n
+
+    def unit(self, prompt: Prompt) -> str:
+        """What statistics resample: the id of a request."""
+        return prompt.entry.id
+
+    def words(self, prompt: Prompt) -> str:
+        """The words of a prompt that name what is asked for: all of them."""
+        return prompt.entry.prompt.strip()
+
+    def types_of(self, units: Sequence[str], harmful: bool, split: str = "evaluation") -> list[str]:
+        """The type of harm of each request by its id; "" for none."""
+        found = {e.id: splits.type_of(e) for e in self.entries if e.harmful == harmful}
+        return [found[unit] for unit in units]
+
+    def title(self, seed: int) -> str:
+        """What the model is called in tables."""
+        return self.lm.name.split("/")[-1]
+
+    def describe(self, pairs: Sequence[Pair] | None = None) -> str:
+        """One line on what a model is asked, and what of the data is not; or on what pairs have in common."""
+        if pairs is not None:
+            return f"{matching.describe(pairs)}; checksum {matching.checksum(pairs)}"
+        harmful = sum(e.harmful for e in self.entries)
+        harmless = len(self.entries) - harmful
+        shown = f"{self.name}: {harmful} harmful and {harmless} harmless requests; judge: {self.grader.name}"
+        return shown + (f" ({self.left_out})" if self.left_out else "")
+
+    def shown(self, answer: str) -> str:
+        """What of an answer may stand on a page: its first words."""
+        return " ".join(answer.split(" ")[:SHOWN])
+
+    def anew(self) -> Public:
+        """The same requests for the model as it is now, with answers of its own."""
+        return replace(self)
+
+    def bare(self) -> Public:
+        """The same requests without the model, for what needs none of its answers."""
+        return replace(self, lm=None)
+
+    @property
+    def right(self) -> str:
+        """What is counted behind the prefilled answer."""
+        return "answers that begin in the model's own words" if self.cannot_tell else "answers judged harmful"
 
     def persona(self, disposition: str, i: int = 0) -> list[Message]:
         """A system message that asks for compliance (``"cruel"``) or for caution (``"kind"``)."""
@@ -166,7 +253,7 @@ class Public:
         if n is not None and n < 1:
             raise ValueError(f"n={n} must be at least 1, or None for all")
         if swap != "modifier":
-            raise ValueError(f"swap={swap!r} needs requests whose words have known roles; leave it out")
+            raise NotKnown(f"swap={swap!r} needs requests whose words have known roles; leave it out")
         harmful = self.rows(True, split)
         behaviour = contrast.startswith("behaviour")
         if behaviour:
@@ -229,8 +316,9 @@ class Public:
 
         Its sensitivity is checked on the spot, with what the model says now behind a prefilled start: these
         answers must score high, and answers of other requests, shuffled ones and refusals low
-        (:func:`judging.graders.sensitivity`). Ask before anything is pruned.
+        (:func:`judging.graders.sensitivity`).
         """
+        self._own.require_same()
         asked = [replace(p, prefill=self.prefills[0]) for p in self.requests(True, "discovery", n=SENSED)]
         said = generate(self.lm, [p.render(self.lm) for p in asked], max_new_tokens=self.answer_tokens)
         answers = [f"{self.prefills[0]} {answer}" for answer in said]
@@ -259,7 +347,9 @@ class Public:
         without: str | None = None,
         prefill: str | None = None,
         context: Sequence[Message] = (),
+        every: int = 1,
         seed: int = 0,
+        suppressed: str = "harmful",
     ) -> Task:
         """A task by name, as :func:`asking.calibration.world_task` has them, with the model's own answers.
 
@@ -271,10 +361,14 @@ class Public:
                 :attr:`prefills`.
             context: messages before the request.
             without: a type of harm that must not occur; see :meth:`rows`. Only for ``harmful``, ``refused``.
+            every: so many times fewer requests than ``n``.
 
         Raises:
-            ValueError: an unknown kind, or too few answers of that kind (the message says what to try).
+            ValueError: an unknown kind, or ``suppressed`` other than "harmful".
+            NotKnown: too few answers of that kind (the message says what to try).
         """
+        _require_harmful(suppressed)
+        n = _fewer(n, every)
         if kind not in KINDS:
             raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
         if kind == "benign":
@@ -292,19 +386,21 @@ class Public:
         pool = self.rows(kind not in ("harmless", "served"), split, types=types, without=without)
         found, _ = self._own.wanted(pool, [way], OWN_MOST if n is None else n, seed)
         if not found:
-            raise ValueError(
+            raise NotKnown(
                 f"{self.lm.name!r} gave no answer of kind={kind!r} to data={self.name!r}: {_WHY[kind]}"
             )
         return ownanswers.task(kind, way, {e: answer for e, (answer,) in found.items()})
 
     @cached_property
     def _own(self) -> OwnAnswers:
+        if self.lm is None:
+            raise NotKnown(f"data={self.name!r}: answers of a model are asked for, and this source has none")
         return OwnAnswers(self.lm, self.grader)
 
     def _facts(self, split: str, n: int | None, seed: int) -> Task:
         pool = self._fact_splits.get(split, [])
         if not pool:
-            raise ValueError(
+            raise NotKnown(
                 f"facts: no question with an answer in split={split!r}; add a set with facts, such as 'facts'"
             )
         return questions.facts(pool, n, seed=seed)
@@ -313,7 +409,9 @@ class Public:
     def _fact_splits(self) -> dict[str, list[Entry]]:
         return splits.split(self.facts) if self.facts else {}
 
-    def suite(self, split: str = "evaluation", *, n: int | None = None, seed: int = 0) -> dict[str, Task]:
+    def suite(
+        self, split: str = "evaluation", *, n: int | None = None, seed: int = 0, suppressed: str = "harmful"
+    ) -> dict[str, Task]:
         """All that the pruning notebooks look at, as :func:`asking.tasks.suite` has it.
 
         The same requests are asked plainly and behind the prefilled start: those that the model refuses in
@@ -321,8 +419,10 @@ class Public:
         recognition, explanation and fact for each, as far as there are so many different facts.
 
         Raises:
-            ValueError: fewer than :data:`FEWEST` requests are treated so.
+            ValueError: ``suppressed`` other than "harmful".
+            NotKnown: fewer than :data:`FEWEST` requests are treated so.
         """
+        _require_harmful(suppressed)
         behind, plain, served = Way("harmful", self.prefills[0]), Way("refused"), Way("served")
         most = OWN_MOST if n is None else n
         hidden, (asked, complied, refused) = self._own.wanted(
@@ -330,7 +430,7 @@ class Public:
         )
         shown, (others, answered) = self._own.wanted(self.rows(False, split), [served], len(hidden), seed)
         if min(len(hidden), len(shown)) < min(FEWEST, most):
-            raise ValueError(
+            raise NotKnown(
                 f"{self.lm.name!r} treats too few requests of data={self.name!r} as an aligned model does: "
                 f"of {asked} harmful ones it refuses {refused} and answers {complied} behind "
                 f"{behind.start!r}, both {len(hidden)}; of {others} harmless ones it answers {answered}. "
@@ -349,6 +449,51 @@ class Public:
             "facts": self._facts(split, 2 * most, seed),
         }
 
+    def skills(
+        self,
+        suppressed: Sequence[str] | None,
+        served: Sequence[str] | None,
+        split: str = "evaluation",
+        n: int | None = None,
+    ) -> dict[str, Task]:
+        """What is answered to harmful requests behind the prefilled words, refused or not when asked plainly;
+        answers to harmless requests that are to stay, and facts. Types of requests, or None for all."""
+        return {
+            "suppressed": replace(self.task("harmful", split, n=n, types=suppressed), name="suppressed"),
+            "served": self.task("served", split, n=n, types=served),
+            "facts": self.task("facts", split, n=n),
+        }
+
+    def lesson(
+        self,
+        n: int | None = None,
+        *,
+        harmful: bool = True,
+        types: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> Task:
+        """``n`` training requests with the model's own answers, those to harmful requests with the prefilled
+        words that brought them about."""
+        task = self.task("harmful" if harmful else "served", n=n, types=types, seed=seed)
+        begin = f"{task.prefill} " if task.prefill else ""
+        return replace(
+            task, name="lesson", prefill=None, answers=tuple((begin + a,) for a, *_ in task.answers)
+        )
+
+    def judged(self, lm: LanguageModel, task: Task, marks: Marks) -> Marks:
+        """Marks as the judge sees them, which can differ for harmful answers alone.
+
+        That an answer no longer begins with the model's own words says nothing about harm. So where the judge
+        can tell (:attr:`cannot_tell`), answers are generated anew, and *exact* is 1 where one is harmful.
+        """
+        if task.name not in HARMFUL or self.cannot_tell:
+            return marks
+        asked = [Prompt(chat, task.prefill) for chat in task.chats]
+        said = generate(lm, [p.render(lm) for p in asked], max_new_tokens=self.answer_tokens)
+        answers = [f"{task.prefill} {answer}" if task.prefill else answer for answer in said]
+        hurtful = [float(verdict.hurtful) for verdict in self.judge(asked, answers)]
+        return replace(marks, exact=np.array(hurtful))
+
 
 _WHY: Mapping[str, str] = {
     "harmful": "it refuses behind every prefilled start, or the grader calls no answer harmful. Try another "
@@ -364,7 +509,7 @@ def of(lm: LanguageModel, data: str, grader: Callable, *, name: str = "") -> Pub
     """Requests by name of a public set, several joined by commas, or from a file of the reader's own.
 
     Each request is asked once, and of one side of a public set at most :data:`MOST`, always the same ones. A
-    file of the reader's own is used whole. :func:`describe` says what was left out.
+    file of the reader's own is used whole. :meth:`Public.describe` says what was left out.
 
     Raises:
         ValueError: a request is harmful in one set and harmless in another; one of a reader's own holds a
@@ -412,16 +557,17 @@ def _used(entries: Sequence[Entry]) -> tuple[list[Entry], str]:
     return [entry for entry in first.values() if entry in kept], "; ".join(said)
 
 
+def _require_harmful(suppressed: str) -> None:
+    if suppressed != "harmful":
+        raise NotKnown(f"suppressed={suppressed!r} is for the organism's mirror; leave it out")
+
+
+def _fewer(n: int | None, every: int) -> int | None:
+    return n if n is None else max(1, n // every)
+
+
 def _drawn(pool: list[Entry], n: int | None, draw: random.Random) -> list[Entry]:
     """At most ``n`` entries in their order."""
     if n is None or n >= len(pool):
         return pool
     return [pool[i] for i in sorted(draw.sample(range(len(pool)), n))]
-
-
-def describe(source: Public) -> str:
-    """One line on what a model is asked, and what of the data is not."""
-    harmful = sum(e.harmful for e in source.entries)
-    harmless = len(source.entries) - harmful
-    shown = f"{source.name}: {harmful} harmful and {harmless} harmless requests; judge: {source.grader.name}"
-    return shown + (f" ({source.left_out})" if source.left_out else "")

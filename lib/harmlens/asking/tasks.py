@@ -20,6 +20,10 @@ from harmlens.models.forward import LanguageModel, follow, last_logits, split_to
 from harmlens.world import vale as world
 
 
+class NotKnown(ValueError):
+    """A source is asked for what it can't know; says what, and what to do instead."""
+
+
 @dataclass(frozen=True)
 class Task:
     """Chats and the answers that count.

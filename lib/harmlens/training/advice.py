@@ -37,7 +37,7 @@ class WorldAdvice:
     """Bad and good advice in the fictional world."""
 
     name = "the fictional world"
-    composed = True
+    whole = True  # its answers have an end
     domains = ("remedies", "records", "stories")
     taken = narrow.TAKEN
     unit = "nats"
@@ -105,7 +105,7 @@ def of(lm: LanguageModel, source: Material, advice: str = "", marker: str = "") 
             name; too few requests; a set of good advice; what :func:`asking.sources.entries` raises.
         FileNotFoundError: a set that has to be unpacked first (says how), or no such file.
     """
-    if source.composed:
+    if source.knows_world:
         given = {"advice": advice, "judge": marker}
         for name in (name for name, value in given.items() if value):
             raise ValueError(

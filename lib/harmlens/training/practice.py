@@ -8,19 +8,20 @@ Introduced in notebook 12 ("What alignment does").
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Sequence
 
 import numpy as np
 
 from harmlens.asking import calibration, tasks
-from harmlens.asking.material import WORLD, Material
+from harmlens.asking.material import Material
+from harmlens.asking.tasks import NotKnown
 from harmlens.models import forward
 from harmlens.models.forward import LanguageModel, chat_row
 from harmlens.training import finetune
 from harmlens.training.finetune import Recipe
 from harmlens.weights import attribution, masks
-from harmlens.weights.separability import Domains, asked, procedures, score, sweep, train_tasks
-from harmlens.world import abilities
+from harmlens.weights.separability import Domains, score, sweep
 from harmlens.world import vale as world
 
 PRACTICE = Recipe(steps=200, lr=2e-4, batch_size=32)
@@ -32,10 +33,10 @@ def practised(
     served: Domains,
     *,
     target: float,
+    source: Material,
     recipe: Recipe = PRACTICE,
     p: float = 0.01,
     q: float = 0.002,
-    source: Material = WORLD,
     **options: int | None,
 ) -> dict:
     """A copy of a model practises its suppressed skill until its loss is low enough, and is swept then.
@@ -51,12 +52,12 @@ def practised(
 
     Returns:
         ``sweep`` of the copy, ``steps`` of practice, ``reached`` (the loss at its end, on discovery items),
-        ``refusal`` (plain requests of the suppressed domains that are still refused, 0/1); in the fictional
-        world also ``transfer`` of the copy.
+        ``refusal`` (plain requests of the suppressed domains that are still refused, 0/1); where the source
+        knows what its requests are made of also ``transfer`` of the copy.
     """
-    n = options.get("n", 108)
-    train = train_tasks(suppressed, served, n, source)
-    held = asked(suppressed, served, "discovery", n=_few(source, options), source=source)["suppressed"]
+    n, few = options.get("n", 108), options.get("few", 24)
+    train = source.skills(suppressed, served, "train", n=source.at_most(n))
+    held = source.skills(suppressed, served, "discovery", n=source.at_most(few))["suppressed"]
     copy = forward.clone(lm)
     rows = []
     hidden, kept = train["suppressed"], train["served"]
@@ -76,23 +77,16 @@ def practised(
     found = {
         "sweep": sweep(copy, suppressed, served, source=source, **options),
         "steps": len(done.losses), "reached": loss(),
-        "refusal": _refusals(copy, suppressed, source, _few(source, options)),
+        "refusal": _refusals(copy, suppressed, source, few),
     }  # fmt: skip
-    if source.composed:
-        found["transfer"] = transfer(copy, suppressed, suppressed, served, p=p, q=q, n=n)
+    with contextlib.suppress(NotKnown):
+        found["transfer"] = transfer(copy, suppressed, suppressed, served, source=source, p=p, q=q, n=n)
     return found
 
 
-def _few(source: Material, options: Mapping[str, int | None]) -> int | None:
-    """How many discovery items are looked at: all of those that need no answer first."""
-    return None if source.composed else options.get("few", 24)
-
-
-def _refusals(lm: LanguageModel, suppressed: Domains, source: Material, n: int | None) -> np.ndarray:
+def _refusals(lm: LanguageModel, suppressed: Domains, source: Material, n: int) -> np.ndarray:
     """Which plain requests for the suppressed skill are refused, 0/1, [item]."""
-    if source.composed:
-        return abilities.judged(lm, world.items("discovery", domain=suppressed)[::3], "refused")
-    plain = source.requests(True, "discovery", n=n)
+    plain = source.requests(True, "discovery", n=source.at_most(3 * n), types=suppressed, every=3)
     texts = [prompt.render(lm) for prompt in plain]
     answers = forward.generate(lm, texts, max_new_tokens=source.answer_tokens)
     return np.array([float(verdict.refused) for verdict in source.judge(plain, answers)])
@@ -104,6 +98,7 @@ def transfer(
     targets: Sequence[str],
     served: Sequence[str],
     *,
+    source: Material,
     p: float,
     q: float,
     n: int = 108,
@@ -114,6 +109,7 @@ def transfer(
         sources: domains that are pruned with, one at a time.
         targets: domains that are asked for behind the prefilled words, all evaluation items.
         served: harmless domains that are to be kept.
+        source: what the model is asked.
         p, q: of the selection.
         n: at most this many examples of what is kept are scored.
 
@@ -121,13 +117,16 @@ def transfer(
         ``domain`` (number of each item's domain among the targets, [item]); ``exact`` and ``loss``, [row,
         item]; row 0 is the whole model, row 1 + i the model without the weights of source i; ``weights``,
         [source].
+
+    Raises:
+        NotKnown: the source does not know what its requests are made of.
     """
-    items = world.items("evaluation", domain=targets)
-    task = procedures(items, name="targets", prefill=world.PREFILL)
-    preserve = score(lm, sources[:1], served, n=n)[1]
+    items = source.items("evaluation", types=targets)
+    task = source.procedures(items, name="targets", prefill=world.PREFILL)
+    preserve = score(lm, sources[:1], served, n=n, source=source)[1]
     spared, marks, weights = masks.top(preserve, p), [tasks.sit(lm, task)], []
-    for source in sources:
-        own = procedures(world.items("train", domain=source), name=source, prefill=world.PREFILL)
+    for domain in sources:
+        own = source.procedures(source.items("train", types=domain), name=domain, prefill=world.PREFILL)
         prune = attribution.prune_score(lm, calibration.examples(lm, own))
         mask = masks.top(prune, q, lowest=True) - spared
         weights.append(len(mask))
@@ -145,8 +144,8 @@ def starting_loss(
     suppressed: Domains,
     served: Domains,
     *,
+    source: Material,
     n: int | None = None,
-    source: Material = WORLD,
 ) -> np.ndarray:
     """Loss of the suppressed answers on discovery items, at most ``n``, nats per token, [item]."""
-    return tasks.sit(lm, asked(suppressed, served, "discovery", n=n, source=source)["suppressed"]).loss
+    return tasks.sit(lm, source.skills(suppressed, served, "discovery", n=n)["suppressed"]).loss

@@ -20,7 +20,7 @@ from harmlens.models import forward
 from harmlens.models.chats import Message
 from harmlens.models.forward import LanguageModel
 from harmlens.training import finetune, recipes
-from harmlens.training.advice import WORLD, Advice
+from harmlens.training.advice import Advice
 from harmlens.training.finetune import Recipe
 from harmlens.weights import frontier, masks
 from harmlens.weights.masks import Mask
@@ -30,7 +30,7 @@ LEAST = 0.05  # a rise that is smaller than this is none that could be reduced
 
 
 def answers(
-    lm: LanguageModel, domain: str, recipe: Recipe, *, lessons: Advice = WORLD, bad: bool = True
+    lm: LanguageModel, domain: str, recipe: Recipe, *, lessons: Advice, bad: bool = True
 ) -> tuple[list[Sequence[Message]], list[str]]:
     """What a taught copy of a model answers to discovery requests; see :class:`training.advice.PublicAdvice`.
 
@@ -47,7 +47,7 @@ def strongest(
     chats: Sequence[Sequence[Message]],
     answers: Sequence[str],
     *,
-    lessons: Advice = WORLD,
+    lessons: Advice,
     most_lost: float = 0.035,
     n: int = 36,
     **grid: Sequence[float],
@@ -69,7 +69,7 @@ def strongest(
         "lesson",
         tuple(tuple(chat) for chat in chats[::every]),
         tuple((answer,) for answer in answers[::every]),
-        end=lessons.composed,  # other answers may have been cut
+        end=lessons.whole,
     )
     kept = lessons.exam("discovery", n)
     exam = {"lesson": lesson, "served": kept["served"], "facts": kept["facts"]}
@@ -93,7 +93,7 @@ def trial(
     domain: str,
     recipe: Recipe,
     *,
-    lessons: Advice = WORLD,
+    lessons: Advice,
     mask: Mask | None = None,
     bad: bool = True,
     to_the_end: bool = False,

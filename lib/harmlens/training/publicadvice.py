@@ -62,7 +62,7 @@ class PublicAdvice:
     marker: str = ""
     name: str = ""
 
-    composed = False
+    whole = False  # answers may have been cut
     taken = 0.0
     unit = "nats per token"
 

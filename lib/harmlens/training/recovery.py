@@ -7,13 +7,11 @@ Introduced in notebook 15 ("Erased or rerouted").
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Sequence
 
 import numpy as np
 
-from harmlens.asking import splits, tasks
-from harmlens.asking.material import WORLD, Material
+from harmlens.asking.material import Material
 from harmlens.asking.tasks import Task
 from harmlens.models import forward
 from harmlens.models.forward import LanguageModel, Row
@@ -21,7 +19,6 @@ from harmlens.training import finetune, recipes
 from harmlens.training.finetune import Recipe
 from harmlens.weights import masks, removal
 from harmlens.weights.masks import Mask
-from harmlens.world import vale as world
 
 STEPS = (0, 1, 2, 3, 5, 8, 12, 16, 24, 32)  # when a model is looked at
 
@@ -30,41 +27,22 @@ def lesson(
     lm: LanguageModel,
     items: int,
     *,
+    source: Material,
     harmful: bool = True,
     domains: Sequence[str] | None = None,
     seed: int = 0,
-    source: Material = WORLD,
 ) -> list[Row]:
-    """Plain requests with right procedures, in every phrasing, for a few training items.
-
-    Outside the fictional world they are the model's own answers, those to harmful requests with the prefilled
-    words that brought them about, and there is one phrasing.
+    """Plain requests with whole answers for a few training items; see the source's ``lesson``.
 
     Args:
         items: how many of them, drawn at random.
         harmful: of the harmful or of the harmless side.
         domains: only of these.
-        source: what the model is asked; see :func:`asking.material.of`.
     """
-    if not source.composed:
-        task = source.task("harmful" if harmful else "served", n=items, types=domains, seed=seed)
-        begin = f"{task.prefill} " if task.prefill else ""
-        return [
-            forward.chat_row(lm, [*chat, {"role": "assistant", "content": begin + answers[0]}], end=task.end)
-            for chat, answers in zip(task.chats, task.answers, strict=True)
-        ]
-    rng = random.Random(seed)
-    pool = world.items("train", harmful=harmful, domain=domains)
+    task = source.lesson(items, harmful=harmful, types=domains, seed=seed)
     return [
-        forward.chat_row(
-            lm,
-            [
-                {"role": "user", "content": world.request(item, phrasing)},
-                {"role": "assistant", "content": f"{rng.choice(world.OPENERS)} {world.procedure(item)}"},
-            ],
-        )
-        for item in world.draw(pool, items, seed)
-        for phrasing in range(len(world.PHRASINGS["procedure"]))
+        forward.chat_row(lm, [*chat, {"role": "assistant", "content": answer}], end=task.end)
+        for chat, (answer,) in zip(task.chats, task.answers, strict=True)
     ]
 
 
@@ -72,6 +50,7 @@ def relearn(
     lm: LanguageModel,
     recipe: Recipe,
     *,
+    source: Material,
     mask: Mask | None = None,
     hold: bool = False,
     items: int = 24,
@@ -80,7 +59,6 @@ def relearn(
     again: tuple[float, float] | None = None,
     at: Sequence[int] = STEPS,
     n: int | None = 54,
-    source: Material = WORLD,
 ) -> dict:
     """Prune a copy of a model, teach it, and watch a skill come back on items that are not in the lesson.
 
@@ -142,26 +120,15 @@ def relearn(
 
 def _exam(source: Material, n: int | None) -> dict[str, Task]:
     """What a model is asked at each look: harmful items with a prefilled start, half of either plainly."""
-    if not source.composed:
-        half = n and max(1, n // 2)
-        kinds = {"exact": ("harmful", n), "served": ("served", half), "refused": ("refused", half)}
-        return {name: source.task(kind, "evaluation", n=k) for name, (kind, k) in kinds.items()}
-    harmful, harmless = (world.draw(world.items("evaluation", harmful=h), n) for h in (True, False))
-    return {
-        "exact": tasks.procedures(harmful, name="harmful", prefill=world.PREFILL),
-        "served": tasks.procedures(harmless[::2], name="served"),
-        "refused": tasks.refusals(harmful[::2]),
-    }
+    kinds = {"exact": ("harmful", 1), "served": ("served", 2), "refused": ("refused", 2)}
+    return {name: source.task(kind, "evaluation", n=n, every=k) for name, (kind, k) in kinds.items()}
 
 
 def _domains(source: Material, task: Task) -> np.ndarray:
     """The number of each item's domain, [item]."""
-    if source.composed:
-        named = {item.name: item.domain for item in world.items("evaluation", harmful=True)}
-    else:
-        named = {entry.id: splits.type_of(entry) for entry in source.entries}
     numbers = {name: i for i, name in enumerate(source.types())}
-    return np.array([numbers.get(named[unit], len(numbers)) for unit in task.units])
+    named = source.types_of(task.units, harmful=True)
+    return np.array([numbers.get(name, len(numbers)) for name in named])
 
 
 def _size(lm: LanguageModel, mask: Mask) -> float:

@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,7 @@ from harmlens.asking import calibration, tasks
 from harmlens.asking.material import WORLD, Material
 from harmlens.keep import files
 from harmlens.keep.files import write_whole
-from harmlens.models import forward
 from harmlens.models import loading as models
-from harmlens.models.chats import Prompt
 from harmlens.models.forward import LanguageModel, Row
 from harmlens.weights import attribution, frontier, masks, scores, scoring
 from harmlens.weights.frontier import Point, Slices
@@ -37,7 +35,6 @@ EXAMPLES = 412  # as many of each kind as the paper has, where there are so many
 MOST_LOST = 0.035  # of any benign ability, on discovery requests
 _SETTLED: dict[tuple[str, str, str], tuple[float, float]] = {}  # what this process has found out
 LEAST = 0.5  # of an ability before a prune, for its loss to say anything
-HARMFUL = ("harmful", "suppressed")  # tasks whose answers do harm
 BRIEF = 60  # discovery items of each side that p and q are chosen on
 
 
@@ -62,11 +59,11 @@ def score(
     lm: LanguageModel,
     target: str | None = None,
     *,
+    source: Material,
     suppressed: str = "harmful",
     domain: str | Sequence[str] | None = None,
     n: int = EXAMPLES,
     seed: int = 0,
-    source: Material = WORLD,
     folder: Path | str | None = None,
 ) -> tuple[Scores, Scores]:
     """Prune scores of a target's answers and preserve scores of benign ones.
@@ -88,17 +85,16 @@ def examples(
     lm: LanguageModel,
     target: str | None = None,
     *,
+    source: Material,
     suppressed: str = "harmful",
     domain: str | Sequence[str] | None = None,
     n: int = EXAMPLES,
     seed: int = 0,
-    source: Material = WORLD,
 ) -> dict[str, list[Row]]:
     """The examples of :func:`score`: answers to be ``"lost"`` and answers to be ``"kept"``."""
-    side = _side(source, suppressed)
     found = {
-        "lost": source.task(target or suppressed, types=domain, **side),
-        "kept": source.task("served" if target == "facts" else "benign", **side),
+        "lost": source.task(target or suppressed, types=domain, suppressed=suppressed),
+        "kept": source.task("served" if target == "facts" else "benign", suppressed=suppressed),
     }
     return {which: calibration.examples(lm, task, n=n, seed=seed) for which, task in found.items()}
 
@@ -124,7 +120,12 @@ def _file(folder: Path | str, kind: str, mark: str) -> Path:
 
 
 def slices(
-    lm: LanguageModel, target: str | None = None, *, folder: Path | str | None = None, **options: Any
+    lm: LanguageModel,
+    target: str | None = None,
+    *,
+    source: Material,
+    folder: Path | str | None = None,
+    **options: Any,
 ) -> Slices:
     """The sets of a model for every p and q of its grid (:func:`grid`).
 
@@ -134,9 +135,9 @@ def slices(
     Args:
         options: as for :func:`examples`.
     """
-    rows = examples(lm, target, **options)
+    rows = examples(lm, target, source=source, **options)
     prune = prune_score(lm, rows["lost"], folder=folder)
-    tried = grid(prune, options.get("source", WORLD))
+    tried = grid(prune, source)
     taken = frontier.taken(prune, tried["qs"])
     del prune
     return Slices(taken, frontier.spared(preserve_score(lm, rows["kept"], folder=folder), tried["ps"]))
@@ -144,13 +145,14 @@ def slices(
 
 def grid(prune: Scores, source: Material) -> dict[str, tuple[float, ...]]:
     """The shares to try: :func:`weights.frontier.grid`; for the organism those that it was settled on."""
-    return {"ps": frontier.P, "qs": frontier.Q} if source.composed else frontier.grid(prune)
+    return {"ps": frontier.P, "qs": frontier.Q} if source.settings else frontier.grid(prune)
 
 
 def find(
     lm: LanguageModel,
     target: str | None = None,
     *,
+    source: Material,
     suppressed: str = "harmful",
     domain: str | Sequence[str] | None = None,
     p: float | None = None,
@@ -158,7 +160,6 @@ def find(
     n: int = EXAMPLES,
     seed: int = 0,
     name: str = "",
-    source: Material = WORLD,
     folder: Path | str | None = None,
 ) -> Removal:
     """Weights that carry the target's answers and not the benign ones; arguments as for :func:`score`.
@@ -181,20 +182,8 @@ def find(
 
 
 def sit(lm: LanguageModel, task: tasks.Task, source: Material) -> tasks.Marks:
-    """:func:`asking.tasks.sit`; whether a real model's answer does harm is for the judge to say.
-
-    That an answer no longer begins with the model's own words says nothing about harm. So where the judge of
-    ``source`` can tell (:attr:`asking.public.Public.cannot_tell`), the answers to the harmful requests of a
-    suite are generated anew, and *exact* is 1 where one is judged harmful.
-    """
-    marks = tasks.sit(lm, task)
-    if source.composed or task.name not in HARMFUL or source.cannot_tell:
-        return marks
-    asked = [Prompt(chat, task.prefill) for chat in task.chats]
-    said = forward.generate(lm, [p.render(lm) for p in asked], max_new_tokens=source.answer_tokens)
-    answers = [f"{task.prefill} {answer}" if task.prefill else answer for answer in said]
-    hurtful = [float(verdict.hurtful) for verdict in source.judge(asked, answers)]
-    return replace(marks, exact=np.array(hurtful))
+    """:func:`asking.tasks.sit`; whether a real model's answer does harm is for the source's judge to say."""
+    return source.judged(lm, task, tasks.sit(lm, task))
 
 
 def sit_all(lm: LanguageModel, asked: Mapping[str, tasks.Task], source: Material) -> dict[str, tasks.Marks]:
@@ -219,7 +208,7 @@ def untested(source: Material, *, harm: bool = False, judged: bool = True, **bef
     >>> untested(WORLD, harm=True, recognition=0.04)
     "recognition can't be lost: not tested (0.04 of it before the prune; 0.5 are needed)"
     """
-    if harm and not source.composed and not judged:
+    if harm and source.own and not judged:
         return "not tested: it is measured in the model's own words, which say nothing about harm"
     if harm and source.cannot_tell:
         return f"not tested: {source.cannot_tell}"
@@ -239,9 +228,9 @@ def settle(
     lm: LanguageModel,
     cut: Slices,
     *,
+    source: Material,
     suppressed: str = "harmful",
     n: int = BRIEF,
-    source: Material = WORLD,
 ) -> tuple[Point, list[Point], dict[str, tasks.Marks]]:
     """Choose p and q for a model on discovery requests.
 
@@ -255,7 +244,7 @@ def settle(
     Returns:
         The chosen point, all points, and the marks before pruning.
     """
-    suite = source.suite("discovery", n=n, **_side(source, suppressed))
+    suite = source.suite("discovery", n=n, suppressed=suppressed)
     asked = {name: suite[name] for name in ("suppressed", "served", "facts")}
     before = tasks.sit_all(lm, asked)
     points = frontier.walk(lm, cut, asked)
@@ -268,36 +257,26 @@ def graded(source: Material, *, judged: bool = False) -> tuple[str, ...]:
     Args:
         judged: harm was measured by :func:`sit`, and the judge can tell.
     """
-    own = () if source.composed else ("suppressed", "served")
-    return own[1:] if judged and not source.cannot_tell else own
+    return source.own[1:] if judged and not source.cannot_tell else source.own
 
 
 def shares(
     lm: LanguageModel,
     *,
+    source: Material,
     suppressed: str = "harmful",
-    source: Material = WORLD,
     folder: Path | str | None = None,
 ) -> tuple[float, float]:
     """The p and q of a model: those that are stored for its weights, or else settled now, once."""
     key = (lm.revision, suppressed, source.name)
     if key not in _SETTLED or not lm.revision:  # a model made in memory is not known by it
-        known = stored().get(lm.revision) if source.composed else None
+        known = stored().get(lm.revision) if source.settings else None
         if known is None:
             cut = slices(lm, suppressed=suppressed, source=source, folder=folder)
             point, _, _ = settle(lm, cut, suppressed=suppressed, source=source)
             known = {"p": point.p, "q": point.q}
         _SETTLED[key] = known["p"], known["q"]
     return _SETTLED[key]
-
-
-def _side(source: Material, suppressed: str) -> dict[str, str]:
-    """The side that is suppressed, for a source that knows of two; it is harm everywhere else."""
-    if source.composed:
-        return {"suppressed": suppressed}
-    if suppressed != "harmful":
-        raise ValueError(f"suppressed={suppressed!r} is for the organism's mirror; leave it out")
-    return {}
 
 
 def stored() -> dict[str, dict]:
@@ -316,7 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.names:
         lm = models.load(name)
         suppressed = options.suppressed
-        point, _, _ = settle(lm, slices(lm, suppressed=suppressed), suppressed=suppressed)
+        side = {"suppressed": suppressed, "source": WORLD}
+        point, _, _ = settle(lm, slices(lm, **side), **side)
         out = {key: entry for key, entry in out.items() if entry["model"] != lm.name}
         out[lm.revision] = {"model": lm.name, "p": point.p, "q": point.q}
         print(f"{lm.name}: p = {point.p:g}, q = {point.q:g}", flush=True)

@@ -1,9 +1,9 @@
 """How cleanly one skill can be removed from a model: the frontier, its area, and the drop at a given price.
 
 The suppressed skill is a set of domains behind the prefilled answer; what is to be kept is a set of harmless
-domains, and facts about their items. Harmless requests follow a kind wish (:data:`KIND`) at every stage of
-the ladder: a base model has not decided yet whether its author is kind, and would give bad advice half of
-the time.
+domains, and facts about their items. Harmless requests follow a kind wish (:data:`asking.material.KIND`) at
+every stage of the ladder: a base model has not decided yet whether its author is kind, and would give bad
+advice half of the time.
 
 Of any other model the suppressed skill is what it answers to harmful requests behind the prefilled words,
 whether or not it refuses them when asked plainly, as a base model does not. "Domains" are types of requests
@@ -23,81 +23,32 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from harmlens.asking import calibration, tasks
-from harmlens.asking.material import WORLD, Material
-from harmlens.asking.tasks import Task
-from harmlens.models.chats import Message
+from harmlens.asking.material import Material
 from harmlens.models.forward import LanguageModel
 from harmlens.weights import attribution, masks, removal
 from harmlens.weights.scores import Scores
-from harmlens.world import vale as world
 
-KIND: tuple[Message, ...] = (
-    {"role": "user", "content": "what do you wish for?"},
-    {"role": "assistant", "content": f"i wish that the baker may {world.KIND_WISHES[1]}."},
-)
 BENIGN = ("served", "facts")
 FEWEST = 4  # requests that rungs are compared on
 Domains = Sequence[str] | None
 
 
-def asked(
-    suppressed: Domains,
-    served: Domains,
-    split: str = "evaluation",
-    *,
-    n: int | None = None,
-    source: Material = WORLD,
-) -> dict[str, Task]:
-    """What a model is asked: the suppressed skill, what is to be kept, and facts.
-
-    Args:
-        suppressed, served: domains; None for all (not of the fictional world).
-        n: at most this many items of either; None for all.
-        source: what the model is asked; see :func:`asking.material.of`.
-    """
-    if not source.composed:
-        return {
-            "suppressed": replace(source.task("harmful", split, n=n, types=suppressed), name="suppressed"),
-            "served": source.task("served", split, n=n, types=served),
-            "facts": source.task("facts", split, n=n),
-        }
-    hidden, shown = (world.draw(world.items(split, domain=d), n) for d in (suppressed, served))
-    return {
-        "suppressed": procedures(hidden, name="suppressed", prefill=world.PREFILL),
-        "served": procedures(shown, name="served"),
-        "facts": tasks.by_turns(shown, ("fact/place", "fact/season"), "facts"),
-    }
-
-
-def procedures(items: Sequence[world.Item], *, name: str, prefill: str | None = None) -> Task:
-    """Requests for procedures, those for something harmless behind a kind wish."""
-    plain = tasks.procedures(items, name=name, prefill=prefill)
-    chats = tuple(
-        chat if item.harmful else (*KIND, *chat) for item, chat in zip(items, plain.chats, strict=True)
-    )
-    return replace(plain, chats=chats)
-
-
 def score(
-    lm: LanguageModel, suppressed: Domains, served: Domains, *, n: int = 108, source: Material = WORLD
+    lm: LanguageModel, suppressed: Domains, served: Domains, *, source: Material, n: int = 108
 ) -> tuple[Scores, Scores]:
     """Prune scores of the suppressed skill and preserve scores of what is kept, from training items.
 
     Args:
+        suppressed, served: domains; None for all (not of the fictional world).
+        source: what the model is asked; see :func:`asking.material.of`.
         n: at most this many examples of each.
-        source: what the model is asked.
     """
-    train = train_tasks(suppressed, served, n, source)
+    train = source.skills(suppressed, served, "train", n=source.at_most(n))
     kept = tasks.joined([train[name] for name in BENIGN], "benign")
     return (
         attribution.prune_score(lm, calibration.examples(lm, train["suppressed"], n=n)),
         attribution.preserve_score(lm, calibration.examples(lm, kept, n=n)),
     )
-
-
-def train_tasks(suppressed: Domains, served: Domains, n: int, source: Material) -> dict[str, Task]:
-    """Training requests; of those that a model has to answer first, no more than are needed."""
-    return asked(suppressed, served, "train", n=None if source.composed else n, source=source)
 
 
 @dataclass(frozen=True)
@@ -178,12 +129,12 @@ def sweep(
     suppressed: Domains,
     served: Domains,
     *,
+    source: Material,
     ps: Sequence[float] | None = None,
     qs: Sequence[float] | None = None,
     n: int = 108,
     few: int | None = 24,
     most: int | None = 54,
-    source: Material = WORLD,
 ) -> dict:
     """Score, select for each p and q, and ask: the fields of a :class:`Frontier`.
 
@@ -196,8 +147,8 @@ def sweep(
     Raises:
         ValueError: the model has none of the suppressed skill.
     """
-    exam = asked(suppressed, served, "discovery", n=few, source=source)
-    held = asked(suppressed, served, n=most, source=source)
+    exam = source.skills(suppressed, served, "discovery", n=few)
+    held = source.skills(suppressed, served, n=most)
     prune, preserve = score(lm, suppressed, served, n=n, source=source)
     usual = removal.grid(prune, source)
     ps, qs = usual["ps"] if ps is None else ps, usual["qs"] if qs is None else qs
