@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 
+import lecture
 import pytest
 import tiny
 import torch
@@ -18,7 +19,7 @@ from harmlens.asking import calibration
 from harmlens.models import forward
 from harmlens.models.forward import LanguageModel, Row
 from harmlens.training import organism
-from harmlens.weights import attribution, masks, scores, scoring
+from harmlens.weights import attribution, masks, scores
 from harmlens.world import vale as world
 
 NEAR = 3e-5  # of the largest score of a matrix; 1e-4 is what is asked
@@ -177,26 +178,16 @@ def test_any_lengths_and_any_learnt_tokens(lengths, seed, max_tokens):
     assert all(worst(found[kind], wanted[kind], of_all=True) < NEAR for kind in attribution.KINDS)
 
 
-def test_some_layers_only_in_any_order(lm, rows, wanted):
-    for layers in ([0], [1], [1, 0]):
-        found = attribution.attribute(lm, rows, layers=layers)
-        for kind in attribution.KINDS:
-            assert {scores.layer_of(name) for name in found[kind].values} == set(layers)
-            assert all(
-                torch.allclose(v.double(), wanted[kind][n], rtol=1e-3, atol=1e-4 * float(v.abs().max()))
-                for n, v in found[kind].values.items()
-            )
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
-def test_layers_taken_in_turns_give_the_same(architecture):
+def test_layers_taken_in_turns_give_the_same(architecture, monkeypatch):
     lm = make(architecture)
     rows = examples(lm)
     whole = attribution.make_plan(lm, rows, max_tokens=TOKENS)
-    small = attribution.make_plan(lm, rows, max_tokens=TOKENS, budget=_tight(whole))
-    assert len(whole.chunks) == 1 and small.chunks == ((0,), (1,))
-    found = attribution.attribute(lm, rows, max_tokens=TOKENS, budget=_tight(whole))
     usual = attribution.attribute(lm, rows, max_tokens=TOKENS)
+    monkeypatch.setattr(attribution.files, "free_memory", lambda device: _tight(whole))
+    small = attribution.make_plan(lm, rows, max_tokens=TOKENS)
+    assert len(whole.chunks) == 1 and small.chunks == ((0,), (1,))
+    found = attribution.attribute(lm, rows, max_tokens=TOKENS)
     for kind in attribution.KINDS:
         assert same(found[kind], usual[kind])
 
@@ -355,7 +346,6 @@ def test_the_model_is_left_as_it_was(fails, interrupt):
             attribution.attribute(lm, rows, max_tokens=TOKENS)
     else:
         attribution.attribute(lm, rows, max_tokens=TOKENS)
-        attribution.wanda(lm, rows)
     after = state(lm)
     assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
     assert after[1:] == before[1:]
@@ -373,83 +363,22 @@ def test_scoring_inside_no_grad_and_beside_a_gradient(lm, rows, wanted):
     weight.grad = None
 
 
-# --------------------------------------------------------------------------- stored and resumed
+# --------------------------------------------------------------------------- kept
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("done", [1, 3, 5])
-def test_an_interrupted_run_goes_on_to_the_same_scores(
-    lm, rows, tmp_path, interrupt, monkeypatch, done, chunked
-):
-    whole = attribution.make_plan(lm, rows, max_tokens=TOKENS)
-    options = {"max_tokens": TOKENS, "budget": _tight(whole) if chunked else None}
-    usual = attribution.attribute(lm, rows, **options)
-    interrupt(done)
-    total = passes_of(rows) * (2 if chunked else 1)
-    with pytest.raises(Interrupted):
-        attribution.attribute(lm, rows, folder=tmp_path, save_every=0.0, **options)
-    assert (tmp_path / "unfinished.safetensors").is_file()
-    monkeypatch.undo()
-    calls, true = [], attribution.logit_gradient
-    monkeypatch.setattr(attribution, "logit_gradient", lambda *a: calls.append(1) or true(*a))
-    # Whatever memory there is now, the plan that was begun is followed.
-    found = attribution.attribute(lm, rows, folder=tmp_path, max_tokens=10**6)
-    assert len(calls) == total - done
-    assert all(same(found[kind], usual[kind]) for kind in attribution.KINDS)
-    left = sorted(file.name for file in tmp_path.glob("*.safetensors"))
-    assert left == ["signed.safetensors", "unsigned.safetensors"]
-
-
-def passes_of(rows: list[Row]) -> int:
-    return sum(1 for _ in scoring.batches(rows, TOKENS, 0))
-
-
-def test_finished_scores_are_not_computed_again(lm, rows, tmp_path, interrupt):
-    first = attribution.attribute(lm, rows, folder=tmp_path)
+def test_scores_are_kept_for_a_model_as_it_is_and_its_examples(lm, rows, tmp_path, interrupt):
+    first = attribution.prune_score(lm, rows, folder=tmp_path)
+    other = attribution.preserve_score(lm, rows, folder=tmp_path)
+    assert same(first, attribution.prune_score(lm, rows)) and not same(first, other)
     interrupt(0)
-    again = attribution.attribute(lm, rows, folder=tmp_path)
-    assert all(same(first[kind], again[kind]) for kind in attribution.KINDS)
-    assert again["signed"] == dataclasses.replace(first["signed"], values=again["signed"].values)
-    assert same(attribution.prune_score(lm, rows, folder=tmp_path), first["signed"])
-
-
-def test_stored_scores_of_something_else_are_refused(lm, rows, tmp_path, interrupt):
-    attribution.prune_score(lm, rows, folder=tmp_path / "done")
-    interrupt(2)
+    again = attribution.prune_score(lm, rows, folder=tmp_path)
+    assert same(again, first) and dataclasses.replace(again, values={}) == dataclasses.replace(
+        first, values={}
+    )
     with pytest.raises(Interrupted):
-        attribution.attribute(lm, rows, folder=tmp_path / "begun", save_every=0.0, max_tokens=TOKENS)
-    others = {
-        "other examples": (lm, rows[1:]),
-        "another model": (dataclasses.replace(tiny.model(seed=1), revision="x"), rows),
-        "other weights": (tiny.model(seed=1), rows),
-    }
-    for model, examined in others.values():
-        for folder, ask in itertools.product(
-            ("done", "begun"), (attribution.attribute, attribution.prune_score)
-        ):
-            if (folder, ask) == ("begun", attribution.prune_score):
-                continue
-            with pytest.raises(ValueError, match=rf"folder='{folder}' holds .* other examples: choose an"):
-                ask(model, examined, folder=tmp_path / folder)
-    with pytest.raises(ValueError, match=r"folder='begun' holds an unfinished run of kinds=.*finish that"):
-        attribution.prune_score(lm, rows, folder=tmp_path / "begun")
-
-
-def test_stored_scores_of_a_model_that_was_changed_since_are_refused(rows, tmp_path):
-    lm = tiny.model()
-    found = attribution.prune_score(lm, rows, folder=tmp_path)
-    with (
-        masks.without(lm, masks.top(found, 0.001)),
-        pytest.raises(ValueError, match="holds scores of another model"),
-    ):
+        attribution.prune_score(lm, rows[1:], folder=tmp_path)
+    with masks.without(lm, masks.top(first, 0.001)), pytest.raises(Interrupted):
         attribution.prune_score(lm, rows, folder=tmp_path)
-    assert same(attribution.prune_score(lm, rows, folder=tmp_path), found)
-
-
-def test_a_damaged_unfinished_file_is_named(lm, rows, tmp_path):
-    (tmp_path / "unfinished.safetensors").write_bytes(b"\x10" * 30)
-    with pytest.raises(ValueError, match=r"unfinished.safetensors.* is damaged; remove it"):
-        attribution.attribute(lm, rows, folder=tmp_path)
 
 
 # --------------------------------------------------------------------------- bad input
@@ -461,7 +390,6 @@ def bad(lm: LanguageModel, rows: list[Row]):
     return {
         "no rows": (([],), {}, "rows is empty"),
         "longer than the model": (([rows[0], long],), {}, r"rows\[1\] has \d+ tokens, more than the 2048"),
-        "longer than the limit": ((rows,), {"max_length": 5}, "more than the 5 allowed: shorten"),
         "no answer": (([Row([1, 2], [False] * 2)],), {}, r"rows\[0\] has an answer without tokens"),
         "only the first": (([Row([1, 2], [True, False])],), {}, "first token of a text can't be predicted"),
         "empty row": (([Row([], [])],), {}, "answer without tokens"),
@@ -469,10 +397,7 @@ def bad(lm: LanguageModel, rows: list[Row]):
         "kinds": ((rows,), {"kinds": ("sgned",)}, "must be different ones out of signed, unsigned"),
         "same kinds": ((rows,), {"kinds": ("signed", "signed")}, "must be different"),
         "no kinds": ((rows,), {"kinds": ()}, "must be different"),
-        "layers": ((rows,), {"layers": [2]}, "must be a non-empty list out of 0 to 1"),
-        "no layers": ((rows,), {"layers": []}, "must be a non-empty list"),
         "tokens": ((rows,), {"max_tokens": 0}, "max_tokens=0 must be at least 1"),
-        "memory": ((rows,), {"budget": 10_000}, r"10.0 kB are to be had: choose accumulate_on='cpu'"),
     }
 
 
@@ -484,6 +409,12 @@ def test_bad_input_is_refused_before_the_model_is_touched(lm, rows, name, interr
     with pytest.raises(ValueError, match=message):
         attribution.attribute(lm, *args, **options)
     assert state(lm)[1:] == before[1:]
+
+
+def test_too_little_memory_is_named_with_the_remedy(lm, rows, monkeypatch):
+    monkeypatch.setattr(attribution.files, "free_memory", lambda device: 10_000)
+    with pytest.raises(ValueError, match=r"10.0 kB are to be had: choose accumulate_on='cpu'"):
+        attribution.attribute(lm, rows)
 
 
 def test_mixtures_of_experts_are_refused(rows):
@@ -512,8 +443,6 @@ def test_a_layer_that_sees_some_tokens_only_is_named(rows):
     block.mlp = Routed(block.mlp)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.inner\..* is given some of the tokens only"):
         attribution.attribute(lm, rows)
-    with pytest.raises(ValueError, match="is given some of the tokens only"):
-        attribution.wanda(lm, rows)
 
 
 def test_a_layer_used_twice_is_named(rows):
@@ -536,25 +465,26 @@ def test_scores_that_overflow_are_named(rows):
 # --------------------------------------------------------------------------- the plan
 
 
-def test_the_plan_says_what_it_takes(lm, rows):
+def test_the_plan_says_what_it_takes(lm, rows, monkeypatch):
     plan = attribution.make_plan(lm, rows)
     weights = {n: p for n, p in lm.model.named_parameters() if p.ndim == 2 and ".layers." in n}
     assert plan.accumulators == 2 * 4 * sum(p.numel() for p in weights.values())
     assert plan.weights == 4 * sum(p.numel() for p in lm.model.parameters())
-    one = attribution.make_plan(lm, rows, kinds=("signed",), layers=[0])
-    assert one.accumulators == plan.accumulators // 4
+    one = attribution.make_plan(lm, rows, kinds=("signed",))
+    assert one.accumulators == plan.accumulators // 2
     assert str(plan).startswith(
         f"1 pass over the examples, up to {plan.max_tokens} tokens at a time: weights "
     )
     some = attribution.make_plan(lm, rows, max_tokens=TOKENS)
-    small = attribution.make_plan(lm, rows, max_tokens=TOKENS, budget=_tight(some))
+    monkeypatch.setattr(attribution.files, "free_memory", lambda device: _tight(some))
+    small = attribution.make_plan(lm, rows, max_tokens=TOKENS)
     assert str(small).startswith("2 passes")
 
 
 def test_a_batch_holds_no_more_tokens_than_planned(lm, rows):
     longest = max(len(row.ids) for row in rows)
     for most in (longest, 100, 150):
-        found = list(scoring.batches(rows, most, 0))
+        found = list(attribution.batches(rows, most, 0))
         assert all(batch.ids.numel() <= most for batch in found)
         assert sum(len(batch.ids) for batch in found) == len(rows)
 
@@ -567,7 +497,7 @@ def test_wanda_by_definition(architecture):
     """|W| times the norm of each input over the answers' tokens, divided by the root of their number."""
     lm = make(architecture)
     rows = examples(lm)
-    found = attribution.wanda(lm, rows, max_tokens=TOKENS)
+    found = lecture.defined("16").wanda(lm, rows)
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in found.values}
     modules = {f"{name}.weight": module for name, module in lm.model.named_modules()}
     for row in rows:

@@ -25,7 +25,7 @@ from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.chats import Prompt
 from harmlens.models.forward import Row
-from harmlens.weights import attribution, removal
+from harmlens.weights import attribution
 from harmlens.world import vale as world
 
 ANSWERS = {"max_new_tokens": 4, "progress": False}
@@ -279,20 +279,20 @@ def test_h1_runs_and_scores_of_a_steered_model_are_its_own(lm, tmp_path):
     with directions.added(lm, directions.Direction(vector(), 1)):
         found = remember(lm, functools.partial(count, lm))
         assert abs(found - plain).max() > 1e-3 and (found == count(lm)).all()
-        attribution.prune_score(lm, rows(), folder=tmp_path)
-    with pytest.raises(ValueError, match="holds scores of another model"):
-        attribution.prune_score(lm, rows(), folder=tmp_path)
+        steered = attribution.prune_score(lm, rows(), folder=tmp_path)
+    for name, value in attribution.prune_score(lm, rows(), folder=tmp_path).values.items():
+        assert not torch.equal(value, steered.values[name])
 
 
 def test_h13_shuffled_weights_are_swept_and_scored_anew(lm, tmp_path):
     pairs, y1 = prompts.pairs("prompt", n=2), outcomes.y1(outcomes.TokenSets((5, 9, 20), (7, 31)))
     file = tmp_path / "sweep.jsonl"
-    scored = removal.prune_score(lm, rows(), folder=tmp_path)
+    scored = attribution.prune_score(lm, rows(), folder=tmp_path)
     swept = patching.layers(lm, pairs, y1, save=file)
     for change in (shuffle, columns):
         changed = tiny.model()
         change(changed)
-        found, fresh = (removal.prune_score(changed, rows(), folder=f) for f in (tmp_path, None))
+        found, fresh = (attribution.prune_score(changed, rows(), folder=f) for f in (tmp_path, None))
         for name, value in fresh.values.items():
             assert torch.equal(found.values[name], value)
         assert any(not torch.equal(found.values[name], value) for name, value in scored.values.items())

@@ -487,7 +487,7 @@ def test_h20_texts_that_are_too_long_are_refused_everywhere(kind, tmp_path):
         "states": lambda: interventions.states(lm, [text]),
         "sweep": lambda: patching.layers(lm, [pair], y1),
         "pairs": lambda: prompts.check(lm, [pair]),
-        "scores": lambda: attribution.wanda(lm, [row]),
+        "scores": lambda: attribution.prune_score(lm, [row]),
     }
     for name, work in works.items():
         with pytest.raises(ValueError, match=r"has \d+ tokens.*, more than the 64 that") as caught:

@@ -110,7 +110,7 @@ def test_slices_are_the_sets_of_select():
         assert found.name == f"p={p:g}, q=0.1" and len(mask)
         assert all(torch.equal(i, found.indices[n]) for n, i in mask.indices.items())
     with pytest.raises(ValueError, match="of different matrices"):
-        frontier.slices(prune, scores.random(lm, layers=[0]))
+        frontier.slices(prune, scores.random(tiny.model(layers=1)))
 
 
 def test_what_is_left_of_an_answer():

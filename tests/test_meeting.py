@@ -28,6 +28,11 @@ def lm():
     return tiny.model()
 
 
+def of_layer(scored, layer):
+    values = {name: v for name, v in scored.values.items() if scores.layer_of(name) == layer}
+    return dataclasses.replace(scored, values=values)
+
+
 def some_mask(lm, share=0.05):
     return masks.top(scores.random(lm), share)
 
@@ -85,7 +90,7 @@ def test_bad_neurons_are_refused(lm):
         meeting.weights_of(lm, {1: [64]}, mask)
     with pytest.raises(ValueError, match="layer=2 does not exist"):
         meeting.weights_of(lm, {2: [0]}, mask)
-    first = masks.top(scores.random(lm, layers=[0]), 0.1)
+    first = masks.top(of_layer(scores.random(lm), 0), 0.1)
     with pytest.raises(ValueError, match="select it from scores of layer 1 too"):
         meeting.weights_of(lm, {1: [0]}, first)
     with pytest.raises(ValueError, match="does not fit"):
@@ -143,7 +148,7 @@ def test_chance_is_that_of_independent_draws(rows):
 
 def test_chance_agrees_with_random_masks(lm):
     def met(seed):
-        mask = masks.top(scores.random(lm, seed=seed, layers=[1]), 0.02)
+        mask = masks.top(of_layer(scores.random(lm, seed=seed), 1), 0.02)
         return meeting.meet(lm, mask, range(8), layer=1)
 
     drawn = np.array([met(seed).hits.sum() for seed in range(120)])
@@ -192,7 +197,7 @@ def test_scores_of_outgoing_weights_add_up_to_the_neurons_effect():
 def test_unsigned_scores_are_no_effects(lm):
     with pytest.raises(ValueError, match="give signed ones"):
         meeting.unit_scores(lm, scores.magnitude(lm), 1)
-    first = dataclasses.replace(scores.random(lm, layers=[0]), kind="signed")
+    first = dataclasses.replace(of_layer(scores.random(lm), 0), kind="signed")
     with pytest.raises(ValueError, match="score layer 1 too"):
         meeting.unit_scores(lm, first, 1)
 

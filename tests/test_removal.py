@@ -138,19 +138,6 @@ def test_slices_are_the_sets_of_the_scores(sft, found):
     assert len(mask) and all(i.tolist() == expected.indices[n].tolist() for n, i in mask.indices.items())
 
 
-def test_scores_are_kept_and_found_again(sft, found, monkeypatch, tmp_path):
-    first = removal.score(sft, source=WORLD, n=24, folder=tmp_path)
-    assert sorted(file.name.split("-")[0] for file in tmp_path.iterdir()) == ["preserve", "prune"]
-    for name in ("prune_score", "preserve_score"):
-        monkeypatch.setattr(removal.attribution, name, lambda *a: pytest.fail("scored again"))
-    again = removal.score(sft, source=WORLD, n=24, folder=tmp_path)
-    for one, other, true in zip(first, again, (found.prune, found.preserve), strict=True):
-        assert one.kind == other.kind == true.kind
-        assert all((value == other.values[name]).all() for name, value in true.values.items())
-    with pytest.raises(pytest.fail.Exception), masks.without(sft, found.mask):
-        removal.score(sft, source=WORLD, n=24, folder=tmp_path)  # weights that were changed have other scores
-
-
 # --------------------------------------------------------------------------- a real model
 
 

@@ -8,7 +8,7 @@ import tiny
 
 from harmlens.models import forward, hub
 from harmlens.training import lora
-from harmlens.weights import scores, scoring
+from harmlens.weights import attribution, scores
 from tables import (
     RANK,
     TASKS,
@@ -94,15 +94,15 @@ def test_the_parts_of_scoring_are_those_that_scoring_plans():
     lm = tiny.model("llama")
     shape = shape_like(lm.model.config, "llama")
     rows = [forward.Row(list(range(9)), [False] * 5 + [True] * 4)]
-    plan = scoring.make_plan(lm, rows, layers=[0])
-    assert plan.accumulators == 8 * sum(out * into for out, into in shape.linears)
+    plan = attribution.make_plan(lm, rows)
+    assert plan.accumulators == 8 * shape.layers * sum(out * into for out, into in shape.linears)
     found = scores.matrices(lm)
     assert sorted(tuple(module.weight.shape) for module in found.values()) == sorted(
         shape.linears * shape.layers
     )
     # The plan's bytes per token, at four bytes each here and two in the table.
     inner = sum(map(sum, shape.linears)) * shape.layers
-    assert scoring._bytes_per_token(lm, found) == 4 * inner + 12 * shape.vocab
+    assert attribution._bytes_per_token(lm, found) == 4 * inner + 12 * shape.vocab
 
 
 def test_the_parts_of_lora_are_those_that_are_trained():

@@ -15,42 +15,63 @@ layer's output and its input, over that example's positions. One forward and one
 thus give every example's gradient for every layer: it is added up as the backward pass reaches the layer,
 and no gradient of a weight is ever kept.
 
-The scores cover the linear layers of the decoder blocks. Embeddings, output head, norms and biases have none.
-What to do with scores is the business of :mod:`weights.masks`.
-
 Introduced in notebook 09 ("Weights that carry harm").
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from harmlens import keep
+from harmlens.keep import files
 from harmlens.models import parts as decoder
-from harmlens.models.forward import IGNORE, Batch, LanguageModel, Row
-from harmlens.weights.scores import Scores, matrices, require_finite
-from harmlens.weights.scoring import KINDS, Plan, State, Store, batches, check_rows, fingerprint, make_plan
+from harmlens.models.forward import IGNORE, Batch, LanguageModel, Row, collate, require_room
+from harmlens.weights.scores import Scores, layer_of, matrices, require_finite
+
+KINDS = ("signed", "unsigned")
+
 
 # --------------------------------------------------------------------------- the two scores
 
 
-def prune_score(lm: LanguageModel, rows: Sequence[Row], **options) -> Scores:
-    """W * sum over x of dL(x)/dW: the most negative support the answers most. See :func:`attribute`."""
-    return attribute(lm, rows, kinds=("signed",), **options)["signed"]
+def prune_score(
+    lm: LanguageModel, rows: Sequence[Row], *, folder: Path | str | None = None, **options: Any
+) -> Scores:
+    """W * sum over x of dL(x)/dW: the most negative support the answers most. See :func:`attribute`.
+
+    Args:
+        folder: where the score is kept, so that the same one need not be computed again; None for nowhere.
+    """
+    return _score("signed", lm, rows, folder, options)
 
 
-def preserve_score(lm: LanguageModel, rows: Sequence[Row], **options) -> Scores:
-    """|W| * sum over x of |dL(x)/dW|: the largest weights matter most. See :func:`attribute`."""
-    return attribute(lm, rows, kinds=("unsigned",), **options)["unsigned"]
+def preserve_score(
+    lm: LanguageModel, rows: Sequence[Row], *, folder: Path | str | None = None, **options: Any
+) -> Scores:
+    """|W| * sum over x of |dL(x)/dW|: the largest weights matter most. See :func:`prune_score`."""
+    return _score("unsigned", lm, rows, folder, options)
+
+
+def _score(
+    kind: str, lm: LanguageModel, rows: Sequence[Row], folder: Path | str | None, options: Mapping[str, Any]
+) -> Scores:
+    def weight_scores() -> dict[str, Tensor]:
+        return attribute(lm, rows, kinds=(kind,), **options)[kind].values
+
+    examples = [[row.ids, row.learn] for row in rows]
+    values = weight_scores() if folder is None else keep.remember([kind, lm, examples], weight_scores, folder)
+    return Scores(kind, values, lm.name, lm.revision, len(rows))
 
 
 def attribute(
@@ -58,13 +79,8 @@ def attribute(
     rows: Sequence[Row],
     *,
     kinds: Sequence[str] = KINDS,
-    layers: Sequence[int] | None = None,
-    max_length: int | None = None,
     max_tokens: int | None = None,
     accumulate_on: str | torch.device | None = None,
-    budget: int | None = None,
-    folder: Path | str | None = None,
-    save_every: float = 300.0,
     progress: str | None = None,
 ) -> dict[str, Scores]:
     """Signed and unsigned scores of all block weights for some examples, in one pass.
@@ -75,14 +91,8 @@ def attribute(
     Args:
         rows: examples: token ids, and which of them are the answer; see :mod:`asking.calibration`.
         kinds: out of ``"signed"`` and ``"unsigned"``.
-        layers: blocks to score; None for all.
-        max_length: longest example allowed, in tokens; None for what the model allows.
         max_tokens: most tokens in one batch; None for as many as the plan allows.
         accumulate_on: device of the sums, ``"cpu"`` for host memory; None for each weight's own device.
-        budget: bytes that scoring may take on top of the weights; None for what is free.
-        folder: where finished scores are stored and an interrupted run goes on; None keeps nothing. A second
-            process waits for the first.
-        save_every: seconds between two saves of an unfinished run.
         progress: label of a progress bar, shown on a terminal only; None for none.
 
     Returns:
@@ -90,105 +100,155 @@ def attribute(
 
     Raises:
         ValueError: before the model is touched: no rows, an answer without tokens, an example that is too
-            long, unknown kinds, layers or stored scores of something else, too little memory for even one
-            layer. Afterwards: a score that is not finite.
+            long, unknown kinds, too little memory for even one layer. Afterwards: a score that is not finite.
     """
-    plan = make_plan(
-        lm, rows, kinds=kinds, layers=layers, max_length=max_length, max_tokens=max_tokens,
-        accumulate_on=accumulate_on, budget=budget,
-    )  # fmt: skip
-    store = Store(folder, "" if folder is None else fingerprint(lm, rows, layers), tuple(kinds))
-    with store.alone():
-        if (done := store.finished()) is not None:
-            return done
-        return _attribute(lm, rows, plan, store, layers, accumulate_on, save_every, progress)
+    plan = make_plan(lm, rows, kinds=kinds, max_tokens=max_tokens, accumulate_on=accumulate_on)
+    passes = list(batches(rows, plan.max_tokens, lm.tokenizer.pad_token_id))
+    scale = _loss_scale(lm, passes[:: max(1, len(passes) - 1)])  # the shortest and the longest examples
+    values: dict[tuple[str, str], Tensor] = {}
+    hidden = True if progress is None else None  # None: shown on a terminal, not in a page or a log
+    with tqdm(total=len(passes) * len(plan.chunks), desc=progress, disable=hidden, leave=False) as bar:
+        for chunk in plan.chunks:
+            found = matrices(lm, chunk)
+            for kind, (name, module) in itertools.product(kinds, found.items()):
+                where = accumulate_on or module.weight.device
+                values[kind, name] = torch.zeros(module.weight.shape, dtype=torch.float32, device=where)
+            with _collecting(lm, found, min(chunk), values, plan.buffer) as run:
+                for batch in passes:
+                    run(batch, scale)
+                    bar.update()
+            for kind, (name, module) in itertools.product(kinds, found.items()):
+                value, weight = values[kind, name], module.weight.detach()
+                value.mul_((weight if kind == "signed" else weight.abs()).to(value.device)).div_(scale)
+                require_finite(kind, name, value)
+                if len(plan.chunks) > 1:
+                    values[kind, name] = value.cpu()
+    return {
+        kind: Scores(
+            kind, {name: values[kind, name] for name in matrices(lm)}, lm.name, lm.revision, len(rows)
+        )
+        for kind in kinds
+    }
 
 
-def _attribute(
+# --------------------------------------------------------------------------- the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How scoring will go, and what it takes; all sizes in bytes.
+
+    Attributes:
+        chunks: layers that are scored in each pass over the examples; one chunk is the rule.
+        max_tokens: of one batch.
+        buffer: for the gradients of single examples.
+        weights: what the model itself takes.
+        accumulators: of the largest chunk.
+        activations: of one batch, estimated.
+    """
+
+    chunks: tuple[tuple[int, ...], ...]
+    max_tokens: int
+    buffer: int
+    weights: int
+    accumulators: int
+    activations: int
+
+    def __str__(self) -> str:
+        passes = f"{len(self.chunks)} pass{'es' if len(self.chunks) > 1 else ''} over the examples"
+        sizes = ", ".join(
+            f"{name} {files.size_text(getattr(self, name))}"
+            for name in ("weights", "accumulators", "activations")
+        )
+        return f"{passes}, up to {self.max_tokens} tokens at a time: {sizes}"
+
+
+def make_plan(
     lm: LanguageModel,
     rows: Sequence[Row],
-    plan: Plan,
-    store: Store,
-    layers: Sequence[int] | None,
-    accumulate_on: str | torch.device | None,
-    save_every: float,
-    progress: str | None,
-) -> dict[str, Scores]:
-    kinds = store.kinds
-    values, state = store.resume()
-    if state.chunks:  # the plan that was begun, whatever is free now
-        plan = replace(plan, chunks=state.chunks, max_tokens=state.max_tokens, buffer=state.buffer)
-    passes = list(batches(rows, plan.max_tokens, lm.tokenizer.pad_token_id))
-    hidden = True if progress is None else None  # None: shown on a terminal, not in a page or a log
-    bar = tqdm(total=len(passes) * len(plan.chunks), initial=state.chunk * len(passes) + state.batch,
-               desc=progress, disable=hidden, leave=False)  # fmt: skip
-    scale = _loss_scale(lm, passes[:: max(1, len(passes) - 1)])  # the shortest and the longest examples
-    saved = time.monotonic()
-    for chunk in range(state.chunk, len(plan.chunks)):
-        found = matrices(lm, plan.chunks[chunk])
-        first = state.batch if chunk == state.chunk else 0
-        if not first:
-            for kind in kinds:
-                for name, module in found.items():
-                    where = accumulate_on or module.weight.device
-                    values[kind, name] = torch.zeros(module.weight.shape, dtype=torch.float32, device=where)
-        else:
-            for key in [(kind, name) for kind in kinds for name in found]:
-                values[key] = values[key].to(accumulate_on or found[key[1]].weight.device)
-        with _collecting(lm, found, min(plan.chunks[chunk]), values, kinds, plan.buffer) as run:
-            for number in range(first, len(passes)):
-                run(passes[number], scale)
-                bar.update()
-                if time.monotonic() - saved >= save_every:
-                    store.save(values, State(chunk, number + 1, plan.chunks, plan.max_tokens, plan.buffer))
-                    saved = time.monotonic()
-        for kind, name in [(kind, name) for kind in kinds for name in found]:
-            value, weight = values[kind, name], found[name].weight.detach()
-            value.mul_((weight if kind == "signed" else weight.abs()).to(value.device)).div_(scale)
-            require_finite(kind, name, value)
-            if len(plan.chunks) > 1:
-                values[kind, name] = value.cpu()
-    bar.close()
-    out = {}
-    for kind in kinds:
-        mine = {name: values[kind, name] for name in matrices(lm, layers)}
-        out[kind] = Scores(kind, mine, lm.name, lm.revision, len(rows), store.fingerprint)
-    store.finish(out)
-    return out
-
-
-@torch.no_grad()
-def wanda(
-    lm: LanguageModel, rows: Sequence[Row], *, layers: Sequence[int] | None = None, max_tokens: int = 4096
-) -> Scores:
-    """|W| times the root mean square of the weight's input over answer tokens (Sun et al. 2024)."""
-    check_rows(lm, rows, None)
-    found = matrices(lm, layers)
-    sums = {name: 0.0 for name in found}
-    count = 0
-    with ExitStack() as hooks:
-        current: list[Tensor] = []
-
-        def watch(name: str, module: nn.Module) -> None:
-            def hook(module: nn.Module, inputs: tuple) -> None:
-                _require_all_tokens(name, inputs[0], current[0].shape)
-                x = inputs[0].reshape(*current[0].shape, -1)[current[0].to(inputs[0].device)].float()
-                sums[name] = sums[name] + x.square().sum(0)
-
-            hooks.callback(module.register_forward_pre_hook(hook).remove)
-
-        for name, module in found.items():
-            watch(name, module)
-        for batch in batches(rows, max_tokens, lm.tokenizer.pad_token_id):
-            current[:] = [batch.labels != IGNORE]
-            count += int(current[0].sum())
-            lm.model(input_ids=batch.ids.to(lm.device), use_cache=False, logits_to_keep=1)
-    values = {}
+    *,
+    kinds: Sequence[str] = KINDS,
+    max_tokens: int | None = None,
+    accumulate_on: str | torch.device | None = None,
+) -> Plan:
+    """Check the input of :func:`attribute` and say how much memory it will take; arguments as there."""
+    if not kinds or not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
+        raise ValueError(f"kinds={list(kinds)} must be different ones out of {', '.join(KINDS)}")
+    check_rows(lm, rows)
+    longest = max(len(row.ids) for row in rows)
+    found = matrices(lm)
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens} must be at least 1")
+    device = lm.device
+    on_model = accumulate_on is None or torch.device(accumulate_on).type == device.type
+    free = files.free_memory(device)
+    sizes: dict[int, int] = {}
     for name, module in found.items():
-        size, weight = (sums[name] / count).sqrt(), module.weight.detach().float().abs()
-        values[name] = weight * (size if isinstance(module, nn.Linear) else size[:, None])
-        require_finite("wanda", name, values[name])
-    return Scores("wanda", values, lm.name, lm.revision, len(rows))
+        size = 4 * len(kinds) * module.weight.numel() if on_model else 0
+        sizes[layer_of(name)] = sizes.get(layer_of(name), 0) + size
+    weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    each = _bytes_per_token(lm, found)
+    # An eighth of weights and sums, so that peaks stay near what has to be there anyway. With a small model
+    # nobody minds more, and larger batches are faster.
+    held = weights + sum(sizes.values())
+    room = min(held // 8 if held > 256 << 20 else 128 << 20, max(1, free // 4))
+    batch = max(longest, room // each) if max_tokens is None else max(longest, max_tokens)
+    widest = max(max(module.weight.shape) for module in found.values()) * 4
+    buffer = max(widest, (1 << 21) if device.type == "cpu" else min(1 << 30, free // 8))
+    chunks, current, used = [], [], 0
+    for layer, size in sizes.items():
+        if current and used + size + batch * each + 2 * buffer > free:
+            chunks.append(tuple(current))
+            current, used = [], 0
+        current.append(layer)
+        used += size
+    chunks.append(tuple(current))
+    accumulators = max(sum(sizes[layer] for layer in chunk) for chunk in chunks)
+    need = accumulators + longest * each + 2 * buffer
+    if need > free:
+        raise ValueError(
+            f"scoring one layer takes {files.size_text(need)} on {device}, but "
+            f"{files.size_text(free)} are to be had: choose accumulate_on='cpu', shorter examples, or a smaller model"
+        )
+    return Plan(tuple(chunks), batch, buffer, weights, accumulators, batch * each + buffer)
+
+
+def _bytes_per_token(lm: LanguageModel, found: Mapping[str, nn.Module]) -> int:
+    """What one token leaves behind for the backward pass: each layer's inputs and outputs, and its logits."""
+    config = lm.model.config.get_text_config()
+    inner = sum(sum(module.weight.shape) for module in found.values())
+    item = next(iter(found.values())).weight.element_size()
+    # Layers that share their input (query, key, value; gate and up) keep it once. What is counted too often
+    # stands for what norms and the nonlinearity keep. Logits come in float32 too.
+    return inner * item + config.vocab_size * (item + 8)
+
+
+def check_rows(lm: LanguageModel, rows: Sequence[Row]) -> None:
+    """Complain about rows that can't be scored."""
+    if not rows:
+        raise ValueError("rows is empty: there is nothing to score")
+    for i, row in enumerate(rows):
+        if len(row.ids) != len(row.learn):
+            raise ValueError(
+                f"rows[{i}] has {len(row.ids)} tokens but {len(row.learn)} marks of what is learnt"
+            )
+        if not any(row.learn[1:]):
+            raise ValueError(
+                f"rows[{i}] has an answer without tokens (the first token of a text can't be predicted); "
+                "leave the example out"
+            )
+    require_room(lm, [row.ids for row in rows], names=[f"rows[{i}]" for i in range(len(rows))])
+
+
+def batches(rows: Sequence[Row], max_tokens: int, pad_id: int) -> Iterator[Batch]:
+    """Batches of rows of similar length, padded on the right: what follows a text changes nothing in it."""
+    group: list[Row] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        if group and (len(group) + 1) * len(row.ids) > max_tokens:
+            yield collate(group, pad_id)
+            group = []
+        group.append(row)
+    yield collate(group, pad_id)
 
 
 # --------------------------------------------------------------------------- the pass
@@ -218,7 +278,6 @@ def _collecting(
     found: Mapping[str, nn.Module],
     lowest: int,
     values: dict[tuple[str, str], Tensor],
-    kinds: Sequence[str],
     buffer: int,
 ) -> Iterator[Callable[[Batch, float], None]]:
     """Run batches forward and backward; gradients at the found layers are added to ``values``."""
@@ -371,7 +430,7 @@ def _loss_scale(lm: LanguageModel, some: Sequence[Batch]) -> float:
         with ExitStack() as hooks:
             for module in found.values():
                 hooks.callback(module.register_forward_hook(watch).remove)
-            with _collecting(lm, {}, 0, {}, (), 1) as run:
+            with _collecting(lm, {}, 0, {}, 1) as run:
                 for batch in some:
                     shapes.append((len(batch.ids), batch.ids.shape[1] - 1))
                     run(batch, 2.0**power)

@@ -26,7 +26,7 @@ from harmlens.keep import files
 from harmlens.keep.files import write_whole
 from harmlens.models import loading as models
 from harmlens.models.forward import LanguageModel, Row
-from harmlens.weights import attribution, frontier, masks, scores, scoring
+from harmlens.weights import attribution, frontier, masks
 from harmlens.weights.frontier import Point, Slices
 from harmlens.weights.masks import Mask
 from harmlens.weights.scores import Scores
@@ -78,7 +78,10 @@ def score(
         folder: where the scores are kept, so that the same ones need not be computed again; None for nowhere.
     """
     rows = examples(lm, target, suppressed=suppressed, domain=domain, n=n, seed=seed, source=source)
-    return prune_score(lm, rows["lost"], folder=folder), preserve_score(lm, rows["kept"], folder=folder)
+    return (
+        attribution.prune_score(lm, rows["lost"], folder=folder),
+        attribution.preserve_score(lm, rows["kept"], folder=folder),
+    )
 
 
 def examples(
@@ -99,26 +102,6 @@ def examples(
     return {which: calibration.examples(lm, task, n=n, seed=seed) for which, task in found.items()}
 
 
-def prune_score(lm: LanguageModel, rows: Sequence[Row], *, folder: Path | str | None = None) -> Scores:
-    """:func:`weights.attribution.prune_score`, kept in a folder if one is given."""
-    if folder is None:
-        return attribution.prune_score(lm, rows)
-    mark = scoring.fingerprint(lm, rows)
-    return scores.kept(_file(folder, "prune", mark), mark, lambda: attribution.prune_score(lm, rows))
-
-
-def preserve_score(lm: LanguageModel, rows: Sequence[Row], *, folder: Path | str | None = None) -> Scores:
-    """:func:`weights.attribution.preserve_score`, kept in a folder if one is given."""
-    if folder is None:
-        return attribution.preserve_score(lm, rows)
-    mark = scoring.fingerprint(lm, rows)
-    return scores.kept(_file(folder, "preserve", mark), mark, lambda: attribution.preserve_score(lm, rows))
-
-
-def _file(folder: Path | str, kind: str, mark: str) -> Path:
-    return Path(folder) / f"{kind}-{mark[:16]}.safetensors"
-
-
 def slices(
     lm: LanguageModel,
     target: str | None = None,
@@ -136,11 +119,13 @@ def slices(
         options: as for :func:`examples`.
     """
     rows = examples(lm, target, source=source, **options)
-    prune = prune_score(lm, rows["lost"], folder=folder)
+    prune = attribution.prune_score(lm, rows["lost"], folder=folder)
     tried = grid(prune, source)
     taken = frontier.taken(prune, tried["qs"])
     del prune
-    return Slices(taken, frontier.spared(preserve_score(lm, rows["kept"], folder=folder), tried["ps"]))
+    return Slices(
+        taken, frontier.spared(attribution.preserve_score(lm, rows["kept"], folder=folder), tried["ps"])
+    )
 
 
 def grid(prune: Scores, source: Material) -> dict[str, tuple[float, ...]]:

@@ -1,25 +1,21 @@
 """Scores of weights as such: what holds them, which weights have one, and scores that need no gradient.
 
-The scores of the pruning paper are computed in :mod:`weights.attribution`; :mod:`weights.masks` chooses
-by them.
+Those of the pruning paper are computed in :mod:`weights.attribution`; :mod:`weights.masks` chooses by them.
 
 Introduced in notebook 09 ("Weights that carry harm").
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harmlens.keep import files
 from harmlens.models import parts as decoder
 from harmlens.models.forward import LanguageModel
 
@@ -33,7 +29,6 @@ class Scores:
         values: name of a parameter -> scores of its shape, float32.
         model, revision: of the model that was scored.
         n: examples that were scored; 0 where none were needed.
-        fingerprint: digest of model and examples.
     """
 
     kind: str
@@ -41,7 +36,6 @@ class Scores:
     model: str
     revision: str
     n: int = 0
-    fingerprint: str = ""
 
     @property
     def numel(self) -> int:
@@ -55,48 +49,6 @@ class Scores:
         """Sizes of the scores: the absolute value taken *after* summing over examples."""
         values = {name: value.abs() for name, value in self.values.items()}
         return replace(self, kind=f"abs({self.kind})", values=values)
-
-    def save(self, file: Path | str) -> None:
-        """Write as safetensors, with what was scored in the metadata."""
-        about = {name: getattr(self, name) for name in ("kind", "model", "revision", "n", "fingerprint")}
-        about |= {"order": list(self.values)}  # a file has its tensors in the order of the alphabet
-        files.write_tensors(Path(file), self.values, "scores", about)
-
-
-def load(file: Path | str) -> Scores:
-    """Scores that were saved.
-
-    Raises:
-        ValueError: the file is missing, damaged, or holds something else.
-    """
-    try:
-        about, found = files.read_tensors(file, "scores")
-        values = {name: found[name] for name in about.pop("order")}
-    except Exception as error:  # a spoilt file raises whatever its parser raises
-        raise ValueError(
-            f"file={str(file)!r} holds no scores; save them with Scores.save ({type(error).__name__})"
-        ) from error
-    return Scores(values=values, **about)
-
-
-def kept(file: Path | str | None, fingerprint: str, compute: Callable[[], Scores]) -> Scores:
-    """Scores from a file, or computed and written there, so that an interrupted session goes on.
-
-    Args:
-        file: where they are kept; None computes and keeps nothing.
-        fingerprint: of model and examples, :func:`weights.scoring.fingerprint`. A file with another one, a
-            damaged file, or one of something else is replaced.
-    """
-    if file is None:
-        return compute()
-    if Path(file).is_file():
-        with contextlib.suppress(ValueError):
-            found = load(file)
-            if found.fingerprint == fingerprint:
-                return found
-    made = replace(compute(), fingerprint=fingerprint)
-    made.save(file)
-    return made
 
 
 def plus(*parts: Scores) -> Scores:
@@ -119,7 +71,7 @@ def plus(*parts: Scores) -> Scores:
         }:
             raise ValueError("parts: these are scores of different kinds, models or matrices")
     values = {name: sum(part.values[name] for part in parts) for name in first.values}
-    return replace(first, values=values, n=sum(part.n for part in parts), fingerprint="")
+    return replace(first, values=values, n=sum(part.n for part in parts))
 
 
 # --------------------------------------------------------------------------- which weights
@@ -194,16 +146,16 @@ def module_of(name: str) -> str:
 # --------------------------------------------------------------------------- scores without gradients
 
 
-def magnitude(lm: LanguageModel, *, layers: Sequence[int] | None = None) -> Scores:
+def magnitude(lm: LanguageModel) -> Scores:
     """|W|: what a score has to beat that looks at data."""
-    values = {name: module.weight.detach().float().abs() for name, module in matrices(lm, layers).items()}
+    values = {name: module.weight.detach().float().abs() for name, module in matrices(lm).items()}
     return Scores("magnitude", values, lm.name, lm.revision)
 
 
-def random(lm: LanguageModel, *, seed: int = 0, layers: Sequence[int] | None = None) -> Scores:
+def random(lm: LanguageModel, *, seed: int = 0) -> Scores:
     """Uniform noise; a matrix's numbers depend on the seed and its name alone."""
     values = {}
-    for name, module in matrices(lm, layers).items():
+    for name, module in matrices(lm).items():
         generator = torch.Generator().manual_seed(draw_seed(seed, name))
         values[name] = torch.rand(module.weight.shape, generator=generator).to(module.weight.device)
     return Scores("random", values, lm.name, lm.revision)
