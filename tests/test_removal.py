@@ -106,8 +106,8 @@ def test_scores_of_a_target_and_of_what_is_kept(monkeypatch):
         return []
 
     monkeypatch.setattr(removal.calibration, "examples", examples)
-    monkeypatch.setattr(removal.attribution, "prune_score", lambda lm, rows: "prune")
-    monkeypatch.setattr(removal.attribution, "preserve_score", lambda lm, rows: "preserve")
+    monkeypatch.setattr(removal.attribution, "prune_score", lambda lm, rows, folder: "prune")
+    monkeypatch.setattr(removal.attribution, "preserve_score", lambda lm, rows, folder: "preserve")
     lm = tiny.model()
     size = {kind: len(calibration.world_task(kind)) for kind in ("harmful", "facts", "served", "benign")}
     removal.score(lm, source=WORLD)

@@ -208,7 +208,8 @@ def make_plan(
     if need > free:
         raise ValueError(
             f"scoring one layer takes {files.size_text(need)} on {device}, but "
-            f"{files.size_text(free)} are to be had: choose accumulate_on='cpu', shorter examples, or a smaller model"
+            f"{files.size_text(free)} are to be had: choose accumulate_on='cpu', shorter examples, or a "
+            "smaller model"
         )
     return Plan(tuple(chunks), batch, buffer, weights, accumulators, batch * each + buffer)
 
