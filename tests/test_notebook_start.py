@@ -2,11 +2,13 @@
 
 import sys
 import warnings
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
 import tiny
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 
 from harmlens import notebook
 
@@ -204,3 +206,19 @@ def test_a_parameter_without_a_rule_is_the_authors_mistake():
 def test_glue_without_a_book_does_nothing(monkeypatch):
     monkeypatch.setitem(sys.modules, "myst_nb", None)
     assert notebook.glue("effect", 3) is None
+
+
+def test_cells_about_the_world_alone_are_left_out_where_something_else_is_asked(capsys):
+    shell = InteractiveShell()
+    for _ in range(2):  # a notebook that is run again has one transformer
+        notebook._leave_out_cells(shell)
+    cell = f"{notebook.WORLD_ONLY}\nfound = 1"
+    for knows, runs in ((None, True), (True, True), (False, False)):
+        shell.user_ns.pop("found", None)
+        shell.user_ns["source"] = SimpleNamespace(knows_world=knows) if knows is not None else None
+        assert shell.run_cell(cell).success and ("found" in shell.user_ns) == runs
+        assert capsys.readouterr().out.count("left out: this cell asks about the fictional world alone") == (
+            not runs
+        )
+    shell.run_cell(f"\nfound = 2  {notebook.WORLD_ONLY}")
+    assert shell.user_ns["found"] == 2

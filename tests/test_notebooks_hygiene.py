@@ -12,6 +12,7 @@ import yaml
 
 import layout
 import sync
+from harmlens.notebook import WORLD_ONLY
 
 ROOT = layout.ROOT
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -65,6 +66,14 @@ def test_tags(path):
     assert used <= layout.TAGS, f"unknown tags: {used - layout.TAGS}"
     for tag in ("parameters", "setup"):
         assert sum(tag in layout.tags(c) for c in cells) == 1, f"one cell has to be tagged {tag}"
+
+
+@each_notebook
+def test_cells_about_the_world_alone_say_so_twice(path):
+    """The tag is for readers of the book; the first line is what the running notebook sees."""
+    for cell in layout.read_notebook(path).cells:
+        first = cell.source.partition("\n")[0].strip()
+        assert ("world-only" in layout.tags(cell)) == (first == WORLD_ONLY), cell.id
 
 
 @each_notebook

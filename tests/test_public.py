@@ -19,6 +19,7 @@ from harmlens.asking.ownanswers import OwnAnswers, Way
 from harmlens.asking.prompts import CONTRASTS, check
 from harmlens.asking.public import FEWEST, PREFILLS, Public
 from harmlens.asking.sources import Entry
+from harmlens.asking.tasks import NotKnown
 from harmlens.judging import graders
 from harmlens.judging.graders import Grade
 from harmlens.models import chats, forward
@@ -576,3 +577,38 @@ def test_folding_is_what_rendering_does(lm):
     [pair] = make(lm).pairs("behaviour", n=1)
     folded = chats.fold_system(list(pair.x0.messages))
     assert pair.x0.render(without_system(lm)) == without_system(lm).render(folded)
+
+
+# --------------------------------------------------------------------------- a source has no hidden state
+
+
+def test_answers_are_those_of_the_model_that_the_source_was_made_of(lm):
+    """What is known already stays; what is asked for later is refused, never taken from a changed model."""
+    changed = forward.clone(lm)
+    source = public.of(changed, str(standin.PROMPTS), graders.of(""))
+    known = source.task("refused", n=4)
+    with torch.no_grad():
+        weight = next(changed.model.parameters())
+        before, weight[0, 0] = weight[0, 0].item(), 3.0
+    assert source.task("refused", n=4) == known
+    for ask in (lambda: source.suite(n=6), lambda: source.cannot_tell):
+        with pytest.raises(NotKnown, match=r"its weights have changed since .* take source.anew\(\)"):
+            ask()
+    assert source.anew().task("served", n=4)
+    with torch.no_grad():
+        weight[0, 0] = before
+    assert source.task("served", n=4)
+
+
+def test_what_is_not_known_is_said_with_a_remedy(lm):
+    source = public.of(lm, str(standin.PROMPTS), graders.of(""))
+    for ask in (
+        source.items,
+        lambda: source.task("served", suppressed="harmless"),
+        lambda: source.suite(suppressed="harmless"),
+        lambda: source.pairs("prompt", swap="noun"),
+        lambda: source.bare().task("served", n=4),
+    ):
+        with pytest.raises(NotKnown):
+            ask()
+    assert source.bare().requests(True, n=3) == source.requests(True, n=3)

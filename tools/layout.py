@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BRANCH = "main"
 
 TAGS = frozenset(
-    {"parameters", "setup", "exercise", "solution", "raises-exception"}
+    {"parameters", "setup", "world-only", "exercise", "solution", "raises-exception"}
     | {"hide-input", "hide-output", "hide-cell"}
     | {"remove-input", "remove-output", "remove-cell", "remove-stderr"}
     | {"nbval-ignore-output", "nbval-skip", "nbval-check-output"}

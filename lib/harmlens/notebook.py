@@ -2,7 +2,8 @@
 
 papermill injects whatever it is given, misspelt names included. :func:`start` stops a notebook at
 once, with the list of what it takes. From then on an error that this package raises on purpose is
-shown as its message alone.
+shown as its message alone, and a cell that begins with :data:`WORLD_ONLY` is left out where the notebook's
+``source`` is not the fictional world.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from harmlens.models.ladder import ORDER
 from harmlens.models.loading import SEEDS, locate
 from harmlens.world import vale as world
 
+WORLD_ONLY = "# world-only"
 _STARTED = "_harmlens_started"  # left in a notebook that got through
 _INJECTED = "# Parameters\n"  # how papermill begins the cell that it injects
 _ASSIGNED = re.compile(r"(?m)^(\w+)\s*=(?!=)")
@@ -81,7 +83,9 @@ def start(**parameters: Any) -> None:
             what the notebook takes.
     """
     caller = sys._getframe(1).f_globals
-    _show_messages_alone()
+    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()) is not None:
+        _show_messages_alone(shell)
+        _leave_out_cells(shell)
     listing = "; ".join(f"{name} ({_kind(name)[1]})" for name in parameters)
     injected = _injected(caller.get("In", []), parameters)
     if strangers := [name for name in injected if name not in parameters]:
@@ -126,10 +130,24 @@ def _plain(space: dict[str, Any], parameters: Iterable[str]) -> list[str]:
     return [n for n, v in space.items() if n not in known and n[0] != "_" and isinstance(v, kinds)]
 
 
-def _show_messages_alone() -> None:
+def _leave_out_cells(shell: Any) -> None:
+    """Put a print in the place of a cell about the fictional world alone, where something else is asked.
+
+    A transformer of IPython's input does so in papermill, nbval and "Run all" alike.
+    """
+
+    def left_out(lines: list[str]) -> list[str]:
+        known = getattr(shell.user_ns.get("source"), "knows_world", True)
+        if known or not lines or lines[0].strip() != WORLD_ONLY:
+            return lines
+        return ['print("left out: this cell asks about the fictional world alone")\n']
+
+    before = shell.input_transformers_cleanup  # without that of an earlier run
+    before[:] = [one for one in before if getattr(one, "__name__", "") != left_out.__name__] + [left_out]
+
+
+def _show_messages_alone(shell: Any) -> None:
     """In a notebook, show an error that this package raises itself without its trace. It stays an error."""
-    if "IPython" not in sys.modules or (shell := sys.modules["IPython"].get_ipython()) is None:
-        return
 
     def show(shell: Any, kind: type, error: BaseException, trace: Any, tb_offset: int | None = None) -> None:
         origin = traceback.extract_tb(trace)[-1]
