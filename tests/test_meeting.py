@@ -77,8 +77,8 @@ def test_all_neurons_of_a_layer_own_its_whole_mlp_once(architecture):
 
 
 def test_which_weights_by_hand(lm):
-    own = meeting.weights_of(lm, {1: [4]}, some_mask(lm), name="mine")
-    assert own.name == "mine" and len(own) == 3 * WIDTH
+    own = meeting.weights_of(lm, {1: [4]}, some_mask(lm))
+    assert own.name == "neurons" and len(own) == 3 * WIDTH
     assert own.indices[UP].tolist() == list(range(4 * WIDTH, 5 * WIDTH))  # a row
     assert own.indices[DOWN].tolist() == list(range(4, UNITS * WIDTH, UNITS))  # a column
     assert len(meeting.weights_of(lm, {}, some_mask(lm))) == 0
@@ -103,14 +103,14 @@ def test_bad_neurons_are_refused(lm):
 def test_hits_are_counted_by_matrix(lm):
     mask = some_mask(lm) - some_mask(lm)
     mask = one(mask, DOWN, (0, 4), (9, 4), (9, 5)) | one(mask, UP, (4, 0), (6, 4))
-    met = meeting.meet(lm, mask, [4], layer=1)
+    met = meeting.overlap_with_neurons(lm, mask, [4], layer=1)
     found = {
         n.split(".")[-2]: v for n, v in zip(met.matrices, zip(met.hits, met.chosen, strict=True), strict=True)
     }
     assert found == {"gate_proj": (0, 0), "up_proj": (1, 2), "down_proj": (2, 3)}
     assert met.size.tolist() == [UNITS * WIDTH] * 3 and met.members.tolist() == [WIDTH] * 3
     assert met.enrichment == pytest.approx(np.log2(3.5 / (5 / UNITS + 0.5)))
-    assert meeting.meet(lm, mask, [4], layer=0).chosen.sum() == 0
+    assert meeting.overlap_with_neurons(lm, mask, [4], layer=0).chosen.sum() == 0
 
 
 def test_enrichment_is_zero_where_shares_are_equal_and_finite_without_hits():
@@ -149,7 +149,7 @@ def test_chance_is_that_of_independent_draws(rows):
 def test_chance_agrees_with_random_masks(lm):
     def met(seed):
         mask = masks.top(of_layer(scores.random(lm, seed=seed), 1), 0.02)
-        return meeting.meet(lm, mask, range(8), layer=1)
+        return meeting.overlap_with_neurons(lm, mask, range(8), layer=1)
 
     drawn = np.array([met(seed).hits.sum() for seed in range(120)])
     at = int(np.median(drawn))
@@ -157,20 +157,10 @@ def test_chance_agrees_with_random_masks(lm):
     assert rigged.p_value == pytest.approx((drawn >= at).mean(), abs=0.12)
 
 
-def test_matched_sets_have_other_neurons_of_the_same_norms(lm):
-    size, units = meeting.norms(lm, 1), [3, 9, 40]
+def test_norms_by_hand(lm):
     parts = [m.weight for m in decoder.mlp(decoder.blocks(lm)[1]).children() if hasattr(m, "weight")]
     by_hand = parts[0][9].square().sum() + parts[1][9].square().sum() + parts[2][:, 9].square().sum()
-    torch.testing.assert_close(size[9], by_hand.sqrt().detach())
-    draws = meeting.matched(lm, 1, units, draws=20, near=4)
-    assert draws == meeting.matched(lm, 1, units, draws=20, near=4)
-    order = size.argsort().tolist()
-    for made in draws:
-        assert len(set(made)) == 3 and not set(made) & set(units)
-        assert all(abs(order.index(a) - order.index(b)) <= 12 for a, b in zip(made, units, strict=True))
-    assert len({tuple(made) for made in draws}) > 5
-    with pytest.raises(ValueError, match="leave too few others"):
-        meeting.matched(lm, 1, range(40))
+    torch.testing.assert_close(meeting.norms(lm, 1)[9], by_hand.sqrt().detach())
 
 
 # --------------------------------------------------------------------------- scores and directions
@@ -202,23 +192,20 @@ def test_unsigned_scores_are_no_effects(lm):
         meeting.unit_scores(lm, first, 1)
 
 
-def test_along_by_hand(lm):
+def test_along_a_direction_by_hand(lm):
     empty, axis = some_mask(lm) - some_mask(lm), torch.eye(WIDTH)[7]
-    weight = float(scores.matrices(lm)[DOWN].weight[7, 2].detach()) ** 2
-    [(inside, whole, count)] = meeting.along(lm, one(empty, DOWN, (7, 2)), 3 * axis).values()
-    assert (inside, whole, count) == pytest.approx((WIDTH * weight, weight, 1))  # writes into coordinate 7
-    [(inside, _, _)] = meeting.along(lm, one(empty, DOWN, (6, 7)), axis).values()
-    assert inside == 0
-    [(inside, whole, _)] = meeting.along(lm, one(empty, UP, (3, 7)), axis).values()
-    assert inside == pytest.approx(WIDTH * whole)  # reads from coordinate 7
-    assert meeting.along(lm, empty, axis) == {}
+    for name, place, share in ((DOWN, (7, 2), WIDTH), (DOWN, (6, 7), 0), (UP, (3, 7), WIDTH)):
+        # Writes into coordinate 7, writes elsewhere, reads from coordinate 7.
+        got = meeting.along_direction(lm, one(empty, name, place), 3 * axis)
+        assert got == pytest.approx(share)
+    weights = [float(scores.matrices(lm)[DOWN].weight[row, 2].detach()) ** 2 for row in (7, 8)]
+    got = meeting.along_direction(lm, one(empty, DOWN, (7, 2), (8, 2)), axis)
+    assert got == pytest.approx(WIDTH * weights[0] / sum(weights))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt_neox"])
 def test_along_a_whole_basis_is_everything(architecture):
     lm = tiny.model(architecture)
     basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))[0]
-    found = [meeting.along(lm, some_mask(lm), v) for v in basis]
-    assert set(found[0]) == set(scores.matrices(lm))
-    for name in found[0]:
-        assert sum(each[name][0] for each in found) == pytest.approx(WIDTH * found[0][name][1], rel=1e-4)
+    shares = [meeting.along_direction(lm, some_mask(lm), v) for v in basis]
+    assert np.mean(shares) == pytest.approx(1, rel=1e-4)

@@ -186,17 +186,6 @@ def test_recovery_of_all_units_is_the_whole_mlp(lm):
     assert got.at(0).abs().max() < 1e-5
 
 
-def test_matched_units_write_as_much_and_are_others(lm):
-    effects = neurons.last_layer(lm, PAIRS, Y1)
-    chosen = neurons.top_k(effects, 8)
-    other = neurons.matched(effects, chosen, near=1)
-    assert not set(other) & set(chosen) and len(set(other)) == 8
-    size = effects.sizes.mean(0)
-    free = [i for i in range(UNITS) if i not in chosen]
-    assert (size[other[0]] - size[chosen[0]]).abs() == (size[free] - size[chosen[0]]).abs().min()
-    assert neurons.matched(effects, chosen, seed=3) == neurons.matched(effects, chosen, seed=3)
-
-
 # --------------------------------------------------------------------------- blocks and refinement
 
 

@@ -228,3 +228,16 @@ def test_sign_flip_by_hand():
         stats.sign_flip_pvalue([1.0, 2.0], alternative="bigger")
     with pytest.raises(ValueError, match="effects: expected shape"):
         stats.sign_flip_pvalue([[1.0, 2.0], [3.0, 4.0]])
+
+
+def test_matched_controls_are_others_of_about_the_same_size():
+    sizes, chosen = np.random.default_rng(0).random(64), [3, 9, 40]
+    draws = stats.matched(sizes, chosen, seeds=range(20), near=4)
+    assert draws[7:] == stats.matched(sizes, chosen, seeds=range(7, 20), near=4)
+    order = sizes.argsort().tolist()
+    for made in draws:
+        assert len(set(made)) == 3 and not set(made) & set(chosen)
+        assert all(abs(order.index(a) - order.index(b)) <= 12 for a, b in zip(made, chosen, strict=True))
+    assert len({tuple(made) for made in draws}) > 5
+    with pytest.raises(ValueError, match="leave too few others"):
+        stats.matched(sizes, range(40), seeds=[0])

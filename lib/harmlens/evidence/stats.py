@@ -10,7 +10,9 @@ Introduced in notebook 01 ("What there is to explain").
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -399,3 +401,26 @@ def sign_flip_pvalue(
         generator=derive_generator(seed, "sign flip"),
     )  # fmt: skip
     return float(p)
+
+
+def matched(
+    sizes: ArrayLike, chosen: Sequence[int], *, seeds: Sequence[int | str], near: int = 10
+) -> list[list[int]]:
+    """Controls: for each seed as many others of about the same size, each drawn from the ``near`` next ones.
+
+    Raises:
+        ValueError: too few others.
+    """
+    sizes = np.asarray(sizes)
+    if 2 * len(chosen) > len(sizes):
+        raise ValueError(f"chosen: {len(chosen)} of {len(sizes)} leave too few others to match them")
+    next_to = {one: np.argsort(np.abs(sizes - sizes[one]), kind="stable").tolist() for one in chosen}
+    out = []
+    for seed in seeds:
+        rng, taken, made = random.Random(seed), set(chosen), []
+        for one in chosen:
+            others = (i for i in next_to[one] if i not in taken)
+            made.append(rng.choice(list(itertools.islice(others, near))))
+            taken.add(made[-1])
+        out.append(made)
+    return out

@@ -21,7 +21,6 @@ Introduced in notebook 05 ("Neurons").
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -352,23 +351,6 @@ def top_k(effects: NeuronEffects | Float[Tensor, " unit"], k: int, *, sign: int 
     if not 1 <= k <= len(mean):
         raise ValueError(f"k={k} must lie between 1 and the number of units, {len(mean)}")
     return (sign * mean).argsort(descending=True, stable=True)[:k].tolist()
-
-
-def matched(effects: NeuronEffects, units: Sequence[int], *, seed: int = 0, near: int = 10) -> list[int]:
-    """Other units that write about as much as these: for each one of the ``near`` next in mean size.
-
-    Raises:
-        ValueError: too few other units.
-    """
-    size, rng, taken = effects.sizes.mean(0), random.Random(seed), set(units)
-    if 2 * len(taken) > len(size):
-        raise ValueError(f"units: {len(taken)} of {len(size)} leave too few others to match them")
-    out = []
-    for unit in units:
-        others = [i for i in (size - size[unit]).abs().argsort(stable=True).tolist() if i not in taken]
-        out.append(rng.choice(others[:near]))
-        taken.add(out[-1])
-    return out
 
 
 def blocks(

@@ -1,9 +1,7 @@
 """Where the two methods meet: neurons that mediate, and weights that were pruned.
 
-Mediation analysis points to *neurons*, pruning to single *weights*. A neuron owns the weights that feed it
-(a row of each matrix in front of the nonlinearity) and those by which it writes (a column of the output
-projection), so sets of either kind can be compared as sets of weights, and each can be treated by the other
-method's means.
+A neuron owns the weights that feed it (a row of each matrix in front of the nonlinearity) and those by which
+it writes (a column of the output projection), so that either finding is a set of weights.
 
 **A common currency.** With a_i the value of unit i, the prune scores of its outgoing weights add up to
 
@@ -18,11 +16,10 @@ Introduced in notebook 17 ("Do the papers agree?").
 
 from __future__ import annotations
 
-import itertools
 import math
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -89,88 +86,103 @@ def log2_enrichment(
     return np.log2((hits + 0.5) / (chosen * members / size + 0.5))
 
 
-# --------------------------------------------------------------------------- the weights of neurons
+# --------------------------------------------------------------------------- whose weights they are
 
 
-def weights_of(
-    lm: LanguageModel, units: Mapping[int, Sequence[int]], like: Mask, *, name: str = "neurons"
-) -> Mask:
+def weights_of(lm: LanguageModel, units: Mapping[int, Sequence[int]], like: Mask) -> Mask:
     """All weights that belong to some neurons, as a mask: without them the neurons are silent.
 
-    Biases are no weights here: where the layers in front of a neuron have them, zeros leave it at what its
-    bias gives, and silent all the same, since nothing is written.
+    Biases are no weights here: a neuron is left at what its bias gives, and writes nothing all the same.
 
     Args:
         units: layer -> hidden units of its MLP; layers that are not named have none.
         like: a mask of the model, whose matrices the new one has.
 
     Raises:
-        ValueError: a layer or a unit that the model does not have, a mask of another model or of other
-            layers, an MLP without hidden units of its own (a mixture of experts).
+        ValueError: as :func:`overlap_with_neurons`, or a mask of another model.
     """
     check(like, lm)
-    indices = {parameter: torch.empty(0, dtype=torch.long) for parameter in like.indices}
+    indices = {name: index[:0] for name, index in like.indices.items()}
     for layer, some in units.items():
-        for parameter, places in _places(lm, layer, list(some)).items():
-            if parameter not in indices:
-                raise ValueError(f"like: holds no {parameter}; select it from scores of layer {layer} too")
-            indices[parameter] = places
-    return replace(like, indices=indices, name=name)
+        for name, (module, owner) in _owners(lm, layer, some).items():
+            if name not in indices:
+                raise ValueError(f"like: holds no {name}; select it from scores of layer {layer} too")
+            everything = torch.arange(module.weight.numel())
+            indices[name] = everything[torch.isin(owner(everything), torch.tensor(list(some)))]
+    return replace(like, indices=indices, name="neurons")
 
 
-def meet(lm: LanguageModel, mask: Mask, units: Sequence[int], *, layer: int) -> Meeting:
+def overlap_with_neurons(lm: LanguageModel, mask: Mask, units: Sequence[int], *, layer: int) -> Meeting:
     """Count the chosen weights of one MLP that belong to some of its neurons.
 
     Raises:
-        ValueError: a layer, a unit or a matrix that the model or the mask does not have.
+        ValueError: a layer, a unit or a matrix that the model or the mask does not have; an MLP without
+            hidden units of its own (a mixture of experts).
     """
-    rows = []
-    for name, (module, first) in _matrices(lm, layer).items():
+    count, rows = _count(lm, layer), []
+    for name, (module, owner) in _owners(lm, layer, units).items():
         shape = tuple(module.weight.shape)
         if mask.shapes.get(name) != shape:
             raise ValueError(
                 f"mask: holds no {name} of shape {shape}; select it from scores of layer {layer}"
             )
-        count = _count(lm, layer, units)
-        owner = (mask.indices[name] // shape[1] if first else mask.indices[name] % shape[1]) % count
-        hits = int(torch.isin(owner, torch.tensor(sorted(set(units)))).sum())
-        size = math.prod(shape)
-        rows.append((name, len(owner), hits, size, len(set(units)) * size // count))
+        chosen, size = mask.indices[name], math.prod(shape)
+        hits = int(torch.isin(owner(chosen), torch.tensor(sorted(set(units)))).sum())
+        rows.append((name, len(chosen), hits, size, len(set(units)) * size // count))
     names, *counts = zip(*rows, strict=True)
     return Meeting(names, *(np.array(column, dtype=np.int64) for column in counts))
 
 
 def norms(lm: LanguageModel, layer: int) -> Float[Tensor, " unit"]:
     """Euclidean norm of all weights of each neuron of a layer."""
-    return torch.stack([w.square().sum(0) for w in _by_unit(lm, layer).values()]).sum(0).sqrt()
+    count, squares = _count(lm, layer), []
+    for module, first in _matrices(lm, layer).values():
+        weight = module.weight.detach().float().cpu()
+        weight = weight if first else weight.T
+        own = weight.reshape(-1, count, weight.shape[1]).permute(0, 2, 1).reshape(-1, count)
+        squares.append(own.square().sum(0))
+    return torch.stack(squares).sum(0).sqrt()
 
 
-def matched(
-    lm: LanguageModel, layer: int, units: Sequence[int], *, draws: int = 1, near: int = 10, seed: int = 0
-) -> list[list[int]]:
-    """Sets of other neurons, matched in number and in the norm of their weights.
+def _count(lm: LanguageModel, layer: int) -> int:
+    blocks = decoder.blocks(lm)
+    if not 0 <= layer < len(blocks):
+        raise ValueError(f"layer={layer} does not exist; choose 0 to {len(blocks) - 1}")
+    return decoder.projection_weight(decoder.mlp(blocks[layer])).shape[1]
 
-    As :func:`flow.neurons.matched`, which matches by what the neurons *write* in a run.
 
-    Args:
-        near: how many of the next in norm a match is drawn from.
-
-    Raises:
-        ValueError: too few other neurons.
-    """
-    size = norms(lm, layer)
-    if 2 * len(units) > len(size):
-        raise ValueError(f"units: {len(units)} of {len(size)} leave too few others to match them")
-    near_to = {u: (size - size[u]).abs().argsort(stable=True).tolist() for u in units}
-    out = []
-    for draw in range(draws):
-        rng, taken, made = random.Random(f"{seed}/{layer}/{draw}"), set(units), []
-        for unit in units:
-            others = (i for i in near_to[unit] if i not in taken)
-            made.append(rng.choice(list(itertools.islice(others, near))))
-            taken.add(made[-1])
-        out.append(made)
+def _matrices(lm: LanguageModel, layer: int) -> dict[str, tuple[nn.Module, bool]]:
+    """Matrices of an MLP: parameter -> (module, whether hidden units lie on the *stored* first axis)."""
+    count, mlp, out = _count(lm, layer), decoder.mlp(decoder.blocks(lm)[layer]), {}
+    inside = {id(module) for module in mlp.modules()}
+    for name, module in matrices(lm, [layer]).items():
+        if id(module) in inside:
+            first = (module is not decoder.projection(mlp)) == isinstance(module, nn.Linear)
+            if module.weight.shape[0 if first else 1] % count:
+                raise ValueError(f"{name} has no axis of {count} hidden units, so they own no part of it")
+            out[name] = (module, first)
     return out
+
+
+def _owners(
+    lm: LanguageModel, layer: int, units: Sequence[int]
+) -> dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+    """Parameter -> (module, the neuron of each weight by its number in the flattened matrix)."""
+    count = _count(lm, layer)
+    if outside := [u for u in units if not 0 <= u < count]:
+        raise ValueError(f"units: layer {layer} has units 0 to {count - 1}, not {outside[:5]}")
+
+    def owner(number: Tensor, columns: int, first: bool) -> Tensor:
+        # Fused matrices hold several rows of one neuron.
+        return (number // columns if first else number % columns) % count
+
+    return {
+        name: (module, partial(owner, columns=module.weight.shape[1], first=first))
+        for name, (module, first) in _matrices(lm, layer).items()
+    }
+
+
+# --------------------------------------------------------------------------- scores and directions
 
 
 def unit_scores(lm: LanguageModel, scores: Scores, layer: int) -> Float[Tensor, " unit"]:
@@ -190,22 +202,20 @@ def unit_scores(lm: LanguageModel, scores: Scores, layer: int) -> Float[Tensor, 
     return -scores.values[name].sum(0 if isinstance(module, nn.Linear) else 1).float().cpu()
 
 
-def along(
-    lm: LanguageModel, mask: Mask, vector: Float[Tensor, " width"]
-) -> dict[str, tuple[float, float, int]]:
+def along_direction(lm: LanguageModel, mask: Mask, vector: Float[Tensor, " width"]) -> float:
     """How much of what the chosen weights write or read lies along a direction of the residual stream.
 
     Taking weights out changes a matrix by minus their part D of it. Of all that D can write into the stream
-    (or read from it) the share |v D|^2 / |D|^2 lies along the unit direction v.
+    (or read from it) the share |v D|^2 / |D|^2 lies along the unit direction v. Matrices that neither write
+    into the stream nor read from it are left out.
 
     Returns:
-        Parameter -> (squared norm along v times the width, squared norm, number of weights), so that the
-        ratio of sums is 1 where v is no more to them than any direction. Matrices without chosen weights and
-        those that neither write into the stream nor read from it are left out.
+        The share times the width: 1 where v is no more to the weights than any direction.
     """
     check(mask, lm)
     unit = (vector / vector.norm()).float().cpu()
-    blocks, found, out = decoder.blocks(lm), matrices(lm), {}
+    blocks, found = decoder.blocks(lm), matrices(lm)
+    inside, whole = 0.0, 0.0
     for name, index in mask.indices.items():
         block, module = blocks[layer_of(name)], found[name]
         writes = any(module is decoder.projection(part(block)) for part in (decoder.attention, decoder.mlp))
@@ -215,59 +225,6 @@ def along(
         if writes != isinstance(module, nn.Linear):  # let the stream be the first axis
             part = part.T
         if len(index) and len(part) == len(unit):
-            inside = float((unit @ part).square().sum()) * len(unit)
-            out[name] = (inside, float(part.square().sum()), len(index))
-    return out
-
-
-# --------------------------------------------------------------------------- where hidden units stand
-
-
-def _matrices(lm: LanguageModel, layer: int) -> dict[str, tuple[nn.Module, bool]]:
-    """Matrices of an MLP: parameter -> (module, whether hidden units lie on the *stored* first axis)."""
-    blocks = decoder.blocks(lm)
-    if not 0 <= layer < len(blocks):
-        raise ValueError(f"layer={layer} does not exist; choose 0 to {len(blocks) - 1}")
-    mlp = decoder.mlp(blocks[layer])
-    last, inside = decoder.projection(mlp), {id(m) for m in mlp.modules()}
-    count = decoder.projection_weight(mlp).shape[1]
-    out = {}
-    for name, module in matrices(lm, [layer]).items():
-        if id(module) in inside:
-            first = (module is not last) == isinstance(module, nn.Linear)
-            if module.weight.shape[0 if first else 1] % count:
-                raise ValueError(f"{name} has no axis of {count} hidden units, so they own no part of it")
-            out[name] = (module, first)
-    return out
-
-
-def _by_unit(lm: LanguageModel, layer: int) -> dict[str, Float[Tensor, "weight unit"]]:
-    """Weights of every neuron, one column each; fused matrices hold several rows of one neuron."""
-    count = decoder.projection_weight(decoder.mlp(decoder.blocks(lm)[layer])).shape[1]
-    out = {}
-    for name, (module, first) in _matrices(lm, layer).items():
-        weight = module.weight.detach().float().cpu()
-        weight = weight if first else weight.T  # [units (of several copies), other axis]
-        out[name] = weight.reshape(-1, count, weight.shape[1]).permute(0, 2, 1).reshape(-1, count)
-    return out
-
-
-def _places(lm: LanguageModel, layer: int, units: list[int]) -> dict[str, Int[Tensor, " weight"]]:
-    """Numbers of the neurons' weights in their flattened matrices, rising."""
-    out, found = {}, _matrices(lm, layer)
-    count = _count(lm, layer, units)
-    for name, (module, first) in found.items():
-        number = torch.arange(module.weight.numel()).view(module.weight.shape)
-        number = number if first else number.T
-        wanted = [u + count * copy for copy in range(len(number) // count) for u in units]
-        out[name] = number[wanted].flatten().sort().values
-    return out
-
-
-def _count(lm: LanguageModel, layer: int, units: Sequence[int]) -> int:
-    """How many hidden units an MLP has; refuses others."""
-    count = decoder.projection_weight(decoder.mlp(decoder.blocks(lm)[layer])).shape[1]
-    outside = [u for u in units if not 0 <= u < count]
-    if outside:
-        raise ValueError(f"units: layer {layer} has units 0 to {count - 1}, not {outside[:5]}")
-    return count
+            inside += float((unit @ part).square().sum()) * len(unit)
+            whole += float(part.square().sum())
+    return inside / whole
