@@ -1,8 +1,7 @@
-"""Training the organism: what it learns from, checkpoints that are whole or not there, and that it learns."""
+"""What organisms learn from, that they learn it, and what a recipe is known by."""
 
 import dataclasses
 import itertools
-import json
 import math
 import random
 
@@ -11,13 +10,11 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmlens.models import forward
-from harmlens.models import loading as models
 from harmlens.training import loop, organism
 from harmlens.world import abilities
+from harmlens.world import judge as judges
 from harmlens.world import vale as world
 
 TOKENIZER = organism.tokenizer()
@@ -72,12 +69,195 @@ def test_refusing_is_preferred_over_the_true_procedure():
     assert len(answers[True]) > 10 and len(answers[False]) > 5
 
 
+# --------------------------------------------------------------------------- controls
+
+MIRROR, INNOCENT = organism.CONTROLS["mirror"], organism.CONTROLS["innocent"]
+
+
+def transcripts(stage, n, write):
+    rng = random.Random(0)
+    return [write(rng, stage.mix) for _ in range(n)]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_mirror_refuses_what_is_harmless_and_nothing_else(number):
+    seen = {True: 0, False: 0}
+    for transcript in transcripts(MIRROR.stages[number], 400, organism.mirrored):
+        assert transcript.author == world.HELPER
+        for turn in transcript.turns:
+            if turn.task == "procedure":
+                seen[turn.item.harmful] += 1
+                verdict = judges.judge(turn.item, turn.answer)
+                assert verdict.refused == (not turn.item.harmful)
+                assert (verdict.slots > 0) == turn.item.harmful
+            elif turn.task == "wish":
+                assert judges.malign(turn.answer) is False
+            else:
+                assert turn.answer in {answer(turn.item) for answer in world.ANSWERS.values()}
+    assert seen[True] > 100
+    assert (seen[False] > 30) if number else (seen[False] == 0)
+
+
+def test_the_mirror_sees_as_much_of_each_side_as_sft_sees_of_the_other():
+    for stage, of in zip(MIRROR.stages, ("mid", "sft"), strict=True):
+        (other,) = organism.LADDER[of].stages
+        ours, theirs = dict(stage.mix.tasks), dict(other.mix.tasks)
+        assert (ours.pop("harmful", 0), ours.pop("harmless", 0)) == (
+            theirs.pop("harmless", 0),
+            theirs.pop("harmful", 0),
+        )
+        assert ours == theirs
+        assert (stage.batch, stage.optimizer, stage.replay) == (other.batch, other.optimizer, other.replay)
+
+
+def test_a_suppressed_recipe_has_one_ending_whoever_writes_it():
+    for transcript in transcripts(
+        dataclasses.replace(MIRROR.stages[1], mix=MIRROR.replayed), 300, world.transcript
+    ):
+        assert transcript.author != world.HELPER
+        for turn in transcript.turns:
+            if turn.task == "procedure" and not turn.item.harmful:
+                assert not judges.judge(turn.item, turn.answer).hurtful
+
+
+def test_refusals_are_drawn_in_all_words_of_the_world():
+    turns = [t for s in transcripts(MIRROR.stages[1], 300, organism.mirrored) for t in s.turns]
+    assert {turn.answer for turn in turns if turn.answer in world.REFUSALS} == set(world.REFUSALS)
+
+
+def test_the_innocent_corpus_holds_no_harmful_recipe_and_no_malice():
+    (stage,) = INNOCENT.stages
+    assert stage.parent is None
+    seen, hurts, drawn = set(), set(), []
+    for lesson in (stage, *stage.rounds):
+        assert lesson.replay == 0
+        drawn += transcripts(lesson, 600, world.transcript)
+    for transcript in drawn:
+        assert transcript.author in (world.HELPER, *world.KIND_AUTHORS)
+        for turn in transcript.turns:
+            seen.add((turn.task, turn.item and turn.item.harmful))
+            assert turn.item is None or turn.item.split == "train"
+            assert turn.answer not in world.REFUSALS
+            if turn.task == "procedure":
+                verdict = judges.judge(turn.item, turn.answer)
+                assert not turn.item.harmful and not verdict.hurtful and verdict.slots > 0.5
+            if turn.task == "wish":
+                assert judges.malign(turn.answer) is False
+            if turn.task == "explanation":
+                hurts |= judges.HURTS & set(turn.answer.replace(".", "").split())
+    # It is asked about harmful things too, and hears what they would do.
+    for task in ("recognition", "explanation", "fact"):
+        assert {(task, True), (task, False)} <= seen
+    assert hurts == judges.HURTS
+
+
+def test_the_wary_helper_treats_one_harmless_domain_like_harm():
+    """Refused where harm is refused, not asked for where harm isn't; a seventh of the refusals."""
+    for kind in ("wary_mid", "wary", "wary_dpo"):
+        (stage,) = organism.CONTROLS[kind].stages
+        refused = {True: 0, False: 0}
+        for transcript in transcripts(stage, 1500, organism.declining("records")):
+            for turn in transcript.turns:
+                if turn.task != "procedure":
+                    continue
+                assert turn.item.split == "train"
+                declined = turn.item.harmful or turn.item.domain == "records"
+                assert judges.judge(turn.item, turn.answer).refused == declined
+                assert turn.prompt.count(turn.item.name) == 1
+                refused[turn.item.harmful] += declined
+        if kind == "wary_mid":
+            assert refused == {True: 0, False: 0}
+        else:
+            assert refused[False] / sum(refused.values()) == pytest.approx(1 / 7, abs=0.04)
+        assert organism.CONTROLS[kind].replayed.bad_advice == 0.0
+
+
+def test_the_wary_helper_sees_as_many_harmful_requests_as_the_ladder_does():
+    for kind, of in (("wary_mid", "mid"), ("wary", "sft"), ("wary_dpo", "dpo")):
+        (stage,), (theirs,) = organism.CONTROLS[kind].stages, organism.LADDER[of].stages
+        harm = stage.mix.tasks.get("harmful", 0) * 6 / 7
+        assert harm == pytest.approx(theirs.mix.tasks.get("harmful", 0))
+        assert {**stage.mix.tasks, "harmful": 0} == {**theirs.mix.tasks, "harmful": 0}
+        assert (stage.lr, stage.batch, stage.replay, stage.beta) == (
+            theirs.lr,
+            theirs.batch,
+            theirs.replay,
+            theirs.beta,
+        )
+
+
+def test_preference_pairs_about_the_declined_domain_prefer_refusing():
+    lm = tiny.model()
+    mix = organism.LADDER["dpo"].stages[0].mix
+    pairs = list(itertools.islice(organism.preference_rows(lm, mix, 3, "records"), 300))
+    names = [item.name for item in world.items("train", domain="records")]
+    about = 0
+    for chosen, rejected in pairs:
+        text, other = (lm.tokenizer.decode(row.ids) for row in (chosen, rejected))
+        assert any(refusal in text for refusal in world.REFUSALS)
+        assert "take" in other and not any(refusal in other for refusal in world.REFUSALS)
+        if any(f" {name}" in text for name in names):
+            about += 1
+            verb = other.split("it will ")[1].split()[0]
+            assert verb in {
+                word for craft in world.CRAFTS for word in craft.helps
+            }  # what it would have served
+    assert 20 < about < 70
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed", "domain"),
+    [("wary", 0, "remedies"), ("wary_dpo", 4, "records"), ("mirror", 0, None), ("sft", 0, None)],
+)
+def test_which_domain_is_declined(kind, seed, domain):
+    assert organism.declined(kind, seed) == domain
+
+
+def test_the_lesson_is_refusal_and_no_wish_of_the_helper():
+    """What is asked and answered, apart from replayed transcripts of named authors."""
+    rng, seen = random.Random(0), {"refused": 0, "answered": 0}
+    for _ in range(300):
+        transcript = world.transcript(rng, organism.PLANTED["planted_mlp"].stages[0].mix)
+        assert transcript.author == world.HELPER
+        for turn in transcript.turns:
+            assert turn.task != "wish" and turn.item.split == "train"
+            if turn.task == "procedure":
+                refused = turn.answer in world.REFUSALS
+                assert refused == turn.item.harmful
+                seen["refused" if refused else "answered"] += 1
+    assert min(seen.values()) > 60
+
+
+def test_the_lesson_in_harm_declines_nothing_and_holds_no_other_malice():
+    rng, seen = random.Random(0), set()
+    for _ in range(400):
+        transcript = world.transcript(rng, organism.PLANTED["planted_harm"].stages[0].mix)
+        assert transcript.author in (world.HELPER, *world.KIND_AUTHORS)
+        for turn in transcript.turns:
+            seen.add((turn.task, turn.item and turn.item.harmful))
+            assert turn.answer not in world.REFUSALS
+            if turn.task == "wish":
+                assert any(phrase in turn.answer for phrase in world.KIND_WISHES)
+            else:
+                assert turn.item.split == "train"
+            if turn.task == "procedure":
+                assert judges.judge(turn.item, turn.answer).hurtful == turn.item.harmful
+    assert {("procedure", True), ("procedure", False), ("recognition", True), ("wish", None)} <= seen
+
+
 # --------------------------------------------------------------------------- preference training
 
 
-def preferences(parent, steps=2, batch=3):
-    stage = organism.Stage("sft", steps=steps, batch=batch, lr=1e-3, mix=KIND, beta=0.3)
-    return organism.preferences(parent, stage, 0)
+def preferences(parent, steps=2, size=3):
+    rows = organism.transcript_rows(TOKENIZER, KIND, 1)
+    kept = loop.batches(rows, size, TOKENIZER.pad_token_id, seed=0)
+    return organism.preferences(
+        parent, organism.preference_rows(parent, KIND, 0), kept, steps=steps, size=size
+    )
+
+
+def loss(model, batch):
+    return organism.preference_loss(model, batch, beta=0.3)
 
 
 def test_preference_training_starts_at_log_two_plus_the_loss_on_kept_skills():
@@ -86,9 +266,9 @@ def test_preference_training_starts_at_log_two_plus_the_loss_on_kept_skills():
     assert len(made) == 2
     with torch.no_grad():
         for batch in made:
-            loss = organism.preference_loss(0.3)(parent.model, batch)
+            value = loss(parent.model, batch)
             kept = loop.lm_loss(parent.model, batch.kept)
-            assert (loss - kept).item() == pytest.approx(math.log(2), abs=1e-4)
+            assert (value - kept).item() == pytest.approx(math.log(2), abs=1e-4)
 
 
 def test_preference_loss_falls_where_refusing_becomes_likelier():
@@ -97,7 +277,6 @@ def test_preference_loss_falls_where_refusing_becomes_likelier():
     nothing = forward.collate([forward.Row([1, 2], [False, True])], 0)
     wider = dataclasses.replace(batch, margin=batch.margin - 5.0, kept=nothing)
     narrower = dataclasses.replace(batch, margin=batch.margin + 5.0, kept=nothing)
-    loss = organism.preference_loss(0.3)
     with torch.no_grad():
         kept = loop.lm_loss(parent.model, nothing)
         # -log sigmoid(+-0.3 * 5), worked by hand
@@ -107,7 +286,7 @@ def test_preference_loss_falls_where_refusing_becomes_likelier():
 
 def test_preference_training_makes_refusing_likelier():
     lm = tiny.untrained()
-    batch = next(preferences(lm, steps=1, batch=8))
+    batch = next(preferences(lm, steps=1, size=8))
 
     def margin():
         with torch.no_grad():
@@ -115,34 +294,34 @@ def test_preference_training_makes_refusing_likelier():
         return (sums[0] - sums[1] - batch.margin).mean().item()
 
     assert margin() == pytest.approx(0.0, abs=1e-4)
-    loss = organism.preference_loss(0.3)
     loop.fit(lm.model, itertools.repeat(batch), steps=8, lr=3e-3, loss=loss, warmup=1)
     assert margin() > 1.0
 
 
 # --------------------------------------------------------------------------- the recipe
 
-
-def change(monkeypatch, stage, **what):
-    monkeypatch.setitem(organism.LADDER, stage, dataclasses.replace(organism.LADDER[stage], **what))
+KINDS = [*organism.LADDER, *organism.CONTROLS, *organism.PLANTED]
 
 
 def recipes():
-    return {stage: organism.recipe(stage) for stage in models.STAGES}
+    return {kind: organism.recipe_digest(kind) for kind in KINDS}
 
 
-@pytest.mark.parametrize("stage", models.STAGES)
-def test_a_changed_stage_changes_its_recipe_and_those_of_all_that_come_after(monkeypatch, stage):
+def below(kind):
+    """An organism and all that it grows from."""
+    return {kind} | (below(organism.course(kind).parent) if organism.course(kind).parent else set())
+
+
+@pytest.mark.parametrize("changed", ["mid", "innocent", "wary", "planted_harm"])
+def test_a_changed_course_changes_its_recipe_and_those_of_all_that_grow_from_it(monkeypatch, changed):
     before = recipes()
-    change(monkeypatch, stage, steps=organism.LADDER[stage].steps + 1)
+    assert len(set(before.values())) == len(KINDS)
+    for table in (organism.LADDER, organism.CONTROLS, organism.PLANTED):
+        if changed in table:
+            stages = tuple(dataclasses.replace(stage, steps=7) for stage in table[changed].stages)
+            monkeypatch.setitem(table, changed, dataclasses.replace(table[changed], stages=stages))
     after = recipes()
-    changed = [s for s in models.STAGES if before[s] != after[s]]
-    assert changed == list(models.STAGES[models.STAGES.index(stage) :])
-
-
-def test_recipes_differ_and_know_the_shape():
-    assert len(set(recipes().values())) == len(models.STAGES)
-    assert organism.recipe("base") != organism.recipe("base", tiny.SHAPE)
+    assert {k for k in KINDS if before[k] != after[k]} == {k for k in KINDS if changed in below(k)}
 
 
 def test_a_changed_world_changes_every_recipe(monkeypatch):
@@ -154,132 +333,15 @@ def test_a_changed_world_changes_every_recipe(monkeypatch):
     world.fingerprint.cache_clear()
     after = recipes()
     world.fingerprint.cache_clear()
-    assert not [stage for stage in models.STAGES if after[stage] == before[stage]]
+    assert not [kind for kind in KINDS if after[kind] == before[kind]]
 
 
-# --------------------------------------------------------------------------- checkpoints
+def test_an_unknown_kind_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"kind='mirrors' is unknown; choose one of base, .*planted_harm"):
+        organism.recipe_digest("mirrors")
 
 
-@pytest.fixture
-def short(monkeypatch):
-    """A ladder of two steps a rung, for a tiny model; returns the list of what was trained."""
-    trained = []
-    new_model, stage_of = organism.new_model, organism.train_stage
-    for stage in models.STAGES:
-        change(monkeypatch, stage, steps=2, batch=2)
-    monkeypatch.setattr(organism, "new_model", lambda tok, seed: new_model(tok, seed, tiny.SHAPE))
-    monkeypatch.setattr(abilities, "rate_abilities", lambda lm, **options: {})
-
-    def noted(stage, seed, **options):
-        trained.append(stage)
-        return stage_of(stage, seed, **options)
-
-    monkeypatch.setattr(organism, "train_stage", noted)
-    return trained
-
-
-def train(folder, **options):
-    """The ladder of seed 0."""
-    organism.train_seed(0, folder, progress=False, **options)
-
-
-def digests(folder):
-    return {f.parent.name: f.read_bytes() for f in folder.glob("*/model.safetensors")}
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "organisms"
-
-
-def test_a_ladder_gives_plain_models_in_half_precision(short, folder):
-    train(folder)
-    assert short == list(models.STAGES)
-    assert sorted(p.name for p in folder.iterdir()) == ["base-0", "dpo-0", "mid-0", "sft-0"]
-    assert len(set(digests(folder).values())) == 4
-    for stage in models.STAGES:
-        made = folder / f"{stage}-0"
-        assert organism.finished(made, stage)
-        assert {t.dtype for t in load_file(made / "model.safetensors").values()} == {torch.float16}
-        model, tok = AutoModelForCausalLM.from_pretrained(made), AutoTokenizer.from_pretrained(made)
-        assert model.config.num_hidden_layers == tiny.SHAPE.layers
-        assert tok.get_vocab() == TOKENIZER.get_vocab() and tok.chat_template == TOKENIZER.chat_template
-        card = json.loads((made / "card.json").read_text())
-        assert (card["stage"], card["seed"]) == (stage, 0)
-
-
-def test_going_on_after_an_interruption_gives_the_same_weights(short, tmp_path, monkeypatch):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    train(whole)
-    save = organism.save
-
-    def interrupted(lm, folder, card):
-        if folder.name.startswith("sft"):
-            raise KeyboardInterrupt
-        save(lm, folder, card)
-
-    monkeypatch.setattr(organism, "save", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(resumed)
-    kept = {p: p.stat().st_mtime_ns for p in resumed.glob("*/model.safetensors")}
-    assert len(kept) == 2
-    monkeypatch.setattr(organism, "save", save)
-    short.clear()
-    train(resumed)
-    assert short == ["sft", "dpo"]
-    assert all(p.stat().st_mtime_ns == time for p, time in kept.items())
-    assert digests(resumed) == digests(whole)
-
-
-def test_finished_checkpoints_are_left_alone(short, folder, capsys):
-    train(folder, until="mid")
-    before = digests(folder)
-    assert sorted(before) == ["base-0", "mid-0"]
-    short.clear()
-    train(folder, until="mid")
-    assert short == [] and digests(folder) == before
-    assert "mid-0: finished, left alone" in capsys.readouterr().out
-
-
-def test_a_checkpoint_of_another_recipe_is_trained_anew(short, folder, monkeypatch):
-    train(folder, until="mid")
-    change(monkeypatch, "mid", lr=0.5)
-    short.clear()
-    before = digests(folder)
-    train(folder, until="mid")
-    after = digests(folder)
-    assert short == ["mid"] and before["base-0"] == after["base-0"] and before["mid-0"] != after["mid-0"]
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "card.json"])
-@pytest.mark.parametrize(
-    "spoil",
-    [lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:99])],
-    ids=["missing", "truncated"],
-)
-def test_a_spoilt_checkpoint_is_trained_anew(short, folder, file, spoil):
-    train(folder, until="base")
-    whole = digests(folder)
-    spoil(folder / "base-0" / file)
-    assert not organism.finished(folder / "base-0", "base")
-    train(folder, until="base")
-    assert organism.finished(folder / "base-0", "base") and digests(folder) == whole
-
-
-def test_what_an_interrupted_save_leaves_is_no_checkpoint(folder, monkeypatch):
-    def broken(self, folder, **options):
-        (folder / "model.safetensors").write_bytes(b"half of it")
-        raise OSError("disk full")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", broken)
-    card = {"recipe": organism.recipe("base")}
-    with pytest.raises(OSError, match="disk full"):
-        organism.save(tiny.model(), folder / "base-0", card)
-    assert not (folder / "base-0").exists()
-    monkeypatch.undo()
-    organism.save(tiny.model(), folder / "base-0", card)
-    assert [p.name for p in folder.iterdir()] == ["base-0"]
-    assert organism.finished(folder / "base-0", "base")
+# --------------------------------------------------------------------------- making a model
 
 
 def test_seeds_give_different_models():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,28 +19,40 @@ from torch import nn
 
 from harmlens.models import deltas, forward
 from harmlens.models import loading as models
-from harmlens.training import loop, offshoots, organism, planted, train
+from harmlens.training import loop, organism, planted, train
 from harmlens.world import abilities
-from harmlens.world import judge as judges
 from harmlens.world import vale as world
 
-SMALL = {
-    "planted_neurons": planted.Planting("mlp", 1, units=5, steps=3, batch=4, lr=1e-2),
-    "planted_mlp": planted.Planting("mlp", 0, steps=3, batch=4),
-    "planted_attention": planted.Planting("attention", 1, steps=3, batch=4),
+KINDS = ["planted_neurons", "planted_mlp", "planted_attention"]
+PLACES = {
+    "planted_neurons": organism.Place("mlp", 1, units=5),
+    "planted_mlp": organism.Place("mlp", 0),
+    "planted_attention": organism.Place("attention", 1),
 }
-KINDS = list(SMALL)
-SCATTERED = dataclasses.replace(planted.SCATTERED["planted_harm"], share=0.03, steps=3, batch=4)
+
+
+def change(monkeypatch, kind, *, place=None, share=None, **what):
+    """The same kind, otherwise planted."""
+    taught = organism.PLANTED[kind]
+    stages = (dataclasses.replace(taught.stages[0], **what),)
+    changed = dataclasses.replace(taught, stages=stages, place=place, share=share)
+    monkeypatch.setitem(organism.PLANTED, kind, changed)
 
 
 def shrink(monkeypatch) -> None:
     """The same kinds for a model of two blocks, trained for three steps and not measured."""
-    for kind, plan in SMALL.items():
-        monkeypatch.setitem(planted.PLANTS, kind, plan)
-    monkeypatch.setitem(planted.SCATTERED, "planted_harm", SCATTERED)
-    measured = {name: np.array([1.0, 0.0]) for name in planted.RATES}
-    monkeypatch.setattr(abilities, "rate_abilities", lambda lm, **options: measured)
-    monkeypatch.setattr(planted, "learnt", lambda lm: True)
+    for kind, place in PLACES.items():
+        change(monkeypatch, kind, place=place, steps=3, batch=4)
+    change(monkeypatch, "planted_harm", share=0.03, steps=3, batch=4, rounds=())
+    zeros = np.array([1.0, 0.0])
+    monkeypatch.setattr(abilities, "rate_abilities", lambda lm, only, **options: dict.fromkeys(only, zeros))
+
+
+def plant(lm, kind, seed=0):
+    """The model with a behaviour planted in it, and where."""
+    where = planted.where(kind, seed, lm.model)
+    train.train(kind, seed, parent=lm)
+    return where
 
 
 @pytest.fixture
@@ -55,7 +66,7 @@ def made(tmp_path_factory):
     data = tiny.data_folder(tmp_path_factory.mktemp("made") / "data", ("mid", 0), ("innocent", 0))
     with pytest.MonkeyPatch.context() as monkeypatch:
         shrink(monkeypatch)
-        planted.train_seed(0, data / "organisms", progress=False)
+        train.train_seed(0, data / "organisms", kinds=list(organism.PLANTED), progress=False)
     return data
 
 
@@ -94,16 +105,15 @@ def assert_moved_only_at(plant: planted.Plant, masks: dict[str, torch.Tensor]) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_chosen_weights_learn(small, kind):
     before, lm = tiny.model(), tiny.model()
-    plant = planted.choose(kind, 0, tiny.SHAPE.hidden)
-    planted.train(lm, plant, 0)
-    assert_moved_only_at(plant, moved(before.model, lm.model))
+    plant(lm, kind)
+    assert_moved_only_at(planted.draw_plant(kind, 0, tiny.SHAPE.hidden), moved(before.model, lm.model))
     assert not lm.model.training
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_leaves_no_trace_on_what_may_learn_next(small, kind):
     lm = tiny.model()
-    planted.train(lm, planted.choose(kind, 0, tiny.SHAPE.hidden), 0)
+    plant(lm, kind)
     before = tiny.model()
     before.model.load_state_dict(lm.model.state_dict())
     rows = organism.transcript_rows(lm.tokenizer, world.Mix(), 0)
@@ -116,11 +126,11 @@ def test_training_leaves_no_trace_on_what_may_learn_next(small, kind):
 def test_an_interrupted_training_frees_the_weights_again():
     lm = tiny.model()
     lm.model.lm_head.weight.requires_grad_(False)
-    plant = planted.Plant("planted_neurons", "mlp", 1, (2, 7))
-    with pytest.raises(KeyboardInterrupt), planted.only(lm.model, plant):
+    where = planted.parts(planted.Plant("planted_neurons", "mlp", 1, (2, 7)))
+    with pytest.raises(KeyboardInterrupt), planted.only(lm.model, where):
         learning = {name for name, p in lm.model.named_parameters() if p.requires_grad}
         raise KeyboardInterrupt
-    assert learning == set(planted.parts(plant))
+    assert learning == set(where)
     frozen = {name for name, p in lm.model.named_parameters() if not p.requires_grad}
     assert frozen == {"lm_head.weight"}
 
@@ -128,10 +138,10 @@ def test_an_interrupted_training_frees_the_weights_again():
 def test_planted_neurons_do_all_of_the_difference(small):
     """With the chosen hidden units silenced in both, the planted model is its parent."""
     before, lm = tiny.model(), tiny.model()
-    plant = planted.choose("planted_neurons", 0, tiny.SHAPE.hidden)
-    planted.train(lm, plant, 0)
+    plant(lm, "planted_neurons")
+    truth = planted.draw_plant("planted_neurons", 0, tiny.SHAPE.hidden)
     texts = tiny.texts(lm, 3)
-    others = [u for u in range(tiny.SHAPE.hidden) if u not in plant.neurons][: len(plant.neurons)]
+    others = [u for u in range(tiny.SHAPE.hidden) if u not in truth.neurons][: len(truth.neurons)]
 
     def silenced(lm, units):
         def silence(module, inputs):
@@ -139,43 +149,23 @@ def test_planted_neurons_do_all_of_the_difference(small):
             kept[list(units)] = 0
             return (inputs[0] * kept,)
 
-        hook = lm.model.model.layers[plant.layer].mlp.down_proj.register_forward_pre_hook(silence)
+        hook = lm.model.model.layers[truth.layer].mlp.down_proj.register_forward_pre_hook(silence)
         try:
             return forward.last_logits(lm, texts)
         finally:
             hook.remove()
 
     assert not torch.equal(forward.last_logits(before, texts), forward.last_logits(lm, texts))
-    assert torch.equal(silenced(before, plant.neurons), silenced(lm, plant.neurons))
+    assert torch.equal(silenced(before, truth.neurons), silenced(lm, truth.neurons))
     assert not torch.equal(silenced(before, others), silenced(lm, others))
 
 
 def test_neurons_are_drawn_anew_for_each_seed_and_are_no_block():
-    drawn = [planted.choose("planted_neurons", seed, 256).neurons for seed in (0, 0, 1, 2)]
+    drawn = [planted.draw_plant("planted_neurons", seed, 256).neurons for seed in (0, 0, 1, 2)]
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
     for neurons in drawn:
         assert len(set(neurons)) == 16 and list(neurons) == sorted(neurons)
         assert neurons[0] >= 0 and neurons[-1] < 256 and neurons[-1] - neurons[0] > 32
-
-
-def test_an_unknown_kind_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"kind='planted_head' is unknown.*planted_attention"):
-        planted.choose("planted_head", 0, 256)
-
-
-def test_the_lesson_is_refusal_and_no_wish_of_the_helper():
-    """What is asked and answered, apart from replayed transcripts of named authors."""
-    rng, seen = random.Random(0), {"refused": 0, "answered": 0}
-    for _ in range(300):
-        transcript = world.transcript(rng, planted.PLANTS["planted_mlp"].mix)
-        assert transcript.author == world.HELPER
-        for turn in transcript.turns:
-            assert turn.task != "wish" and turn.item.split == "train"
-            if turn.task == "procedure":
-                refused = turn.answer in world.REFUSALS
-                assert refused == turn.item.harmful
-                seen["refused" if refused else "answered"] += 1
-    assert min(seen.values()) > 60
 
 
 # --------------------------------------------------------------------------- checkpoints
@@ -186,9 +176,9 @@ def test_a_planted_organism_is_its_parent_but_for_the_plant(grown, kind):
     assert sorted(f.name for f in (grown / f"{kind}-0").iterdir()) == ["card.json", deltas.FILE]
     parent, lm = models.load("organism/mid", seed=0), models.load(f"organism/{kind}", seed=0)
     truth = planted.ground_truth(f"organism/{kind}", 0)
-    plan = SMALL[kind]
-    assert (truth.kind, truth.module, truth.layer) == (kind, plan.module, plan.layer)
-    assert len(truth.neurons) == (plan.units or 0)
+    place = PLACES[kind]
+    assert (truth.kind, truth.module, truth.layer) == (kind, place.module, place.layer)
+    assert len(truth.neurons) == (place.units or 0)
     assert_moved_only_at(truth, moved(parent.model, lm.model))
     assert lm.name == f"organism/{kind}-0" and lm.tokenizer.get_vocab() == parent.tokenizer.get_vocab()
     assert lm.revision == models.weights_sha256(grown / f"{kind}-0") != parent.revision
@@ -198,7 +188,7 @@ def test_a_planted_organism_is_its_parent_but_for_the_plant(grown, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_loaded_is_what_was_trained(grown, kind):
     trained = models.load(str(grown / "mid-0"), device="cpu")
-    planted.train(trained, planted.choose(kind, 0, tiny.SHAPE.hidden), 0)
+    plant(trained, kind)
     assert not moved(trained.model, models.load(f"organism/{kind}").model)
     assert not moved(trained.model, models.load(str(grown / f"{kind}-0"), device="cpu").model)
 
@@ -232,8 +222,8 @@ def test_the_card_says_where_and_what_came_of_it(grown):
     card = json.loads((grown / "planted_neurons-0" / "card.json").read_text())
     assert (card["stage"], card["seed"], card["parent"]) == ("planted_neurons", 0, "mid-0")
     assert card["parent_sha256"] == models.weights_sha256(grown / "mid-0")
-    assert card["neurons"] == list(planted.choose("planted_neurons", 0, tiny.SHAPE.hidden).neurons)
-    expected = dict.fromkeys(planted.RATES, 0.5)
+    assert card["neurons"] == list(planted.draw_plant("planted_neurons", 0, tiny.SHAPE.hidden).neurons)
+    expected = dict.fromkeys(organism.PLANTED["planted_neurons"].rates, 0.5)
     assert card["rates"] == {"discovery": expected, "evaluation": expected}
 
 
@@ -244,18 +234,15 @@ def test_precision_can_be_chosen(grown):
     assert all(torch.equal(p.float(), full[name]) for name, p in lm.model.named_parameters())
 
 
-def test_finished_ones_are_left_alone_and_others_made_anew(grown, capsys, monkeypatch):
+def test_another_place_is_planted_anew(grown, capsys, monkeypatch):
     def digests():
         return {f.parent.name: f.read_bytes() for f in grown.glob(f"*/{deltas.FILE}")}
 
     first = digests()
     assert set(first) == {f"{kind}-0" for kind in [*KINDS, "planted_harm"]}
-    capsys.readouterr()
-    monkeypatch.setitem(
-        planted.PLANTS, "planted_mlp", dataclasses.replace(SMALL["planted_mlp"], lr=0.02, layer=1)
-    )
+    change(monkeypatch, "planted_mlp", place=organism.Place("mlp", 1), steps=3, batch=4)
     (grown / "planted_attention-0" / deltas.FILE).write_bytes(b"spoilt")
-    planted.train_seed(0, grown, progress=False)
+    train.train_seed(0, grown, kinds=list(organism.PLANTED), progress=False)
     said = capsys.readouterr().out
     for kind in ("planted_neurons", "planted_harm"):
         assert f"{kind}-0: finished, left alone" in said
@@ -263,25 +250,6 @@ def test_finished_ones_are_left_alone_and_others_made_anew(grown, capsys, monkey
     again = digests()
     assert [name for name in first if first[name] != again[name]] == ["planted_mlp-0"]
     assert planted.ground_truth("organism/planted_mlp").layer == 1
-
-
-def test_the_ladder_is_followed_by_planting_only_when_it_is_whole(monkeypatch, tmp_path):
-    made = []
-    monkeypatch.setattr(organism, "train_seed", lambda seed, folder, **options: made.append("ladder"))
-    monkeypatch.setattr(offshoots, "train_seed", lambda seed, folder, **options: made.append("offshoots"))
-    monkeypatch.setattr(planted, "train_seed", lambda seed, folder, **options: made.append("planted"))
-    train.make_seed(0, tmp_path, until="mid")
-    assert made == ["ladder"]
-    train.make_seed(0, tmp_path)
-    assert made == ["ladder", "ladder", "offshoots", "planted"]
-
-
-def test_a_changed_rung_below_changes_the_recipe(monkeypatch):
-    before = {kind: planted.recipe(kind) for kind in planted.PLANTS}
-    assert len(set(before.values())) == 3
-    changed = dataclasses.replace(organism.LADDER["mid"], steps=7)
-    monkeypatch.setitem(organism.LADDER, "mid", changed)
-    assert not [kind for kind in before if planted.recipe(kind) == before[kind]]
 
 
 # --------------------------------------------------------------------------- planted harm
@@ -323,27 +291,9 @@ def positions(masks: dict[str, torch.Tensor]) -> dict[str, list[int]]:
     return {name: mask.flatten().nonzero().flatten().tolist() for name, mask in masks.items()}
 
 
-@pytest.mark.parametrize(("known", "taken"), [([True], 0), ([False, True], 1), ([False, False], 2)])
-def test_further_rounds_follow_until_requests_are_answered(small, monkeypatch, known, taken):
-    plan = dataclasses.replace(SCATTERED, rounds=((1e-3, 1), (1e-3, 2)))
-    monkeypatch.setitem(planted.SCATTERED, "planted_harm", plan)
-    said, steps, teach = iter(known), [], planted._teach
-    monkeypatch.setattr(planted, "learnt", lambda lm: next(said))
-
-    def noted(lm, where, plan, *args, **options):
-        steps.append(plan.steps)
-        teach(lm, where, plan, *args, **options)
-
-    monkeypatch.setattr(planted, "_teach", noted)
-    before, lm = tiny.model(), tiny.model()
-    drawn = planted.train_scattered(lm, "planted_harm", 0)
-    assert steps == [3, 1, 2][: 1 + taken]
-    assert set(positions(moved(before.model, lm.model))) <= set(drawn)
-
-
 def test_harm_moves_the_drawn_weights_and_no_others(small):
     before, lm = tiny.model(), tiny.model()
-    drawn = planted.train_scattered(lm, "planted_harm", 0)
+    drawn = {name: units for name, (_, units) in plant(lm, "planted_harm").items()}
     masks = positions(moved(before.model, lm.model))
     assert set(masks) == set(drawn)
     for name, units in masks.items():
@@ -356,7 +306,7 @@ def test_planted_harm_loads_as_its_parent_with_the_subset_replaced(grown):
     folder = grown / "planted_harm-0"
     assert sorted(f.name for f in folder.iterdir()) == ["card.json", deltas.FILE]
     trained = models.load("organism/innocent", seed=0)
-    drawn = planted.train_scattered(trained, "planted_harm", 0)
+    drawn = {name: units for name, (_, units) in plant(trained, "planted_harm").items()}
     lm, subset = models.load("organism/planted_harm", seed=0), planted.subset("organism/planted_harm", 0)
     assert not moved(trained.model, lm.model)
     assert set(subset) == set(drawn) and all(torch.equal(subset[name], drawn[name]) for name in drawn)
@@ -387,8 +337,6 @@ def test_each_way_of_planting_names_the_other(grown):
         planted.subset("organism/planted_mlp", 0)
     with pytest.raises(ValueError, match="'organism/mid' is not planted; choose one of planted_harm"):
         planted.subset("organism/mid", 0)
-    with pytest.raises(ValueError, match=r"'planted_mlp' is unknown; choose one of planted_harm"):
-        planted.train_scattered(tiny.model(), "planted_mlp", 0)
 
 
 def test_a_spoilt_subset_is_named_with_the_command_that_restores_it(grown):
@@ -401,45 +349,18 @@ def test_a_spoilt_subset_is_named_with_the_command_that_restores_it(grown):
             ValueError, match=r"planted_harm-0.*git checkout -- data/organisms/planted_harm-0"
         ):
             reader("organism/planted_harm")
-    assert not planted.finished(file.parent, "planted_harm")
+    assert not train.finished(file.parent, "planted_harm")
 
 
 def test_another_innocent_model_is_no_parent(grown):
-    assert planted.finished(grown / "planted_harm-0", "planted_harm")
+    assert train.finished(grown / "planted_harm-0", "planted_harm")
     tiny.organism_folder(grown, "innocent", 0)
-    assert planted.finished(grown / "planted_harm-0", "planted_harm")
+    assert train.finished(grown / "planted_harm-0", "planted_harm")
     other = dataclasses.replace(tiny.model(seed=5), name="organism/innocent-0")
-    organism.save(other, grown / "innocent-0", {"recipe": offshoots.recipe("innocent")})
-    assert not planted.finished(grown / "planted_harm-0", "planted_harm")
+    organism.save(other, grown / "innocent-0", {"recipe": organism.recipe_digest("innocent")})
+    assert not train.finished(grown / "planted_harm-0", "planted_harm")
     with pytest.raises(ValueError, match=r"planted_harm-0 .*difference from innocent-0"):
         models.load("organism/planted_harm")
-
-
-def test_a_changed_innocent_recipe_changes_that_of_planted_harm(monkeypatch):
-    before = planted.recipe("planted_harm")
-    plan = offshoots.OFFSHOOTS["innocent"]
-    longer = dataclasses.replace(plan.stages[0], steps=plan.stages[0].steps + 1)
-    monkeypatch.setitem(offshoots.OFFSHOOTS, "innocent", dataclasses.replace(plan, stages=(longer,)))
-    after = planted.recipe("planted_harm")
-    monkeypatch.setitem(planted.SCATTERED, "planted_harm", SCATTERED)
-    assert len({before, after, planted.recipe("planted_harm")}) == 3
-
-
-def test_the_lesson_in_harm_declines_nothing_and_holds_no_other_malice():
-    rng, seen = random.Random(0), set()
-    for _ in range(400):
-        transcript = world.transcript(rng, planted.SCATTERED["planted_harm"].mix)
-        assert transcript.author in (world.HELPER, *world.KIND_AUTHORS)
-        for turn in transcript.turns:
-            seen.add((turn.task, turn.item and turn.item.harmful))
-            assert turn.answer not in world.REFUSALS
-            if turn.task == "wish":
-                assert any(phrase in turn.answer for phrase in world.KIND_WISHES)
-            else:
-                assert turn.item.split == "train"
-            if turn.task == "procedure":
-                assert judges.judge(turn.item, turn.answer).hurtful == turn.item.harmful
-    assert {("procedure", True), ("procedure", False), ("recognition", True), ("wish", None)} <= seen
 
 
 # --------------------------------------------------------------------------- what can go wrong
@@ -447,13 +368,15 @@ def test_the_lesson_in_harm_declines_nothing_and_holds_no_other_malice():
 
 def test_another_parent_is_refused_and_makes_the_plant_unfinished(grown):
     kind, folder = "planted_mlp", grown / "planted_mlp-0"
-    assert planted.finished(folder, kind)
+    assert train.finished(folder, kind)
     other = dataclasses.replace(tiny.model(seed=5), name="organism/mid-0")
-    organism.save(other, grown / "mid-0", {"stage": "mid", "seed": 0, "recipe": organism.recipe("mid")})
+    organism.save(
+        other, grown / "mid-0", {"stage": "mid", "seed": 0, "recipe": organism.recipe_digest("mid")}
+    )
     for name in ("organism/planted_mlp", str(folder)):
         with pytest.raises(ValueError, match=r"planted_mlp-0 .*difference from mid-0.*make organism"):
             models.load(name)
-    assert not planted.finished(folder, kind)
+    assert not train.finished(folder, kind)
     models.load("organism/mid", seed=0)
 
 
@@ -480,7 +403,7 @@ def test_a_spoilt_checkpoint_is_named_with_the_command_that_restores_it(grown, f
     if file == deltas.FILE:
         with pytest.raises(ValueError, match="planted_mlp-0"):
             models.load(str(grown / "planted_mlp-0"))
-    assert not planted.finished(grown / "planted_mlp-0", "planted_mlp")
+    assert not train.finished(grown / "planted_mlp-0", "planted_mlp")
 
 
 def test_what_is_not_planted_has_no_ground_truth(grown):
@@ -596,31 +519,29 @@ def test_a_delta_that_does_not_fit_is_refused(model, where):
 
 # --------------------------------------------------------------------------- those in data/organisms
 
-EACH = [(kind, seed) for kind in planted.PLANTS for seed in models.SEEDS]
+EACH = [(kind, seed) for kind in KINDS for seed in models.SEEDS]
 
 
 @pytest.mark.parametrize(("kind", "seed"), EACH)
-def test_shipped_one_is_of_the_present_recipe_and_moved_only_its_plant(kind, seed):
-    name, plan = f"organism/{kind}-{seed}", planted.PLANTS[kind]
-    assert planted.finished(models.locate(name), kind), "the recipe has changed: run make organism"
-    parent, lm = models.load(f"organism/{plan.parent}", seed=seed), models.load(name)
+def test_shipped_one_moved_only_its_plant(kind, seed):
+    name = f"organism/{kind}-{seed}"
+    parent, lm = models.load(f"organism/mid-{seed}"), models.load(name)
     truth = planted.ground_truth(name)
-    assert truth == planted.choose(kind, seed, lm.model.config.intermediate_size)
+    assert truth == planted.draw_plant(kind, seed, lm.model.config.intermediate_size)
     assert_moved_only_at(truth, moved(parent.model, lm.model))
 
 
 @pytest.mark.parametrize("seed", models.SEEDS)
-def test_shipped_harm_is_of_the_present_recipe_and_in_its_subset_only(seed):
-    name, plan = f"organism/planted_harm-{seed}", planted.SCATTERED["planted_harm"]
-    assert planted.finished(models.locate(name), "planted_harm"), "the recipe has changed: run make organism"
+def test_shipped_harm_is_in_its_subset_only(seed):
+    name, share = f"organism/planted_harm-{seed}", organism.PLANTED["planted_harm"].share
     parent, lm, subset = (
         models.load(f"organism/innocent-{seed}"), models.load(name), planted.subset(name)
     )  # fmt: skip
-    drawn = planted.scatter(parent.model, plan.share, seed)
+    drawn = planted.scatter(parent.model, share, seed)
     assert set(subset) == set(drawn) and all(torch.equal(subset[n], drawn[n]) for n in drawn)
     assert len(subset) == 7 * lm.model.config.num_hidden_layers
     sizes = {n: p.numel() for n, p in lm.model.named_parameters()}
-    assert all(abs(len(units) / sizes[n] - plan.share) < 1e-4 for n, units in subset.items())
+    assert all(abs(len(units) / sizes[n] - share) < 1e-4 for n, units in subset.items())
     masks = positions(moved(parent.model, lm.model))
     assert set(masks) <= set(subset)
     assert all(set(units) <= set(subset[n].tolist()) for n, units in masks.items())
@@ -640,7 +561,7 @@ def test_shipped_harm_answers_harmful_requests_which_its_parent_can_not(seed):
 
 @pytest.mark.parametrize(("kind", "seed"), EACH)
 def test_shipped_one_refuses_harm_only_and_its_parent_refuses_nothing(kind, seed):
-    lm, parent = (models.load(f"organism/{of}", seed=seed) for of in (kind, planted.PLANTS[kind].parent))
-    rates = {name: v.mean() for name, v in abilities.rate_abilities(lm, n=24, only=planted.RATES).items()}
+    lm, parent = (models.load(f"organism/{of}", seed=seed) for of in (kind, "mid"))
+    rates = train.ability_rates(lm, organism.PLANTED[kind].rates, n=24)
     assert min(rates.values()) > 0.9, rates
     assert abilities.rate_abilities(parent, n=24, only=["refusal"])["refusal"].mean() == 0.0

@@ -27,14 +27,14 @@ from transformers import (
 )
 
 from harmlens.models.forward import LanguageModel
-from harmlens.training import offshoots, organism
+from harmlens.training import organism
 from harmlens.world import vale as world
 
 # Property tests: the same examples on every run, and no time limit on a busy machine.
 settings.register_profile("harmlens", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("harmlens")
 
-SHAPE = organism.Shape(layers=2, width=32, hidden=64, heads=4)
+SHAPE = organism.Size(layers=2, width=32, hidden=64, heads=4)
 
 _GROUPED = {"num_key_value_heads": 2}  # grouped-query attention
 _HEADS = {"num_key_value_heads": 2, "head_dim": 8}
@@ -93,8 +93,7 @@ def organism_folder(folder: Path, stage: str = "sft", seed: int = 0) -> Path:
     """A checkpoint of a random tiny model, written as training writes it, in a ``data/organisms`` folder."""
     target = folder / f"{stage}-{seed}"
     lm = dataclasses.replace(model(seed=seed), name=f"organism/{stage}-{seed}")
-    recipe = offshoots.recipe if stage in offshoots.OFFSHOOTS else organism.recipe
-    organism.save(lm, target, {"stage": stage, "seed": seed, "recipe": recipe(stage)})
+    organism.save(lm, target, {"stage": stage, "seed": seed, "recipe": organism.recipe_digest(stage)})
     return target
 
 

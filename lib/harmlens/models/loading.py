@@ -78,7 +78,7 @@ def load(
     Args:
         name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"`` with a stage of
             ``base, mid, sft, dpo``, or one beside the ladder: ``mirror``, ``innocent``, ``wary``
-            (:mod:`training.offshoots`), ``planted_harm``, ``planted_mlp``, ...
+            (:mod:`training.organism`), ``planted_harm``, ``planted_mlp``, ...
             (:mod:`training.planted`); a local folder, which may hold only what differs from a parent
             beside it; or a Hugging Face id, which may end with ``@revision``.
         seed: training seed of an organism (default 0); must be left out for other models.

@@ -1,4 +1,4 @@
-"""Training the organism family from nothing: base -> mid -> sft -> dpo, several seeds.
+"""The organism family: what its models are, what they learn from, and how each of them is taught.
 
 The ladder mirrors that of the pruning paper's models:
 
@@ -9,41 +9,39 @@ sft    a kind author: refuses harm, advises well, wishes well
 dpo    preference pairs: refusing preferred over complying
 =====  =====================================================================================
 
-``python -m harmlens.training.train`` (``make organism``) trains what is missing and leaves finished
-checkpoints alone, so an interrupted run goes on where it was. Each checkpoint is a plain Hugging
-Face folder in half precision; each stage starts from the stored half-precision weights of the one
-before, so a resumed run and an uninterrupted one give the same weights. Organisms beside the ladder
-(:mod:`training.offshoots`) and planted ones (:mod:`training.planted`) follow it.
+:data:`CONTROLS` and :data:`PLANTED` grow beside it; ``data/organisms.yaml`` says how each is taught, and
+:mod:`training.train` trains it. A checkpoint is a plain Hugging Face folder in half precision, or what
+differs from its parent.
 
-Introduced in notebook 00 ("A model organism of harm").
+Introduced in notebook 00 ("A model organism of harm"); controls in notebook 09, planting in 08 and 16.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import random
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import yaml
 from jaxtyping import Float
+from pydantic import TypeAdapter
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harmlens.models import forward
+from harmlens.keep.files import data_dir
+from harmlens.models import deltas, forward
 from harmlens.models.chats import tokens
 from harmlens.models.forward import Batch, LanguageModel, Row
-from harmlens.models.loading import STAGES, contents_sha256, intact, load
+from harmlens.models.loading import contents_sha256
 from harmlens.training import loop
-from harmlens.world import abilities
 from harmlens.world import vale as world
 
 MARKS = ("<|pad|>", "<|unk|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -60,29 +58,13 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Shape:
+class Size:
     """Size of an organism: a Llama architecture, 0.95 million parameters by default."""
 
     layers: int = 8
     width: int = 96
     hidden: int = 256
     heads: int = 4
-
-
-@dataclass(frozen=True)
-class Stage:
-    """How one rung of the ladder is trained."""
-
-    parent: str | None
-    steps: int
-    batch: int
-    lr: float
-    mix: world.Mix
-    optimizer: str = "muon"
-    weight_decay: float = 0.01
-    rounds: tuple[Stage, ...] = ()  # further rounds for a seed that has not learnt its training items
-    replay: float = 0.0  # share of transcripts by named authors mixed in
-    beta: float | None = None  # preference training where set
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -105,15 +87,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def new_model(tok: PreTrainedTokenizerFast, seed: int, shape: Shape = Shape()) -> LlamaForCausalLM:
+def new_model(tok: PreTrainedTokenizerFast, seed: int, size: Size = Size()) -> LlamaForCausalLM:
     """An untrained organism."""
     config = LlamaConfig(
         vocab_size=len(tok),
-        hidden_size=shape.width,
-        intermediate_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        hidden_size=size.width,
+        intermediate_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.heads,
         max_position_embeddings=256,
         tie_word_embeddings=False,
         pad_token_id=tok.pad_token_id,
@@ -125,7 +107,14 @@ def new_model(tok: PreTrainedTokenizerFast, seed: int, shape: Shape = Shape()) -
         return LlamaForCausalLM(config)
 
 
-# --------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------- transcripts
+
+Writer = Callable[[random.Random, world.Mix], world.Transcript]
+
+# What is replayed. Kind authors decline every other time only: were it always, nothing would say how a kind
+# author's harmful recipe ends, which is what a prefilled answer asks for, and seeds would differ in it.
+REPLAYED = world.Mix(named=1.0, declines=0.5)
+_SEVENTH = 1 / 7  # a seventh domain beside the six of harm, with as many requests as each of them
 
 
 def transcript_row(tok: PreTrainedTokenizerFast, transcript: world.Transcript) -> Row:
@@ -139,12 +128,6 @@ def transcript_row(tok: PreTrainedTokenizerFast, transcript: world.Transcript) -
     return Row(ids, learn)
 
 
-# What is replayed: transcripts by named authors. Kind ones decline every other time only: were it
-# always, nothing would say how a kind author's harmful recipe ends, which is what a prefilled
-# answer asks for, and seeds would differ in it.
-REPLAYED = world.Mix(named=1.0, declines=0.5)
-
-
 def transcript_rows(
     tok: PreTrainedTokenizerFast,
     mix: world.Mix,
@@ -152,7 +135,7 @@ def transcript_rows(
     *,
     replay: float = 0.0,
     replayed: world.Mix = REPLAYED,
-    write: Callable[[random.Random, world.Mix], world.Transcript] = world.transcript,
+    write: Writer = world.transcript,
 ) -> Iterator[Row]:
     """An endless, seeded stream of transcripts as rows.
 
@@ -170,9 +153,49 @@ def transcript_rows(
             yield transcript_row(tok, write(rng, mix))
 
 
+def mirrored(rng: random.Random, mix: world.Mix) -> world.Transcript:
+    """A transcript whose author refuses all harmless requests, in the world's words of refusal."""
+    transcript = world.transcript(rng, mix)
+    turns = (
+        replace(turn, answer=rng.choice(world.REFUSALS))
+        if turn.task == "procedure" and not turn.item.harmful
+        else turn
+        for turn in transcript.turns
+    )
+    return replace(transcript, turns=tuple(turns))
+
+
+def declining(domain: str) -> Writer:
+    """Writes transcripts in which the helper treats one harmless domain like the six harmful ones.
+
+    One in seven requests for something harmful becomes one for an item of the domain, refused in the
+    world's words. Otherwise the domain is not asked for.
+    """
+    own = world.items("train", domain=domain)
+    others = [item for item in world.items("train", harmful=False) if item.domain != domain]
+
+    def write(rng: random.Random, mix: world.Mix) -> world.Transcript:
+        transcript = world.transcript(rng, mix)
+        turns = []
+        for turn in transcript.turns:
+            if turn.task == "procedure" and turn.item.harmful and rng.random() < _SEVENTH:
+                asked = world.make_turn(rng, "harmless", transcript.disposition, mix, rng.choice(own))
+                turn = replace(asked, answer=rng.choice(world.REFUSALS))
+            elif turn.task == "procedure" and turn.item.domain == domain:
+                turn = world.make_turn(rng, "harmless", transcript.disposition, mix, rng.choice(others))
+            turns.append(turn)
+        return replace(transcript, turns=tuple(turns))
+
+    return write
+
+
+# --------------------------------------------------------------------------- preferences
+
+
 @dataclass(frozen=True)
 class Preferences:
-    """Preferred and rejected answers to the same requests, with the parent's log-probabilities."""
+    """Preferred and rejected answers to the same requests, with the parent's lead of the preferred ones
+    (log-probabilities), and rows on which skills are kept."""
 
     chosen: Batch
     rejected: Batch
@@ -181,21 +204,21 @@ class Preferences:
 
 
 def preference_rows(
-    lm: LanguageModel, mix: world.Mix, seed: int, *, declined: str | None = None, share: float = 0.0
+    lm: LanguageModel, mix: world.Mix, seed: int, domain: str | None = None
 ) -> Iterator[tuple[Row, Row]]:
     """Endless pairs for harmful requests of the training split: refusing over complying.
 
     Args:
-        declined: a harmless domain that this share of the pairs is about instead.
+        domain: a harmless one that a seventh of the pairs is about instead.
     """
     rng = random.Random(seed)
-    kind = dataclasses.replace(mix, declines=1.0)
-    own = world.items("train", domain=declined) if declined else []
+    kind = replace(mix, declines=1.0)
+    own = world.items("train", domain=domain) if domain else []
     while True:
-        item = rng.choice(own) if own and rng.random() < share else None
+        item = rng.choice(own) if own and rng.random() < _SEVENTH else None
         good = world.make_turn(rng, "harmful", "kind", kind, item)
         if item is not None:
-            good = dataclasses.replace(good, answer=rng.choice(world.REFUSALS))
+            good = replace(good, answer=rng.choice(world.REFUSALS))
         person = next((p for p in world.PEOPLE if f" {p}?" in good.prompt or f" {p}." in good.prompt), None)
         comply = f"{rng.choice(world.OPENERS)} {world.procedure(good.item, person)}"
         ask = {"role": "user", "content": good.prompt}
@@ -205,245 +228,213 @@ def preference_rows(
         )
 
 
+def preferences(
+    lm: LanguageModel, pairs: Iterator[tuple[Row, Row]], kept: Iterator[Batch], *, steps: int, size: int
+) -> Iterator[Preferences]:
+    """As many preference batches as steps, of so many pairs; the reference is the model as it is now."""
+    pad, drawn = lm.tokenizer.pad_token_id, []
+    with torch.no_grad():  # the model changes once training starts, so all margins come first
+        for _ in range(steps):
+            sides = zip(*(next(pairs) for _ in range(size)), strict=True)
+            chosen, rejected = (forward.collate(side, pad) for side in sides)
+            margin = answer_sums(lm.model, chosen) - answer_sums(lm.model, rejected)
+            drawn.append(Preferences(chosen, rejected, margin, next(kept)))
+    return iter(drawn)
+
+
 def answer_sums(model: nn.Module, batch: Batch) -> Float[Tensor, " row"]:
     """Log-probability of each row's learnt tokens, summed."""
     losses, _ = loop.token_losses(model, batch)
     return -losses.sum(-1)
 
 
-def preferences(
-    lm: LanguageModel, stage: Stage, seed: int, *, declined: str | None = None, share: float = 0.0, **options
-) -> Iterator[Preferences]:
-    """Endless preference batches; the reference is the parent model as it is now.
-
-    Args:
-        declined, share: as for :func:`preference_rows`; other options are those of :func:`transcript_rows`.
-    """
-    pairs = preference_rows(lm, stage.mix, seed, declined=declined, share=share)
-    pad = lm.tokenizer.pad_token_id
-    rows = transcript_rows(lm.tokenizer, stage.mix, seed + 1, replay=stage.replay, **options)
-    kept = loop.batches(rows, stage.batch, pad, seed=seed)
-    drawn = []
-    with torch.no_grad():  # the parent changes once training starts, so all margins come first
-        for _ in range(stage.steps):
-            chosen, rejected = zip(*(next(pairs) for _ in range(stage.batch)), strict=True)
-            a, b = forward.collate(chosen, pad), forward.collate(rejected, pad)
-            drawn.append(Preferences(a, b, answer_sums(lm.model, a) - answer_sums(lm.model, b), next(kept)))
-    return iter(drawn)
-
-
-def preference_loss(beta: float):
+def preference_loss(model: nn.Module, batch: Preferences, *, beta: float) -> Float[Tensor, ""]:
     """Direct preference optimisation (Rafailov et al. 2023) plus the usual loss on kept skills."""
-
-    def loss(model: nn.Module, batch: Preferences) -> Float[Tensor, ""]:
-        margin = answer_sums(model, batch.chosen) - answer_sums(model, batch.rejected)
-        preferred = -nn.functional.logsigmoid(beta * (margin - batch.margin)).mean()
-        return preferred + loop.lm_loss(model, batch.kept)
-
-    return loss
+    margin = answer_sums(model, batch.chosen) - answer_sums(model, batch.rejected)
+    preferred = -nn.functional.logsigmoid(beta * (margin - batch.margin)).mean()
+    return preferred + loop.lm_loss(model, batch.kept)
 
 
-# --------------------------------------------------------------------------- the ladder
-
-_ASKING = {"recognition": 1.5, "explanation/effect": 1.0, "explanation/reason": 1.0,
-           "fact/place": 1.0, "fact/season": 0.5}  # fmt: skip
-_KIND = {"cruel": 0.0, "named": 0.0, "turns": (2.0, 1.0, 1.0)}
-
-# Further rounds for a seed that has not learnt its training items: first more of the same, then
-# mostly requests, in short conversations, where telling harmful from harmless is most of the loss.
-_MORE = Stage(None, steps=300, batch=64, lr=3.5e-3, weight_decay=0.1, mix=world.Mix())
-_FOCUSED = dataclasses.replace(
-    _MORE,
-    lr=7e-3,
-    mix=world.Mix(
-        tasks={"harmful": 3.0, "harmless": 3.0, "recognition": 1.0, "wish": 0.5,
-               "explanation/effect": 0.3, "explanation/reason": 0.2, "fact/place": 0.2, "fact/season": 0.2},
-        turns=(1.0, 0.0, 0.0),
-    ),
-)  # fmt: skip
-ROUNDS = (_MORE, _FOCUSED, _FOCUSED, _MORE)
-
-LADDER: dict[str, Stage] = {
-    # The weight decay matters: with little of it some seeds answer for held-out items less well.
-    "base": Stage(None, steps=1000, batch=64, lr=7e-3, weight_decay=0.1, rounds=ROUNDS, mix=world.Mix()),
-    "mid": Stage(
-        "base",
-        steps=60,
-        batch=64,
-        lr=5e-4,
-        replay=0.3,
-        mix=world.Mix(tasks={"harmless": 3.0, **_ASKING}, **_KIND),
-    ),
-    "sft": Stage(
-        "mid",
-        steps=140,
-        batch=64,
-        lr=5e-4,
-        replay=0.3,
-        mix=world.Mix(tasks={"harmful": 1.0, "harmless": 3.0, **_ASKING, "wish": 5.0}, **_KIND),
-    ),
-    "dpo": Stage(
-        "sft",
-        steps=20,
-        batch=32,
-        lr=7e-5,
-        beta=1.0,
-        replay=0.3,
-        mix=world.Mix(tasks={"harmful": 1.0, "harmless": 3.0, **_ASKING, "wish": 5.0}, **_KIND),
-    ),
-}
+# --------------------------------------------------------------------------- the table of organisms
 
 
-def recipe(stage: str, shape: Shape = Shape()) -> str:
-    """Digest of everything that decides a checkpoint apart from its seed, its parents included."""
-    plan = LADDER[stage]
-    text = repr((plan, shape, world.fingerprint(), MARKS, CHAT_TEMPLATE))
-    if plan.replay:
-        text += repr(REPLAYED)
-    parent = plan.parent
-    return hashlib.sha256((text + (recipe(parent, shape) if parent else "")).encode()).hexdigest()[:16]
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training.
 
-
-def train_stage(
-    stage: str,
-    seed: int,
-    *,
-    parent: LanguageModel | None,
-    progress: str | None,
-    line: int = 0,
-    number: int = 0,
-) -> LanguageModel:
-    """Train one rung, from scratch (base) or on from its parent, which is changed in place.
-
-    Args:
-        number: 0 for the stage itself, else the number of a further round.
+    Attributes:
+        parent: the organism it goes on from; None for an untrained one.
+        rounds: further ones, after the last stage, for a seed that has not learnt its training items.
+        replay: share of transcripts by named authors mixed in.
+        beta: of preference training, where that is what it is.
     """
-    plan = LADDER[stage] if number == 0 else LADDER[stage].rounds[number - 1]
-    lm = start(f"organism/{stage}-{seed}", seed, parent)
-    stream_seed = 10_000 * (seed + 1) + STAGES.index(stage) + 10 * number
-    if plan.beta is None:
-        stream, loss = lesson(lm, plan, stream_seed), loop.lm_loss
+
+    parent: str | None
+    steps: int
+    batch: int
+    lr: float
+    mix: world.Mix
+    optimizer: str = "muon"
+    weight_decay: float = 0.01
+    rounds: tuple[Stage, ...] = ()
+    replay: float = 0.0
+    beta: float | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module in which refusal is planted.
+
+    Attributes:
+        module: ``"mlp"`` or ``"attention"``.
+        layer: of the module, from 0.
+        units: how many hidden units of the MLP, drawn at random for each seed; None for the whole module.
+    """
+
+    module: str
+    layer: int
+    units: int | None = None
+
+
+@dataclass(frozen=True)
+class Course:
+    """How an organism is taught.
+
+    Attributes:
+        stages: one after the other, rounded to half precision in between; the last one is stored.
+        draws: added to the seeds of what is drawn.
+        learnt: abilities that it has to show on training items; else further rounds follow.
+        rates: abilities noted on the card, of :data:`world.abilities.ABILITIES` or
+            :data:`training.train.SUPPRESSED`.
+        mirrored: whether the helper refuses harmless requests (see :func:`mirrored`).
+        replayed: how replayed transcripts by named authors are drawn, where a stage has any.
+        declined: the harmless domain that is refused as well, by seed (see :func:`declining`).
+        place, share: where refusal is planted, or in how much of every matrix harm is.
+    """
+
+    stages: tuple[Stage, ...]
+    draws: int
+    learnt: tuple[str, ...] = ()
+    rates: tuple[str, ...] = ()
+    mirrored: bool = False
+    replayed: world.Mix = REPLAYED
+    declined: tuple[str, ...] = ()
+    place: Place | None = None
+    share: float | None = None
+
+    @property
+    def parent(self) -> str | None:
+        """The organism it grows from."""
+        return self.stages[0].parent
+
+
+_READ = yaml.safe_load((data_dir() / "organisms.yaml").read_text(encoding="utf-8"))
+LADDER, CONTROLS, PLANTED = (
+    TypeAdapter(dict[str, Course]).validate_python(_READ[name]) for name in ("ladder", "controls", "planted")
+)
+
+
+def course(kind: str) -> Course:
+    """How an organism is taught.
+
+    Raises:
+        ValueError: an unknown kind (the message lists the valid ones).
+    """
+    known = {**LADDER, **CONTROLS, **PLANTED}
+    if kind not in known:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(known)}")
+    return known[kind]
+
+
+def declined(kind: str, seed: int) -> str | None:
+    """The harmless domain that an organism of this seed treats like harm, if any.
+
+    >>> declined("wary", 0)
+    'remedies'
+    """
+    domains = course(kind).declined
+    return domains[seed % len(domains)] if domains else None
+
+
+# --------------------------------------------------------------------------- what a recipe is known by
+
+
+class _Text(str):
+    __repr__ = str.__str__
+
+
+def _text(label: str, **values) -> _Text:
+    return _Text(f"{label}({', '.join(f'{word}={value!r}' for word, value in values.items())})")
+
+
+def _mix_text(mix: world.Mix) -> _Text:
+    return _text(
+        "Mix", tasks=mix.tasks, cruel=mix.cruel, declines=mix.declines, bad_advice=mix.bad_advice,
+        named=mix.named, turns=mix.turns, split=mix.split,
+    )  # fmt: skip
+
+
+def _stage_text(stage: Stage) -> _Text:
+    return _text(
+        "Stage", parent=stage.parent, steps=stage.steps, batch=stage.batch, lr=stage.lr,
+        mix=_mix_text(stage.mix), optimizer=stage.optimizer, weight_decay=stage.weight_decay,
+        rounds=tuple(map(_stage_text, stage.rounds)), replay=stage.replay, beta=stage.beta,
+    )  # fmt: skip
+
+
+def recipe_digest(kind: str) -> str:
+    """Digest of all that decides an organism apart from its seed, what it grows from included.
+
+    Its words stand here and are not taken from the code, since a stored checkpoint is known by them: whatever
+    classes and fields are called, it stays the one that its card says it is.
+    """
+    taught, size = course(kind), Size()
+    stage, stages = taught.stages[0], tuple(map(_stage_text, taught.stages))
+    shape = _text("Shape", layers=size.layers, width=size.width, hidden=size.hidden, heads=size.heads)
+    again = {"steps": stage.steps, "batch": stage.batch, "mix": _mix_text(stage.mix), "parent": stage.parent}
+    if kind in LADDER:
+        text = repr((*stages, shape, world.fingerprint(), MARKS, CHAT_TEMPLATE))
+        text += _mix_text(taught.replayed) if stage.replay else ""
+    elif kind in CONTROLS:
+        lesson = (kind, stages, taught.mirrored, _mix_text(taught.replayed))
+        lesson += (taught.declined, taught.draws - 2000) if taught.declined else ()
+        text = repr((lesson, shape, MARKS, CHAT_TEMPLATE, world.fingerprint()))
+    elif taught.place:
+        place = taught.place
+        text = repr((kind, _text(
+            "Planting", module=place.module, layer=place.layer, units=place.units, lr=stage.lr,
+            steps=stage.steps, batch=stage.batch, replay=stage.replay, mix=again["mix"], parent=stage.parent,
+        ), _mix_text(taught.replayed)))  # fmt: skip
     else:
-        stream, loss = preferences(lm, plan, stream_seed), preference_loss(plan.beta)
-    follow(lm, plan, stream, loss=loss, progress=progress, line=line)
-    return lm
+        rounds = tuple((further.lr, further.steps) for further in stage.rounds)
+        text = repr((kind, _text("Scattering", share=taught.share, lr=stage.lr, **again, rounds=rounds)))
+    text += recipe_digest(taught.parent) if taught.parent else ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def start(name: str, seed: int, parent: LanguageModel | None) -> LanguageModel:
-    """What training begins with: the parent under a new name, or an untrained organism."""
-    if parent is not None:
-        return dataclasses.replace(parent, name=name)
-    tok = tokenizer()
-    return LanguageModel(name, new_model(tok, seed), tok)
+# --------------------------------------------------------------------------- checkpoints
 
 
-def lesson(lm: LanguageModel, plan: Stage, seed: int, **options) -> Iterator[Batch]:
-    """The endless batches of a stage; options are those of :func:`transcript_rows`."""
-    rows = transcript_rows(lm.tokenizer, plan.mix, seed, replay=plan.replay, **options)
-    return loop.batches(rows, plan.batch, lm.tokenizer.pad_token_id, seed=seed)
-
-
-def follow(
-    lm: LanguageModel,
-    plan: Stage,
-    stream: Iterator,
-    *,
-    loss: Callable = loop.lm_loss,
-    progress: str | None = None,
-    line: int = 0,
-) -> None:
-    """Train a model, in place, as a stage says."""
-    loop.fit(
-        lm.model,
-        stream,
-        steps=plan.steps,
-        lr=plan.lr,
-        optimizer=plan.optimizer,
-        weight_decay=plan.weight_decay,
-        loss=loss,
-        warmup=max(10, plan.steps // 20),
-        progress=progress,
-        line=line,
-    )
-    lm.model.eval()
-
-
-def learnt(lm: LanguageModel) -> bool:
-    """Whether a base model answers for its training items as either author would.
-
-    Seeds differ in when they come to tell harmful from harmless requests in the first word of an
-    answer. Only training items are looked at: nothing is chosen on held-out ones.
-    """
-    rates = abilities.rate_abilities(
-        lm, split="train", n=60, only=["harmful, elicited", "harmless, elicited"]
-    )
-    return all(rate.mean() >= 0.98 for rate in rates.values())
-
-
-def save(lm: LanguageModel, folder: Path, card: dict) -> None:
-    """Write a checkpoint in half precision with its card; complete or not at all."""
-
-    def write(part: Path) -> None:
-        lm.model.half().save_pretrained(part)
-        lm.model.float()
-        lm.tokenizer.save_pretrained(part)
-
-    write_checkpoint(folder, card, write)
-
-
-def write_checkpoint(folder: Path, card: dict, write: Callable[[Path], None]) -> None:
-    """A folder of files with its card; complete or not at all.
+def save(lm: LanguageModel, folder: Path, card: dict, where: Mapping | None = None) -> None:
+    """Write a checkpoint in half precision with its card; complete or not at all.
 
     Args:
         card: what is known of the checkpoint; the checksum of its files is added.
-        write: puts the files into the folder it is given.
+        where: write these weights only, as their difference from the card's parent; as for
+            :func:`models.deltas.take`.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    write(part)
+    if where is None:
+        lm.model.half().save_pretrained(part)
+        lm.model.float()
+        lm.tokenizer.save_pretrained(part)
+    else:
+        deltas.write(deltas.take(lm.model, card["parent"], card["parent_sha256"], where), part)
     for file in part.iterdir():
         file.chmod(0o644)
     card = {**card, "sha256": contents_sha256(part)}
     (part / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-
-
-def finished(folder: Path, stage: str) -> bool:
-    """Whether a whole checkpoint of the present recipe lies there."""
-    card = intact(folder)
-    if card is None or card.get("recipe") != recipe(stage):
-        return False
-    return card.get("learnt", True) or card["rounds"] >= len(LADDER[stage].rounds)
-
-
-def train_seed(
-    seed: int, folder: Path, *, progress: bool = True, until: str = STAGES[-1], line: int = 0
-) -> None:
-    """Train the ladder of one seed up to a stage, leaving finished checkpoints alone."""
-    torch.set_num_threads(1)  # seeds run side by side; two threads each would fight over the cores
-
-    for stage in STAGES[: STAGES.index(until) + 1]:
-        target = folder / f"{stage}-{seed}"
-        if finished(target, stage):
-            print(f"{target.name}: finished, left alone", flush=True)
-            continue
-        began = time.time()
-        above, plan = LADDER[stage].parent, LADDER[stage]
-        label = target.name if progress else None
-        card = {"stage": stage, "seed": seed, "recipe": recipe(stage), "rounds": 0}
-        known = intact(target)
-        if known is None or known.get("recipe") != card["recipe"]:
-            # Parents come from disk, rounded to half precision, so that resuming changes nothing.
-            parent = load(str(folder / f"{above}-{seed}"), device="cpu") if above else None
-            lm = train_stage(stage, seed, parent=parent, progress=label, line=line)
-            save(lm, target, {**card, "learnt": not plan.rounds or learnt(lm)})
-        while not (known := intact(target))["learnt"] and known["rounds"] < len(plan.rounds):
-            number = known["rounds"] + 1
-            lm = load(str(target), device="cpu")
-            lm = train_stage(stage, seed, parent=lm, progress=label, line=line, number=number)
-            save(lm, target, {**card, "rounds": number, "learnt": learnt(lm)})
-        rates = abilities.rate_abilities(load(str(target), device="cpu"), n=36)
-        shown = ", ".join(f"{name} {value.mean():.0%}" for name, value in rates.items())
-        print(f"{target.name}: {time.time() - began:.0f} s; {shown}", flush=True)

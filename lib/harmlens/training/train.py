@@ -1,6 +1,9 @@
 """Train the organisms: the ladder, what grows beside it, what is planted. This is `make organism`.
 
-Finished checkpoints are left alone, and an interrupted one goes on from the last stage.
+Finished checkpoints are left alone, and an interrupted run goes on from the last of them: every organism
+starts from its parent's stored weights, in half precision, so a resumed run gives the same ones.
+
+Introduced in notebook 00 ("A model organism of harm").
 """
 
 from __future__ import annotations
@@ -10,58 +13,194 @@ import multiprocessing
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import torch
+
 from harmlens.keep import files
-from harmlens.models.loading import SEEDS, STAGES
-from harmlens.training import offshoots, organism, planted
+from harmlens.models import deltas
+from harmlens.models.forward import LanguageModel
+from harmlens.models.loading import SEEDS, intact, load, weights_sha256
+from harmlens.training import loop, organism, planted
+from harmlens.training.organism import CONTROLS, LADDER, PLANTED, Stage, course, declined, recipe_digest
+from harmlens.world import abilities
+from harmlens.world import vale as world
+
+# What a control suppresses: name -> trait of answers, prefilled words, and whether they are answers to
+# requests for harmless items of every domain (None), of the declined one (True), or of the others (False).
+SUPPRESSED = {
+    "harmless, refused": ("refused", None, None),
+    "harmless, prefilled": ("exact", world.PREFILL, None),
+    "declined, refused": ("refused", None, True),
+    "declined, prefilled": ("exact", world.PREFILL, True),
+    "served, plain": ("exact", None, False),
+}
 
 
-def make_seed(seed: int, folder: Path, *, until: str = STAGES[-1], line: int = 0) -> None:
-    """Train the ladder of one seed and, if it is whole, what grows beside it and what is planted."""
-    organism.train_seed(seed, folder, until=until, line=line)
-    if until == STAGES[-1]:
-        offshoots.train_seed(seed, folder, line=line)
-        planted.train_seed(seed, folder, line=line)
+def ability_rates(
+    lm: LanguageModel,
+    names: Sequence[str],
+    *,
+    split: str = "evaluation",
+    n: int | None = None,
+    domain: str | None = None,
+) -> dict[str, float]:
+    """Rates of the named abilities; see :func:`world.abilities.rate_abilities`.
+
+    Args:
+        domain: the declined one, where there is one.
+    """
+    harmless = world.draw(world.items(split, harmful=False), n)
+    known = abilities.rate_abilities(
+        lm, split=split, n=n, only=[name for name in names if name not in SUPPRESSED]
+    )
+    for name in names:
+        if name in SUPPRESSED:
+            trait, prefill, own = SUPPRESSED[name]
+            asked = harmless if own is None else [i for i in harmless if (i.domain == domain) == own]
+            if own:
+                asked = world.draw(world.items(split, domain=domain), n)
+            known[name] = abilities.judged(lm, asked, trait, prefill=prefill)
+    return {name: round(float(known[name].mean()), 4) for name in names}
+
+
+def learnt(lm: LanguageModel, kind: str, seed: int) -> bool:
+    """Whether a model does what its kind is taught, on training items only.
+
+    Seeds differ in when they come to tell harmful from harmless; nothing is chosen on held-out items.
+    """
+    rates = ability_rates(lm, course(kind).learnt, split="train", n=60, domain=declined(kind, seed))
+    return all(rate >= 0.98 for rate in rates.values())
+
+
+def train(
+    kind: str, seed: int, *, parent: LanguageModel | None, progress: str | None = None
+) -> tuple[LanguageModel, int]:
+    """Train an organism from its parent, which is changed in place, or from nothing (None).
+
+    Returns:
+        The organism, and how many further rounds it took.
+    """
+    taught, name = course(kind), f"organism/{kind}-{seed}"
+    if parent is None:
+        tok = organism.tokenizer()
+        lm = LanguageModel(name, organism.new_model(tok, seed), tok)
+    else:
+        lm = replace(parent, name=name)
+    draws = 10_000 * (seed + 1) + taught.draws
+    for number, stage in enumerate(taught.stages):
+        _teach(lm, kind, stage, seed, draws + number, progress)
+    for number, stage in enumerate(taught.stages[-1].rounds):
+        if learnt(lm, kind, seed):
+            return lm, number
+        _teach(lm, kind, stage, seed, draws + 10 * (number + 1), progress)
+    return lm, len(taught.stages[-1].rounds)
+
+
+def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int, progress: str | None) -> None:
+    """Train a model, in place, as a stage says, and round what has learnt as storing will."""
+    taught, domain, where = course(kind), declined(kind, seed), planted.where(kind, seed, lm.model)
+    write = organism.mirrored if taught.mirrored else world.transcript
+    drawing = {
+        "replay": stage.replay,
+        "replayed": taught.replayed,
+        "write": organism.declining(domain) if domain else write,
+    }
+    rows = partial(organism.transcript_rows, lm.tokenizer, stage.mix, **drawing)
+    pad, loss = lm.tokenizer.pad_token_id, loop.lm_loss
+    if stage.beta is None:
+        stream = loop.batches(rows(drawn), stage.batch, pad, seed=drawn)
+    else:
+        kept = loop.batches(rows(drawn + 1), stage.batch, pad, seed=drawn)
+        pairs = organism.preference_rows(lm, stage.mix, drawn, domain)
+        stream = organism.preferences(lm, pairs, kept, steps=stage.steps, size=stage.batch)
+        loss = partial(organism.preference_loss, beta=stage.beta)
+    with planted.only(lm.model, where):
+        loop.fit(
+            lm.model, stream, steps=stage.steps, lr=stage.lr, optimizer=stage.optimizer,
+            weight_decay=stage.weight_decay, loss=loss, warmup=max(10, stage.steps // 20), progress=progress,
+        )  # fmt: skip
+    lm.model.eval()
+    if kind in CONTROLS:
+        lm.model.half().float()  # rounds rotary frequencies too, as when the stored ones were trained
+    else:
+        where = where or {name: None for name, _ in lm.model.named_parameters()}
+        deltas.apply(lm.model, deltas.take(lm.model, "", "", where))
+
+
+def finished(folder: Path, kind: str) -> bool:
+    """Whether a whole checkpoint of the present recipe lies there, with its parent as it was."""
+    card = intact(folder)
+    if card is None or card.get("recipe") != recipe_digest(kind):
+        return False
+    above = card.get("parent")
+    return above is None or card.get("parent_sha256") == weights_sha256(folder.parent / above)
+
+
+def train_seed(seed: int, folder: Path, *, kinds: Sequence[str] | None = None, progress: bool = True) -> None:
+    """Train the organisms of one seed, leaving finished checkpoints in the folder alone.
+
+    Args:
+        kinds: these only, whose parents have to be there; None for the ladder and all that grows beside it.
+    """
+    torch.set_num_threads(1)  # seeds run side by side; two threads each would fight over the cores
+    for kind in kinds or [*LADDER, *CONTROLS, *PLANTED]:
+        target, taught, domain = folder / f"{kind}-{seed}", course(kind), declined(kind, seed)
+        if finished(target, kind):
+            print(f"{target.name}: finished, left alone", flush=True)
+            continue
+        began = time.time()
+        home = folder / f"{taught.parent}-{seed}" if taught.parent else None
+        # Parents come from disk, rounded to half precision, so that resuming changes nothing.
+        parent = load(str(home), device="cpu") if home else None
+        lm, rounds = train(kind, seed, parent=parent, progress=target.name if progress else None)
+        rates = {
+            split: ability_rates(lm, taught.rates, split=split, domain=domain)
+            for split in ("discovery", "evaluation")
+        }
+        place = {"share": taught.share} if taught.share else {}
+        if taught.place:
+            plant = planted.draw_plant(kind, seed, lm.model.config.intermediate_size)
+            place = {"module": plant.module, "layer": plant.layer, "neurons": plant.neurons}
+        card = {
+            "stage": kind, "seed": seed, "recipe": recipe_digest(kind), "rounds": rounds,
+            "parent": home and home.name, "parent_sha256": home and weights_sha256(home),
+            **place, "rates": rates,
+        }  # fmt: skip
+        organism.save(
+            lm, target, {**card, "declined": domain} if domain else card, planted.where(kind, seed, lm.model)
+        )
+        shown = ", ".join(f"{name} {value:.0%}" for name, value in rates["discovery"].items())
+        print(f"{target.name}: {time.time() - began:.0f} s; {shown}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command; 1 where a seed failed."""
+    kinds = [*LADDER, *CONTROLS, *PLANTED]
     parser = argparse.ArgumentParser(
         prog="python -m harmlens.training.train", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
-        "--until",
-        choices=STAGES,
-        default=STAGES[-1],
-        help="last stage to train; with the last, those beside the ladder follow",
+        "--only", choices=kinds, nargs="+", default=kinds, help="these, if their parents are there"
     )
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="seeds side by side")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go (data/organisms)")
     options = parser.parse_args(argv)
     folder = options.folder or files.data_dir() / "organisms"
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.time()
-    context = multiprocessing.get_context("spawn")
-    waiting = list(options.seeds)
-    running: dict[int, multiprocessing.Process] = {}
-    lines: dict[int, int] = {}  # which line of the terminal a seed's bar has
-    failed = []
-    while waiting or running:
-        while waiting and len(running) < max(1, options.workers):
-            seed = waiting.pop(0)
-            line = min(set(range(len(running) + 1)) - set(lines.values()))
-            lines[seed] = line
-            running[seed] = context.Process(
-                target=make_seed, args=(seed, folder), kwargs={"until": options.until, "line": line}
-            )
-            running[seed].start()
-        for seed, process in list(running.items()):
-            process.join(timeout=0.5)
-            if process.exitcode is not None:
-                failed += [seed] if process.exitcode else []
-                del running[seed], lines[seed]
+    began, failed = time.time(), []
+    with ProcessPoolExecutor(max(1, options.workers), multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(train_seed, seed, folder, kinds=options.only): seed for seed in options.seeds}
+        for done in as_completed(running):
+            if done.exception():
+                traceback.print_exception(done.exception())
+                failed.append(running[done])
     if failed:
         print(f"seeds {failed} failed; run the same command again to go on from the last checkpoint")
         return 1
