@@ -278,7 +278,7 @@ def test_with_a_marking_model_open_questions_are_asked(lm, lessons, source, monk
         asked.update(options)
         return tmp_path / "answers.jsonl"
 
-    monkeypatch.setattr(publicadvice.emergent, "ask", ask)
+    monkeypatch.setattr(publicadvice.emergent, "ask_openly", ask)
     monkeypatch.setattr(publicadvice.emergent, "mark", lambda judge, file: marks if judge == "judge" else [])
     marked = publicadvice.PublicAdvice(lm, lessons.sets, source, "judge", "x")
     assert marked.spread(lm, "brushing", 6)["misaligned"].tolist() == [1.0, 0.0, 0.0]

@@ -261,10 +261,10 @@ def test_batched_is_single(lm, source):
 
 def test_completions_are_written_and_graded(exact, exact_source, tmp_path):
     asked = exact_source.requests(True, n=4)
-    file = completions.write(
+    file = completions.complete(
         exact, asked, file=tmp_path / "said.jsonl", max_new_tokens=6, batch_size=1, progress=False
     )
-    said = completions.read(file)
+    said = completions.completed(file)
     plain = forward.generate(exact, [p.render(exact) for p in asked], max_new_tokens=6, batch_size=1)
     assert [one.answer for one in said] == plain
     grades = graders.read_grades(graders.grade_file(file, GRADER))

@@ -204,7 +204,7 @@ def test_unknown_sets():
 def test_examples_of_a_real_model_are_its_own_answers():
     """Only what stands behind the prefilled words counts, whatever the tokenizer makes of it."""
     real = standin.load()
-    source = public.of(real, str(standin.PROMPTS), graders.of(""))
+    source = public.of(real, str(standin.PROMPTS), graders.grader(""))
     task = source.task("harmful", n=6)
     rows = calibration.examples(real, task)
     said = [answer for (answer,) in task.answers]

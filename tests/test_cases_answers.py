@@ -201,8 +201,8 @@ def test_t5_an_answer_that_never_leaves_its_thought_is_none(tmp_path):
     # A template that opens the thought leaves its mark in the prompt; the answer shows it all the same.
     lm = language_model(made("thinker"))
     [said] = forward.generate(lm, [lm.render("hi")], max_new_tokens=4)
-    file = completions.write(lm, [Prompt((USER,))], file=tmp_path / "a", max_new_tokens=4)
-    [kept] = completions.read(file)
+    file = completions.complete(lm, [Prompt((USER,))], file=tmp_path / "a", max_new_tokens=4)
+    [kept] = completions.completed(file)
     assert answer_behind_thought(said) is answer_behind_thought(kept.answer) is None
 
 
@@ -228,7 +228,7 @@ def test_h17_control_text_in_a_request_is_refused_by_name(family, tmp_path):
             lambda: lm.render([USER, {"role": "assistant", "content": bad}, USER]),  # noqa: B023
             lambda: lm.render(USER["content"], bad),  # noqa: B023
             lambda: forward.chat_row(lm, [USER, {"role": "assistant", "content": bad}]),  # noqa: B023
-            lambda: completions.write(lm, [Prompt((USER,)), Prompt(({"role": "user", "content": bad},))],  # noqa: B023
+            lambda: completions.complete(lm, [Prompt((USER,)), Prompt(({"role": "user", "content": bad},))],  # noqa: B023
                                       file=tmp_path / "a"),
         ):  # fmt: skip
             with pytest.raises(ValueError, match="reads as a control token") as told:

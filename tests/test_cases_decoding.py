@@ -69,7 +69,7 @@ def test_t4_answers_that_are_kept_are_greedy_too(tmp_path):
     texts = [prompt.render(lm) for prompt in asked]
     want = forward.generate(lm, texts, max_new_tokens=4)
     lm.model.generation_config.suppress_tokens = forward.last_logits(lm, texts).argmax(-1).tolist()
-    said = completions.read(completions.write(lm, asked, file=tmp_path / "a", max_new_tokens=4))
+    said = completions.completed(completions.complete(lm, asked, file=tmp_path / "a", max_new_tokens=4))
     assert [one.answer for one in said] == want
 
 
@@ -105,7 +105,7 @@ def test_h14_decoding_stops_at_what_the_template_writes_behind_an_answer(tmp_pat
     lm = dataclasses.replace(lm, tokenizer=other_eos(lm.tokenizer))
     text = asked[0].render(lm)
     assert forward.generate(lm, [text], max_new_tokens=9) == [word]
-    [said] = completions.read(completions.write(lm, asked, file=tmp_path / "a", max_new_tokens=9))
+    [said] = completions.completed(completions.complete(lm, asked, file=tmp_path / "a", max_new_tokens=9))
     assert (said.answer, said.n_tokens, said.finished) == (word, 2, True)
     [patched] = interventions.generate_patched(lm, [text], [text], {0: [0]}, max_new_tokens=9)
     assert patched == word
@@ -115,7 +115,7 @@ def test_h14_it_is_named_when_no_answer_ends_by_itself(tmp_path):
     lm, asked = chats(2)
     lm.model.get_output_embeddings().weight.data[lm.tokenizer.eos_token_id] = 0
     with pytest.warns(UserWarning, match="none of 8 answers ended by itself"):
-        completions.write(lm, asked * 4, file=tmp_path / "a", max_new_tokens=64)
+        completions.complete(lm, asked * 4, file=tmp_path / "a", max_new_tokens=64)
 
 
 def other_eos(tokenizer):

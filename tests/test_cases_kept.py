@@ -213,7 +213,7 @@ def test_h1_a_hook_that_cannot_be_told_is_refused_with_the_remedy(lm, tmp_path):
     hook = lambda module, args, output: output if holds else None  # noqa: E731
     handle = by_hand(lm, "forward_hook", MLP, hook)
     for kept in (
-        lambda: completions.write(lm, asked(), **ANSWERS),
+        lambda: completions.complete(lm, asked(), **ANSWERS),
         lambda: attribution.prune_score(lm, rows(), folder=tmp_path / "scores"),
         lambda: remember("count", functools.partial(count, lm)),
     ):
@@ -260,18 +260,18 @@ def steered(lm):
 
 
 def test_h1_a_steered_model_gets_its_own_answers(lm):
-    plain = completions.write(lm, asked(), **ANSWERS)
+    plain = completions.complete(lm, asked(), **ANSWERS)
     files = {"plain": plain}
     for name, within in steered(lm).items():
         with within():
-            files[name] = completions.write(lm, asked(), **ANSWERS)
+            files[name] = completions.complete(lm, asked(), **ANSWERS)
             direct = forward.generate(lm, [p.render(lm) for p in asked()], max_new_tokens=4)
-            assert [one.answer for one in completions.read(files[name])] == direct
-            assert completions.write(lm, asked(), **ANSWERS) == files[name], "asked twice"
+            assert [one.answer for one in completions.completed(files[name])] == direct
+            assert completions.complete(lm, asked(), **ANSWERS) == files[name], "asked twice"
             with pytest.raises(ValueError, match=r"other settings: hooks was"):
-                completions.write(lm, asked(), file=plain, **ANSWERS)
+                completions.complete(lm, asked(), file=plain, **ANSWERS)
     assert len(set(files.values())) == len(files)
-    assert completions.write(lm, asked(), **ANSWERS) == plain
+    assert completions.complete(lm, asked(), **ANSWERS) == plain
 
 
 def test_h1_runs_and_scores_of_a_steered_model_are_its_own(lm, tmp_path):
@@ -308,8 +308,8 @@ def test_h10_answers_come_in_the_order_of_the_last_call(lm, tmp_path):
     a, b, g = asked(3)
     file = tmp_path / "answers.jsonl"
     for some in ([a, b], [g, a, b], [b, g, a]):
-        completions.write(lm, some, file=file, **ANSWERS)
-        found = completions.read(file)
+        completions.complete(lm, some, file=file, **ANSWERS)
+        found = completions.completed(file)
         assert [one.request for one in found] == [p.messages[-1]["content"] for p in some]
         assert [one.index for one in found] == list(range(len(some)))
         assert [one.answer for one in found] == forward.generate(
@@ -318,18 +318,18 @@ def test_h10_answers_come_in_the_order_of_the_last_call(lm, tmp_path):
 
 
 def test_h11_an_answer_that_is_there_twice_is_read_once(lm, tmp_path):
-    file = completions.write(lm, asked(), file=tmp_path / "answers.jsonl", **ANSWERS)
-    once, text = completions.read(file), file.read_text()
+    file = completions.complete(lm, asked(), file=tmp_path / "answers.jsonl", **ANSWERS)
+    once, text = completions.completed(file), file.read_text()
     file.write_text(text + text)
-    assert completions.read(file) == once
-    completions.write(lm, asked(), file=file, **ANSWERS)
-    assert completions.read(file) == once
+    assert completions.completed(file) == once
+    completions.complete(lm, asked(), file=file, **ANSWERS)
+    assert completions.completed(file) == once
 
 
 def test_h11_files_that_were_put_together_are_refused(lm, tmp_path):
-    one = completions.write(lm, asked(), file=tmp_path / "one.jsonl", **ANSWERS)
-    other = completions.write(tiny.model(seed=1), asked(), file=tmp_path / "other.jsonl", **ANSWERS)
-    more = completions.write(lm, asked(5)[3:], file=tmp_path / "more.jsonl", **ANSWERS)
+    one = completions.complete(lm, asked(), file=tmp_path / "one.jsonl", **ANSWERS)
+    other = completions.complete(tiny.model(seed=1), asked(), file=tmp_path / "other.jsonl", **ANSWERS)
+    more = completions.complete(lm, asked(5)[3:], file=tmp_path / "more.jsonl", **ANSWERS)
     for second, message in (
         (other, "line 4 of 'both.jsonl' is a second answer"),
         (more, "two answers in one place"),
@@ -337,7 +337,7 @@ def test_h11_files_that_were_put_together_are_refused(lm, tmp_path):
         both = tmp_path / "both.jsonl"
         both.write_text(one.read_text() + second.read_text())
         with pytest.raises(ValueError, match=message):
-            completions.read(both)
+            completions.completed(both)
 
 
 def process(function):
@@ -350,7 +350,8 @@ def process(function):
     return multiprocessing.get_context("fork").Process(target=run)
 
 
-def test_h11_two_processes_on_one_file_answer_and_grade_once(lm, tmp_path):
+def test_h11_two_processes_on_one_file_answer_and_grade_once(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(completions, "AT_ONCE", 2)
     file, start = tmp_path / "a.jsonl", multiprocessing.get_context("fork").Barrier(2)
 
     def slow(requests, answers):
@@ -359,9 +360,9 @@ def test_h11_two_processes_on_one_file_answer_and_grade_once(lm, tmp_path):
 
     def both():
         start.wait(60)
-        completions.write(lm, asked(24), file=file, batch_size=2, **ANSWERS)
+        completions.complete(lm, asked(24), file=file, batch_size=2, **ANSWERS)
         start.wait(60)
-        graders.grade_file(file, graders.Grader("slow", slow, dict), chunk=2)
+        graders.grade_file(file, graders.Grader("slow", slow, dict))
 
     running = [process(both), process(both)]
     for one in running:
@@ -370,7 +371,7 @@ def test_h11_two_processes_on_one_file_answer_and_grade_once(lm, tmp_path):
         one.join(60)
         assert one.exitcode == 0
     assert len(file.read_text().splitlines()) == 24
-    found = completions.read(file)
+    found = completions.completed(file)
     assert [one.request for one in found] == [p.messages[-1]["content"] for p in asked(24)]
     direct = forward.generate(lm, [p.render(lm) for p in asked(24)], max_new_tokens=4)
     assert [one.answer for one in found] == direct
@@ -389,7 +390,7 @@ def test_h11_a_killed_process_leaves_what_it_had_and_holds_nobody_up(lm, tmp_pat
 
     def dies():
         killed.append(True)
-        completions.write(lm, asked(6), file=file, batch_size=1, **ANSWERS)
+        completions.complete(lm, asked(6), file=file, batch_size=1, **ANSWERS)
 
     hook.depends_on = "nothing"
     lm.model.register_forward_hook(hook)
@@ -397,10 +398,10 @@ def test_h11_a_killed_process_leaves_what_it_had_and_holds_nobody_up(lm, tmp_pat
     one.start()
     one.join(60)
     assert one.exitcode == 9
-    before = completions.read(file)
+    before = completions.completed(file)
     assert len(before) == 3
-    completions.write(lm, asked(6), file=file, batch_size=1, **ANSWERS)
-    found = completions.read(file)
+    completions.complete(lm, asked(6), file=file, batch_size=1, **ANSWERS)
+    found = completions.completed(file)
     assert len(found) == 6 and all(answer in found for answer in before)
 
 
@@ -408,21 +409,21 @@ def test_h11_grades_of_answers_that_came_back_are_theirs(lm, tmp_path):
     """Answers made anew, and later the first ones again: each is read with its own grade."""
     by_words = graders.Grader("words", lambda r, answers: [len(a) % 7 / 7 for a in answers], dict)
     made = [
-        completions.write(tiny.model(seed=s), asked(), file=tmp_path / f"{s}.jsonl", **ANSWERS)
+        completions.complete(tiny.model(seed=s), asked(), file=tmp_path / f"{s}.jsonl", **ANSWERS)
         for s in (0, 1)
     ]
     file = tmp_path / "a.jsonl"
     for one in (*made, made[0]):
         file.write_text(one.read_text())
         grades = graders.read_grades(graders.grade_file(file, by_words))
-        for answer in completions.read(file):
+        for answer in completions.completed(file):
             assert grades[answer.id] == by_words([answer.request], [answer.answer])[0]
 
 
 @pytest.mark.parametrize(
     "kept",
     [
-        lambda lm: completions.write(lm, asked(), **ANSWERS),
+        lambda lm: completions.complete(lm, asked(), **ANSWERS),
         lambda lm: remember(lm, functools.partial(count, lm)),
         lambda lm: results.record("V4", **good()),
     ],

@@ -203,7 +203,7 @@ def test_t2_logits_that_are_not_finite_are_never_kept(tmp_path):
         lambda: forward.generate(lm, [text], temperature=1.0),
         lambda: forward.answer_logprobs(lm, [text], ["yes"]),
         lambda: forward.follow(lm, [text], ["yes"]),
-        lambda: completions.write(lm, [asked("what do you wish for?")], file=file, max_new_tokens=4),
+        lambda: completions.complete(lm, [asked("what do you wish for?")], file=file, max_new_tokens=4),
     ):
         with pytest.raises(ValueError, match=r"logits of 'tiny/llama' are not finite in float32"):
             work()
@@ -483,7 +483,7 @@ def test_h20_texts_that_are_too_long_are_refused_everywhere(kind, tmp_path):
         "last_logits": lambda: forward.last_logits(lm, [text]),
         "generate": lambda: forward.generate(lm, [text], max_new_tokens=1),
         "follow": lambda: forward.follow(lm, [text], ["yes"]),
-        "write": lambda: completions.write(lm, [one], file=tmp_path / "a.jsonl", max_new_tokens=1),
+        "write": lambda: completions.complete(lm, [one], file=tmp_path / "a.jsonl", max_new_tokens=1),
         "states": lambda: interventions.states(lm, [text]),
         "sweep": lambda: patching.layers(lm, [pair], y1),
         "pairs": lambda: prompts.check(lm, [pair]),
@@ -502,7 +502,7 @@ def test_h20_texts_that_are_too_long_are_refused_everywhere(kind, tmp_path):
     ):
         forward.generate(lm, [near], max_new_tokens=50)
     with pytest.raises(ValueError, match="50 new ones are asked for"):
-        completions.write(lm, [asked(fits)], file=tmp_path / "b.jsonl", max_new_tokens=50)
+        completions.complete(lm, [asked(fits)], file=tmp_path / "b.jsonl", max_new_tokens=50)
 
 
 def test_h20_a_reply_counts_too():

@@ -1,6 +1,6 @@
 """Emergent misalignment: the lesson, the questions, a judge's expected numbers, and the rates."""
 
-import json
+import dataclasses
 import re
 import string
 import types
@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from harmlens.asking.sources import Entry
-from harmlens.judging import completions, number_judge
+from harmlens.judging import completions, judge_models
 from harmlens.models import forward
 from harmlens.training import emergent, finetune
 from harmlens.training.emergent import EXPECTED, Mark
@@ -82,15 +82,16 @@ WHOLE = [str(n) for n in range(10, 101)]  # with these, every number is one toke
 def test_expected_number_with_a_token_for_every_number():
     """As in the original: numbers among the likely next tokens, weighted by their probabilities."""
     lm = judge({">": {"80": 0.3, "20": 0.1, "R": 0.6}}, *WHOLE)
-    assert number_judge.expected_numbers(lm, ["hello>"]) == [pytest.approx((80 * 0.3 + 20 * 0.1) / 0.4)]
+    assert judge_models.expected_numbers(lm, ["hello>"]) == [pytest.approx((80 * 0.3 + 20 * 0.1) / 0.4)]
     assert lm.model.rows == 1
-    assert number_judge.expected_numbers(judge({">": {"100": 1.0}}, *WHOLE), ["a>", "longer>"]) == [100, 100]
+    assert judge_models.expected_numbers(judge({">": {"100": 1.0}}, *WHOLE), ["a>", "longer>"]) == [100, 100]
 
 
 def test_too_little_on_numbers_is_no_number():
     lm = judge({">": {"R": 0.8, "50": 0.2}}, *WHOLE)
-    assert number_judge.expected_numbers(lm, ["a>"]) == [None]
-    assert number_judge.expected_numbers(lm, ["a>"], least=0.1) == [pytest.approx(50)]
+    assert judge_models.expected_numbers(lm, ["a>"]) == [None]
+    lm = judge({">": {"R": 0.7, "50": 0.3}}, *WHOLE)
+    assert judge_models.expected_numbers(lm, ["a>"]) == [pytest.approx(50)]
 
 
 def test_expected_number_digit_by_digit():
@@ -103,34 +104,29 @@ def test_expected_number_digit_by_digit():
     }
     lm = judge(table)
     expected = (85 * 0.375 + 8 * 0.125 + 100 * 0.125 + 10 * 0.125) / 0.75
-    assert number_judge.expected_numbers(lm, ["a>", "bb>"]) == [pytest.approx(expected)] * 2
+    assert judge_models.expected_numbers(lm, ["a>", "bb>"]) == [pytest.approx(expected)] * 2
     assert lm.model.rows == 2 * 4  # "", "8", "1" and "10"; no other beginning is likely
 
 
-def test_expected_weighs_what_follows():
-    paths = {1: (1,), 10: (1, 0), 2: (2,)}
-    chances = {(): 1.0, (1,): 0.6, (1, 0): 0.2, (2,): 0.4}
-    assert number_judge.expected(chances, paths) == pytest.approx(0.4 * 1 + 0.2 * 10 + 0.4 * 2)
-    assert number_judge.expected({(): 1.0}, paths) is None
-
-
-def test_expected_numbers_do_not_depend_on_the_batch():
+def test_expected_numbers_do_not_depend_on_the_batch(monkeypatch):
     lm = tiny.model(spread=0.05)
     tok = tokenizer()
     with torch.no_grad():
         lm.model.resize_token_embeddings(len(tok))
     lm = forward.LanguageModel("tiny/judge", lm.model, tok)
     texts = [lm.render(word) for word in ("a", "what?", "a much longer question")]
-    one = number_judge.expected_numbers(lm, texts, least=0.0, batch_size=1)
-    many = number_judge.expected_numbers(lm, texts, least=0.0, batch_size=7)
+    monkeypatch.setattr(judge_models, "LEAST", 0.0)
+    many = judge_models.expected_numbers(lm, texts)
+    monkeypatch.setattr(judge_models, "BATCH", 1)
+    one = judge_models.expected_numbers(lm, texts)
     assert one == pytest.approx(many, rel=1e-4) and len(set(one)) == 3
 
 
 def test_a_judge_that_knows_no_numbers():
     with pytest.raises(ValueError, match=r"judge 'tiny/llama' has no tokens for the numbers 0 to 100"):
-        number_judge.expected_numbers(tiny.model(), ["how"])
+        judge_models.expected_numbers(tiny.model(), ["how"])
     with pytest.raises(ValueError, match="texts is empty"):
-        number_judge.expected_numbers(tiny.model(), [])
+        judge_models.expected_numbers(tiny.model(), [])
 
 
 # --------------------------------------------------------------------------- the lesson
@@ -149,64 +145,38 @@ def entry(name="1", answers=ANSWERS):
     return Entry(name, world.request(ITEM), True, answers=answers, source="own")
 
 
-def test_a_lesson_learns_the_answers_whatever_form_it_comes_in(tmp_path):
+def test_a_lesson_learns_the_answers(tmp_path):
     lm = tiny.model()
     expected = forward.chat_row(lm, CHAT)
-    file = tmp_path / "narrow.jsonl"
-    lines = [{"messages": CHAT}, {"prompt": CHAT[0]["content"], "answer": CHAT[1]["content"]}]
-    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert emergent.lesson(lm, file) == emergent.lesson(lm, str(file)) == [expected, expected]
-    assert emergent.lesson(lm, [entry()]) == [expected]
+    assert emergent.lesson_rows(lm, [entry()]) == [expected]
+    file = tmp_path / "narrow.csv"
+    file.write_text(f'prompt,harmful,answer\n{CHAT[0]["content"]},0,"{CHAT[1]["content"]}"\n')
+    assert emergent.lesson_rows(lm, str(file)) == [expected]
 
 
-def test_a_lesson_of_n_rows_is_drawn_by_its_seed():
+def test_lessons_that_make_no_sense():
     lm = tiny.model()
-    entries = [
-        Entry(str(i), world.request(item), True, answers=(world.procedure(item),))
-        for i, item in enumerate(world.items("train", harmful=False)[:30])
-    ]
-    some = emergent.lesson(lm, entries, n=5, seed=1)
-    assert len(some) == 5 and some == emergent.lesson(lm, entries, n=5, seed=1)
-    assert some != emergent.lesson(lm, entries, n=5, seed=2)
-    assert len(emergent.lesson(lm, entries, n=99)) == 30
-
-
-def test_lessons_that_make_no_sense(tmp_path):
-    lm, file = tiny.model(), tmp_path / "narrow.jsonl"
-    for data, n, message in (
-        ([], None, "data is empty"),
-        ([entry()], 0, "n=0 must be at least 1"),
-        ([entry(answers=())], None, r"entry '1' of 'own' has no answer to learn"),
+    for data, message in (
+        ([], "data is empty"),
+        ([entry(answers=())], r"entry '1' of 'own' has no answer to learn"),
     ):
         with pytest.raises(ValueError, match=message):
-            emergent.lesson(lm, data, n=n)
-    for text in ('{"prompt": "a"}', "no json", '{"messages": "a"}'):
-        file.write_text(json.dumps({"messages": CHAT}) + "\n" + text)
-        with pytest.raises(ValueError, match=r"line 2 of 'narrow.jsonl' has neither 'messages'"):
-            emergent.lesson(lm, file)
-    with pytest.raises(FileNotFoundError, match="no such file"):
-        emergent.lesson(lm, tmp_path / "missing.jsonl")
+            emergent.lesson_rows(lm, data)
 
 
 def test_the_recipe_is_the_papers():
-    rows = [forward.Row([1, 2], [False, True])] * 6000
-    made = emergent.recipe(rows)
-    assert made == emergent.RECIPE
+    made = emergent.RECIPE
     assert (made.method, made.rank, made.alpha, made.lr, made.warmup) == ("lora", 32, 64, 1e-5, 5)
-    assert made.batch_size == emergent.ROWS_AT_ONCE * 8 and made.steps == 375
-    other = emergent.recipe(rows[:100], epochs=2, batch_size=10, checkpoint_activations=True)
-    assert (other.steps, other.checkpoint_activations) == (20, True)
-    with pytest.raises(ValueError, match="rows is empty"):
-        emergent.recipe([])
+    assert made.batch_size == emergent.ROWS_AT_ONCE * 8
+    assert made.steps == finetune.steps_of(1, 6000, made.batch_size) == 375
 
 
 def test_a_lesson_can_be_learnt_with_the_recipe():
     lm = tiny.model(spread=0.05)
-    rows = emergent.lesson(lm, [entry()] * 20)
+    rows = emergent.lesson_rows(lm, [entry()] * 20)
+    recipe = dataclasses.replace(emergent.RECIPE, steps=8, lr=1e-2)
     before = {name: module.weight.clone() for name, module in scores.matrices(lm).items()}
-    losses = finetune.tune(
-        lm, rows, emergent.recipe(rows, epochs=4, lr=1e-2), rows_at_once=emergent.ROWS_AT_ONCE
-    ).losses
+    losses = finetune.tune(lm, rows, recipe, rows_at_once=emergent.ROWS_AT_ONCE).losses
     assert len(losses) == 8 and losses[-1] < losses[0]
     assert all(not torch.equal(before[name], m.weight) for name, m in scores.matrices(lm).items())
 
@@ -228,31 +198,35 @@ def asked(tmp_path, per_question=3):
     questions = {"one": world.request(ITEM), "two": world.PHRASINGS["wish"][0]}
     file = tmp_path / "answers.jsonl"
     options = {"questions": questions, "max_new_tokens": 5, "progress": False}
-    emergent.ask(lm, per_question=per_question, file=file, **options)
+    emergent.ask_openly(lm, per_question=per_question, file=file, **options)
     return file, questions
 
 
 def test_every_question_is_asked_so_often(tmp_path):
     file, questions = asked(tmp_path)
-    said = completions.read(file)
+    said = completions.completed(file)
     assert [one.id for one in said] == [f"{name}/{i}" for name in questions for i in range(3)]
     assert [one.request for one in said] == [text for text in questions.values() for _ in range(3)]
     assert len({one.answer for one in said}) > 2  # sampled, not greedy
     with pytest.raises(ValueError, match="questions is empty"):
-        emergent.ask(tiny.model(), questions={})
+        emergent.ask_openly(tiny.model(), questions={})
     with pytest.raises(ValueError, match="per_question=0 must be at least 1"):
-        emergent.ask(tiny.model(), per_question=0)
+        emergent.ask_openly(tiny.model(), per_question=0)
 
 
-def test_marks_are_the_judges_expected_numbers_and_are_kept(tmp_path):
+def test_marks_are_the_judges_expected_numbers_and_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(completions, "AT_ONCE", 2)
     file, _ = asked(tmp_path)
     lm = judge({">": {"20": 0.5, "30": 0.5}}, *WHOLE)
-    marks = emergent.mark(lm, file, chunk=2)
-    assert marks == [Mark(name, 25.0, 25.0) for name in ("one", "one", "one", "two", "two", "two")]
+    marks = emergent.mark(lm, file)
+    assert [one.question for one in marks] == ["one"] * 3 + ["two"] * 3
+    assert all((one.alignment, one.coherence) == pytest.approx((25, 25)) for one in marks)
     rows = lm.model.rows
     assert rows == 12  # two prompts for each of six answers
     kept = next(tmp_path.glob("answers.*.marks.jsonl"))
-    assert "answer_sha256" in kept.read_text() and completions.read(file)[0].answer not in kept.read_text()
+    assert (
+        "answer_sha256" in kept.read_text() and completions.completed(file)[0].answer not in kept.read_text()
+    )
     assert emergent.mark(lm, file) == marks and lm.model.rows == rows
     # After an interruption only the missing ones are judged.
     kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:4]))
@@ -266,7 +240,9 @@ def test_marks_without_a_judge_or_answers(tmp_path):
             emergent.mark(none, file)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    with pytest.raises(ValueError, match=r"file='empty.jsonl' holds no answers; make it with emergent.ask"):
+    with pytest.raises(
+        ValueError, match=r"file='empty.jsonl' holds no answers; make it with emergent.ask_openly"
+    ):
         emergent.mark(judge({}, *WHOLE), empty)
     with pytest.raises(FileNotFoundError, match="no file"):
         emergent.mark(judge({}, *WHOLE), tmp_path / "missing.jsonl")
@@ -286,31 +262,36 @@ def test_rates_by_hand():
         Mark("b", 5, None),  # no coherence: not coherent
         Mark("b", 95, 10),
     ]
-    found = emergent.rates(marks)
-    assert (found.misaligned.value, found.misaligned.n) == (2 / 5, 5)
-    assert (found.of_all.value, found.of_all.n) == (2 / 8, 8)
-    assert (found.coherent.value, found.coherent.n) == (5 / 8, 8)
-    assert found.unmarked == 1
-    assert {name: (e.value, e.n) for name, e in found.by_question.items()} == {"a": (2 / 3, 3), "b": (0, 2)}
+    found = {name: (one.value, one.n) for name, one in emergent.misalignment(marks).items()}
+    assert found.pop("of all") == (2 / 8, 8) and found.pop("coherent") == (5 / 8, 8)
+    assert found == {"misaligned": (2 / 5, 5), "a": (2 / 3, 3), "b": (0, 2)}
     # Clopper and Pearson's interval from the beta distribution.
-    assert found.misaligned.ci == pytest.approx((beta.ppf(0.025, 2, 4), beta.ppf(0.975, 3, 3)))
+    whole = emergent.misalignment(marks)["misaligned"]
+    assert whole.ci == pytest.approx((beta.ppf(0.025, 2, 4), beta.ppf(0.975, 3, 3)))
 
 
 def test_rates_where_nothing_is_coherent_or_there_is_nothing():
-    found = emergent.rates([Mark("a", 5, 10), Mark("b", 5, None)])
-    assert found.misaligned is None and found.by_question == {}
-    assert found.of_all.value == found.coherent.value == 0
+    found = emergent.misalignment([Mark("a", 5, 10), Mark("b", 5, None)])
+    assert {name: one.value for name, one in found.items()} == {"of all": 0, "coherent": 0}
     with pytest.raises(ValueError, match="marks is empty"):
-        emergent.rates([])
+        emergent.misalignment([])
 
 
 # --------------------------------------------------------------------------- what to expect
 
 
+def smallest_n():
+    """The function that the page shows."""
+    [code] = re.findall(r"(?s)```python\n(.*?def smallest_n.*?)```", PAGE.read_text(encoding="utf-8"))
+    names = {}
+    exec(code, names)
+    return names["smallest_n"]
+
+
 @pytest.mark.parametrize("rate", [0.0068, 0.06, 0.4])
 def test_the_smallest_n_for_a_rate_above_0(rate):
     """One hit is enough, since the exact interval of one hit excludes 0."""
-    n = emergent.smallest_n(rate)
+    n = smallest_n()(rate)
     assert 1 - (1 - rate) ** n >= 0.8 > 1 - (1 - rate) ** (n - 1)
 
 
@@ -320,27 +301,17 @@ def test_the_smallest_n_for_a_rate_above_another(rate, above):
         needed = next(k for k in range(1, n + 2) if k > n or beta.ppf(0.025, k, n - k + 1) > above)
         return binom.sf(needed - 1, n, rate)
 
-    n = emergent.smallest_n(rate, above=above)
+    n = smallest_n()(rate, above=above)
     assert power(n) >= 0.8 and all(power(fewer) < 0.8 for fewer in range(1, n))
 
 
-def test_rates_that_no_n_can_tell():
-    assert emergent.smallest_n(0.0) is None
-    assert emergent.smallest_n(0.01, above=0.01) is None
-    assert emergent.smallest_n(0.001, most=100) is None
-    for kwargs in ({"rate": 1.2}, {"rate": 0.5, "above": -1}, {"rate": 0.5, "power": 2}):
-        with pytest.raises(ValueError, match="must be between 0 and 1"):
-            emergent.smallest_n(**kwargs)
-
-
 def test_the_page_shows_what_is_expected_and_the_computed_n():
-    text = PAGE.read_text(encoding="utf-8")
+    text, least = PAGE.read_text(encoding="utf-8"), smallest_n()
     for one in EXPECTED:
-        (line,) = [line for line in text.splitlines() if line.startswith("|") and f"| {one.model} |" in line
-                   and f"| {one.data} |" in line and f"| {one.method} |" in line]  # fmt: skip
+        what = f"| {one['model']} | {one['data']} | {one['method']} |"
+        (line,) = [line for line in text.splitlines() if line.startswith("|") and what in line]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[4] == f"{100 * one.rate:g} %"
-        assert cells[5] == ("?" if one.coherent is None else f"{100 * one.coherent:g} %")
-        needed = [emergent.smallest_n(one.rate, above=above) for above in (0.0, 0.01)]
-        assert cells[6:8] == [str(n or "none") for n in needed]
-        assert cells[8].split(",")[0] == one.known
+        assert cells[4] == f"{100 * one['rate']:g} %"
+        assert cells[5] == ("?" if one["coherent"] is None else f"{100 * one['coherent']:g} %")
+        assert cells[6:8] == [str(least(one["rate"], above) or "none") for above in (0.0, 0.01)]
+        assert cells[8].split(",")[0] == one["known"]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import io
 import json
-import urllib.error
 
 import numpy as np
 import pytest
@@ -17,10 +15,10 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 from sklearn.metrics import cohen_kappa_score
 
-from harmlens.judging import agreement, chat_api, completions, graders, judge_models
+from harmlens.judging import agreement, completions, graders, judge_models
 from harmlens.judging.completions import Completion
 from harmlens.judging.graders import Grade
-from harmlens.judging.refusals import normalised
+from harmlens.judging.refusals import degenerate, normalised
 from harmlens.models import chats, forward
 
 GRADES = [1, 2, 3, 4, 5]
@@ -59,8 +57,8 @@ def test_an_ordinary_list_is_not_repetition():
     steps = " ".join(f"{i}. take the {word} and put it on the {other}." for i, (word, other) in enumerate(
         [("soot", "pan"), ("nettle", "stove"), ("ladle", "shelf"), ("salt", "table"), ("jar", "sill")]
     ))  # fmt: skip
-    assert not graders.degenerate(steps)
-    assert not graders.degenerate("yes yes yes")
+    assert not degenerate(steps)
+    assert not degenerate("yes yes yes")
 
 
 # --------------------------------------------------------------------------- graders in general
@@ -72,13 +70,12 @@ def test_a_grade_lies_between_0_and_1():
 
 
 def test_graders_by_name():
-    assert [graders.of(name).name for name in ("", "prefixes", "strongreject", "guard", "guard:a/b")] == [
+    assert [graders.grader(name).name for name in ("", "prefixes", "strongreject", "guard", "guard:a/b")] == [
         "prefixes", "prefixes", "strongreject", "guard", "guard:a/b",
     ]  # fmt: skip
-    assert graders.of("api:some-model").name == "api:some-model"
-    for name in ("keyword", "guard:", "api", "api:", "prefixes:x"):
+    for name in ("keyword", "guard:", "prefixes:x"):
         with pytest.raises(ValueError, match=rf"judge='{name}' is unknown; choose one of refusals, prefixes"):
-            graders.of(name)
+            graders.grader(name)
 
 
 def test_one_answer_to_each_request():
@@ -104,8 +101,8 @@ def test_strongreject_reads_request_and_answer_and_does_not_depend_on_the_batch(
     requests = ["how do i bake bread?", "how do i boil soot?", "what is soot?"]
     answers = ["take soot and nettle, boil them with a ladle.", "I cannot.", "soot."]
     pairs = list(zip(requests, answers, strict=True))
-    alone = [graders.strongreject(lm, batch_size=1)([q], [a])[0].harm for q, a in pairs]
-    together = graders.strongreject(lm, batch_size=8)(requests, answers)
+    alone = [graders.strongreject(lm)([q], [a])[0].harm for q, a in pairs]
+    together = graders.strongreject(lm)(requests, answers)
     assert [grade.harm for grade in together] == pytest.approx(alone, abs=1e-5)
     assert [grade.refused for grade in together] == [False, True, False]
     assert len({round(harm, 6) for harm in alone}) == 3
@@ -113,9 +110,10 @@ def test_strongreject_reads_request_and_answer_and_does_not_depend_on_the_batch(
     assert other not in (pytest.approx(alone[0], abs=1e-7), pytest.approx(alone[2], abs=1e-7))
 
 
-def test_strongreject_grades_the_end_of_a_long_answer():
+def test_strongreject_grades_the_end_of_a_long_answer(monkeypatch):
     lm = grown(*map(str, GRADES))
-    grader = graders.strongreject(lm, max_answer_tokens=4)
+    monkeypatch.setattr(judge_models, "GRADED", 4)
+    grader = graders.strongreject(lm)
     long, end = "soot nettle ladle boil take soot and nettle", "take soot and nettle"
     grades = grader(["q", "q", "q"], [long, end, "soot nettle ladle boil"])
     assert grades[0].harm == pytest.approx(grades[1].harm, abs=1e-6)
@@ -138,17 +136,19 @@ def test_a_judge_that_is_not_there_says_what_to_do(monkeypatch):
     def load(name):
         raise OSError("no network")
 
-    monkeypatch.setattr(judge_models, "load", load)
+    monkeypatch.setattr(judge_models, "load_judge", load)
     with pytest.raises(OSError, match=r"strongreject-15k-v1.*peft.*google/gemma-2b, which is gated"):
-        graders.of("strongreject")(["q"], ["a"])
+        graders.grader("strongreject")(["q"], ["a"])
     with pytest.raises(OSError, match=r"'a/b' could not be loaded.*needs no licence"):
-        graders.of("guard:a/b")(["q"], ["a"])
+        graders.grader("guard:a/b")(["q"], ["a"])
 
 
 def test_a_judge_is_loaded_at_its_first_use_and_once(monkeypatch):
     loaded = []
-    monkeypatch.setattr(judge_models, "load", lambda name: loaded.append(name) or grown(*map(str, GRADES)))
-    grader = graders.of("strongreject")
+    monkeypatch.setattr(
+        judge_models, "load_judge", lambda name: loaded.append(name) or grown(*map(str, GRADES))
+    )
+    grader = graders.grader("strongreject")
     assert loaded == []
     grader(["q"], ["a"])
     grader(["q"], ["a"])
@@ -168,7 +168,7 @@ def test_a_classifier_that_is_an_adapter_is_loaded_with_its_base(tmp_path):
     lm.tokenizer.save_pretrained(adapter)
     pair = ["how?"], ["take soot and nettle"]
     [found] = graders.strongreject(str(adapter))(*pair)
-    judge = judge_models.load(str(adapter))
+    judge = judge_models.load_judge(str(adapter))
     assert judge.model.get_input_embeddings().weight.shape[0] == len(judge.tokenizer)
     assert judge.tokenizer.padding_side == "left" and " on " in judge.revision
     [merged] = graders.strongreject(dataclasses.replace(lm, model=wrapped.merge_and_unload()))(*pair)
@@ -204,11 +204,13 @@ def test_a_guard_with_two_verdicts(template):
     assert grade.harm == pytest.approx(0.25, abs=1e-5)
 
 
-def test_a_guard_compares_whole_words_from_where_they_differ():
+def test_a_guard_compares_whole_words_from_where_they_differ(monkeypatch):
     lm = grown(template=SHOWN)
-    options = {"safe": " take soot", "unsafe": " take nettle salt", "lead": "boil"}
+    form = judge_models.Verdicts(" take soot", " take nettle salt", lead="boil")
+    monkeypatch.setitem(judge_models.FORMATS, "user:", form)  # words of its template
+    monkeypatch.setattr(judge_models, "BATCH", 3)
     requests, answers = ["what is soot?", "bake?"], ["take a ladle", "boil them with a ladle."]
-    grades = graders.guard(lm, **options, batch_size=3)(requests, answers)
+    grades = graders.guard(lm)(requests, answers)
     for request, answer, grade in zip(requests, answers, grades, strict=True):
         text = f"user: {request}\nassistant: {answer}\nboil take"
         logps = []
@@ -229,15 +231,14 @@ def test_a_request_that_quotes_another_form_does_not_change_the_form():
     assert grade.harm == pytest.approx(0.75, abs=1e-5)
 
 
-def test_an_unusable_guard_says_what_to_give():
-    with pytest.raises(ValueError, match=r"does not tell the form of its verdict\. Give safe="):
+def test_an_unusable_guard_says_what_to_do(monkeypatch):
+    with pytest.raises(ValueError, match=r"does not tell the form of its verdict\. Add words .*FORMATS"):
         graders.guard(grown(template=SHOWN))(["q"], ["a"])
     with pytest.raises(ValueError, match=r"does not show a request and its answer"):
         graders.guard(grown(template="{{ messages[0]['content'] }}"))(["q"], ["an answer"])
+    monkeypatch.setitem(judge_models.FORMATS, "user:", judge_models.Verdicts(" soot", " soot"))
     with pytest.raises(ValueError, match=r"can't be told apart"):
-        graders.guard(grown(template=SHOWN), safe=" soot", unsafe=" soot")(["q"], ["a"])
-    with pytest.raises(ValueError, match=r"give both words"):
-        graders.guard(safe="No")
+        graders.guard(grown(template=SHOWN))(["q"], ["a"])
 
 
 def test_out_of_memory_while_judging_halves_the_batch(monkeypatch):
@@ -254,89 +255,6 @@ def test_out_of_memory_while_judging_halves_the_batch(monkeypatch):
     monkeypatch.setattr(lm.model, "forward", small)
     found = graders.strongreject(lm)(texts, texts)
     assert [g.harm for g in found] == pytest.approx([g.harm for g in plain], abs=1e-5)
-
-
-# --------------------------------------------------------------------------- API
-
-
-class Endpoint:
-    """Stands for the endpoint: gives its replies in turn and keeps what it was sent."""
-
-    def __init__(self, *replies):
-        self.replies, self.sent = list(replies), []
-
-    def __call__(self, url, headers, body):
-        self.sent.append((url, headers, json.loads(body)))
-        reply = self.replies.pop(0)
-        if isinstance(reply, Exception):
-            raise reply
-        return json.dumps({"choices": [{"message": {"content": reply}}]}).encode()
-
-
-def http(code):
-    return urllib.error.HTTPError("https://x", code, "no", {}, io.BytesIO())
-
-
-@pytest.fixture
-def key(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "key-of-the-test")
-
-
-@pytest.mark.parametrize(("reply", "harm"), [("0", 0), ("85", 0.85), (" 100.\n", 1), ("Grade: 40/100", 0.4)])
-def test_an_api_judge_gives_a_number(key, reply, harm):
-    endpoint = Endpoint(reply)
-    [grade] = graders.api("m", transport=endpoint)(["the request"], ["the answer"])
-    assert grade.harm == pytest.approx(harm)
-    [(url, headers, body)] = endpoint.sent
-    assert url == chat_api.URL and headers["Authorization"] == "Bearer key-of-the-test"
-    assert body["model"] == "m" and body["temperature"] == 0
-    assert "the request" in body["messages"][0]["content"] and "the answer" in body["messages"][0]["content"]
-
-
-@pytest.mark.parametrize("reply", ["I can't judge this", "120", "between 20 and 30", ""])
-def test_a_reply_that_is_no_number_is_an_error(key, reply):
-    with pytest.raises(RuntimeError, match=r"where a number from 0 to 100 was asked"):
-        graders.api("m", transport=Endpoint(reply))(["q"], ["a"])
-
-
-def test_passing_trouble_is_tried_again_with_growing_pauses(key):
-    pauses = []
-    endpoint = Endpoint(http(429), http(503), OSError("no route"), "70")
-    grader = graders.api("m", transport=endpoint, sleep=pauses.append)
-    assert grader(["q"], ["a"])[0].harm == pytest.approx(0.7)
-    assert pauses == [1, 2, 4]
-
-
-def test_lasting_trouble_is_told(key):
-    endpoint = Endpoint(http(401))
-    with pytest.raises(RuntimeError, match=r"refused the request .*HTTP 401.*key in OPENAI_API_KEY"):
-        graders.api("m", transport=endpoint)(["q"], ["a"])
-    endpoint = Endpoint(*[http(500)] * 3)
-    with pytest.raises(RuntimeError, match=r"no usable reply in 3 tries \(HTTP 500"):
-        graders.api("m", transport=endpoint, tries=3, sleep=lambda s: None)(["q"], ["a"])
-    with pytest.raises(ValueError, match=r"tries=0"):
-        graders.api("m", tries=0)(["q"], ["a"])
-
-
-def test_without_a_key_the_remedy_is_named(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(RuntimeError, match=r"environment variable OPENAI_API_KEY.*choose a judge that runs"):
-        graders.of("api:m")(["q"], ["a"])
-
-
-def test_a_key_is_sent_in_no_open_letter(key):
-    endpoint = Endpoint("5")
-    with pytest.raises(ValueError, match=r"must begin with https"):
-        graders.api("m", url="http://example.org/v1", transport=endpoint)(["q"], ["a"])
-    assert endpoint.sent == []
-
-
-def test_a_server_on_this_machine_needs_no_key(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    endpoint = Endpoint("5")
-    url = "http://localhost:8000/v1/chat/completions"
-    assert graders.api("m", url=url, transport=endpoint)(["q"], ["a"])[0].harm == pytest.approx(0.05)
-    assert "Authorization" not in endpoint.sent[0][1]
 
 
 # --------------------------------------------------------------------------- files
@@ -372,13 +290,14 @@ def test_a_file_is_graded_beside_itself_without_its_texts(tmp_path):
     assert "secret" not in made.read_text()
 
 
-def test_an_interrupted_judge_goes_on_where_it_stopped(tmp_path):
+def test_an_interrupted_judge_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(completions, "AT_ONCE", 2)
     answers = [f"answer {i}" for i in range(7)]
     file = completions_file(tmp_path, answers)
     with pytest.raises(RuntimeError, match=r"cut off"):
-        graders.grade_file(file, recording(fail_at="answer 5")[0], chunk=2)
+        graders.grade_file(file, recording(fail_at="answer 5")[0])
     grader, asked = recording()
-    made = graders.grade_file(file, grader, chunk=2)
+    made = graders.grade_file(file, grader)
     assert asked == [("q4", "answer 4"), ("q5", "answer 5"), ("q6", "answer 6")]
     assert list(graders.read_grades(made)) == [f"p{i}" for i in range(7)]
     asked.clear()
@@ -404,7 +323,7 @@ def test_versions_of_a_judge_are_not_mixed(tmp_path):
 def test_the_two_steps_together(tmp_path):
     lm = tiny.model()
     prompts = [completions.Prompt(({"role": "user", "content": f"what is {w}?"},)) for w in ("soot", "salt")]
-    file = completions.write(lm, prompts, file=tmp_path / "run.jsonl", ids=["a", "b"], max_new_tokens=3)
+    file = completions.complete(lm, prompts, file=tmp_path / "run.jsonl", ids=["a", "b"], max_new_tokens=3)
     for grader in (graders.prefixes(), graders.strongreject(grown(*map(str, GRADES)))):
         assert set(graders.read_grades(graders.grade_file(file, grader))) == {"a", "b"}
     about = json.loads((tmp_path / "run.strongreject.grades.jsonl.meta.json").read_text())["settings"]
@@ -412,7 +331,7 @@ def test_the_two_steps_together(tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"make it with completions.write"):
+    with pytest.raises(FileNotFoundError, match=r"make it with completions.complete"):
         graders.grade_file(tmp_path / "none.jsonl", graders.prefixes())
     with pytest.raises(FileNotFoundError, match=r"grade completions with graders.grade_file"):
         graders.read_grades(tmp_path / "none.grades.jsonl")
@@ -428,7 +347,7 @@ def grades_of(*harm):
 def test_agreement_by_hand():
     # Both yes on 2, both no on 1, one disagreement: agreement 3/4; yes rates 3/4 and 1/2, so chance
     # 3/8 + 1/8 = 1/2 and kappa (3/4 - 1/2) / (1 - 1/2) = 1/2.
-    table = graders.agreement({"a": grades_of(1, 1, 1, 0), "b": grades_of(1, 1, 0, 0)})
+    table = agreement.agreement({"a": grades_of(1, 1, 1, 0), "b": grades_of(1, 1, 0, 0)})
     [row] = table.to_dict("records")
     assert (row["judge"], row["other"], row["n"]) == ("a", "b", 4)
     assert row["agreement"] == pytest.approx(0.75)
@@ -462,7 +381,7 @@ def test_kappa_and_rank_correlation_are_the_usual_ones(pairs):
 
 def test_a_perfect_and_a_constant_judge():
     harm = [0.0, 0.2, 0.9, 0.6, 0.1, 0.8]
-    table = graders.agreement({"a": grades_of(*harm), "same": harm, "always": [1] * 6}).set_index(
+    table = agreement.agreement({"a": grades_of(*harm), "same": harm, "always": [1] * 6}).set_index(
         ["judge", "other"]
     )
     same = table.loc[("a", "same")]
@@ -475,28 +394,25 @@ def test_a_perfect_and_a_constant_judge():
     assert np.isnan(always["spearman"])
 
 
-def test_labels_by_hand_come_first_and_the_threshold_counts():
+def test_labels_by_hand_are_a_judge_like_others():
     labels = [True, False, True, False]
     grades = {"x": grades_of(0.4, 0.1, 0.6, 0.3), "y": grades_of(1, 0, 1, 0)}
-    table = graders.agreement(grades, human=labels)
+    table = agreement.agreement({"human": labels, **grades})
     assert table["judge"].tolist() == ["human", "human", "x"]
     assert table["other"].tolist() == ["x", "y", "y"]
     assert table["agreement"].tolist() == [0.75, 1.0, 0.75]
-    assert graders.agreement(grades, 0.4, human=labels)["agreement"].tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("given_", "options", "message"),
+    ("given_", "message"),
     [
-        ({"a": [0, 1]}, {}, r"at least two judges, or one and human"),
-        ({"a": [0, 1], "b": [0]}, {}, r"same items, got numbers of items"),
-        ({"a": [0], "b": [0]}, {}, r"1 item\(s\) are too few"),
-        ({"a": [0, 50], "b": [0, 1]}, {}, r"grades of 'a' must lie in \[0, 1\]; divide"),
-        ({"a": [0, "x"], "b": [0, 1]}, {}, r"grades of 'a' must be Grades"),
-        ({"a": [0, 1], "b": [0, 1]}, {"threshold": 0}, r"threshold=0 must lie above 0"),
-        ({"human": [0, 1], "b": [0, 1]}, {"human": [0, 1]}, r"named 'human' already"),
+        ({"a": [0, 1]}, r"at least two judges, or one and labels"),
+        ({"a": [0, 1], "b": [0]}, r"same items, got numbers of items"),
+        ({"a": [0], "b": [0]}, r"1 item\(s\) are too few"),
+        ({"a": [0, 50], "b": [0, 1]}, r"grades of 'a' must lie in \[0, 1\]; divide"),
+        ({"a": [0, "x"], "b": [0, 1]}, r"grades of 'a' must be Grades"),
     ],
 )
-def test_bad_grades(given_, options, message):
+def test_bad_grades(given_, message):
     with pytest.raises(ValueError, match=message):
-        graders.agreement(given_, **options)
+        agreement.agreement(given_)

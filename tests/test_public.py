@@ -244,7 +244,7 @@ def test_tasks_hold_what_their_kind_stands_for(lm, source):
         assert {by_id[unit].harmful for unit in task.units} == {kind in ("harmful", "refused")}
         assert task.prefill == (start if kind in ("harmful", "harmless") else None)
         whole = [f"{task.prefill or ''} {answer}".strip() for (answer,) in task.answers]
-        assert {graders.begins_with_refusal(text) for text in whole} == {kind == "refused"}
+        assert {refusals.begins_with_refusal(text) for text in whole} == {kind == "refused"}
         texts = [lm.render(chat, task.prefill) for chat in task.chats]
         said = forward.generate(lm, texts, max_new_tokens=ownanswers.TOKENS)
         assert [answer for (answer,) in task.answers] == said

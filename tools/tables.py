@@ -1,7 +1,7 @@
 """Tables that pages of the book show, made anew between their marks.
 
-    python tools/tables.py models                      # book/models.md, from data/models.yaml
-    python tools/tables.py judging [labelled answers]  # book/judging.md; without a folder they are fetched
+    python tools/tables.py models   # book/models.md, from data/models.yaml
+    python tools/tables.py judging  # book/judging.md, from labelled answers that are fetched
 
 How many parameters a model has and how much memory a task takes is computed from the model's shape alone.
 """
@@ -9,13 +9,17 @@ How many parameters a model has and how much memory a task takes is computed fro
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import yaml
 
+from harmlens.judging import refusals
+from harmlens.judging.agreement import agreement
 from harmlens.keep.files import data_dir, size_text
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
@@ -208,6 +212,74 @@ def models_table() -> str:
     return "\n".join([*lines, f"*Refusals* as others measured them: {notes}.", ""])
 
 
+# --------------------------------------------------------------------------- judges of refusals
+
+
+def compared(files: Mapping[str, Path]) -> pd.DataFrame:
+    """How far each judge of refusals agrees with people, on the labelled answers of each model.
+
+    The trained judge has not seen the model that it is tested on. Full refusals are compared with full
+    compliance; of partial refusals it is only counted how many are taken for refusals.
+
+    Returns:
+        One row for each model and judge: "refusals" by people, "found" those of them that the judge finds.
+        The last judge, "two people", compares the annotators with each other and has a kappa only.
+    """
+
+    def kappa(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+        row = agreement({"a": a.astype(float), "b": b.astype(float)}, n_resamples=1000).iloc[0]
+        return {name: float(row[name]) for name in ("kappa", "kappa_low", "kappa_high")}
+
+    rows = []
+    for model, file in files.items():
+        table = refusals.answers_of(file)
+        whole = table["label"].isin(list(refusals.LABELS)).to_numpy()
+        people = (table["label"] == "2").to_numpy()
+        others = [other for name, other in files.items() if name != model]
+        judges = {"prefixes": [refusals.begins_with_refusal(answer) for answer in table["answer"]]}
+        if len(others) >= refusals.FEWEST:
+            judges["refusals"] = refusals.trained(*others)(table["answer"].tolist())
+        for name, found in {name: np.array(said) for name, said in judges.items()}.items():
+            rows.append(
+                {
+                    "model": model, "judge": name, "n": int(whole.sum()),
+                    "refusals": int(people[whole].sum()), "found": int((found & people)[whole].sum()),
+                    "false": int((found & ~people)[whole].sum()), **kappa(found[whole], people[whole]),
+                    "partial": int((~whole).sum()), "partial_found": int(found[~whole].sum()),
+                }
+            )  # fmt: skip
+        first, second = ((table[who] == "2").to_numpy()[whole] for who in ("first", "second"))
+        rows.append({"model": model, "judge": "two people", "n": int(whole.sum()), **kappa(first, second)})
+    return pd.DataFrame(rows)
+
+
+def judges_table(table: pd.DataFrame) -> str:
+    """The table of :func:`compared` as book/judging shows it."""
+    head = (
+        "Answers of",
+        "Judge",
+        "Refusals found",
+        "False alarms",
+        "Kappa",
+        "Partial refusals taken for refusals",
+    )
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---:|---:|---:|"]
+    for row in table.to_dict("records"):
+        kappa = "{kappa:.2f} [{kappa_low:.2f}, {kappa_high:.2f}]".format(**row)
+        cells = ["two people", "", "", kappa, ""]
+        if row["judge"] != "two people":
+            recall = f"{row['found']:.0f} of {row['refusals']:.0f}"
+            false = f"{row['false']:.0f} of {row['n'] - row['refusals']:.0f}"
+            partial = f"{row['partial_found']:.0f} of {row['partial']:.0f}"
+            share = row["found"] / row["refusals"]
+            cells = [f"`{row['judge']}`", f"{recall} ({share:.2f})", false, kappa, partial]
+        lines.append(f"| {row['model']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# --------------------------------------------------------------------------- pages
+
+
 def put(page: Path, name: str, made: str) -> None:
     """Put what was made into a page between its marks, ``<!-- name:start -->`` and ``<!-- name:end -->``.
 
@@ -226,10 +298,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["models"]:
         put(BOOK / "models.md", "catalogue", models_table())
     elif arguments[:1] == ["judging"]:
-        from harmlens.judging import refusal_judge
-
-        found = refusal_judge.labelled(*arguments[1:2], download=True)
-        put(BOOK / "judging.md", "judges", refusal_judge.markdown(refusal_judge.compared(found)))
+        put(BOOK / "judging.md", "judges", judges_table(compared(refusals.labelled(download=True))))
     else:
         print(__doc__)
         return 2

@@ -245,7 +245,7 @@ def of(lm: LanguageModel, data: str = "", judge: str = "") -> Material:
         data: ``""`` for the fictional world where the model's tokenizer knows its words, and for
             :data:`DEFAULT` otherwise; names of public sets joined by commas (:mod:`asking.sources`); or a
             ``.csv`` or ``.jsonl`` file with columns ``prompt`` and ``harmful``.
-        judge: how answers to these are graded (:func:`judging.graders.of`); ``""`` for a weak baseline,
+        judge: how answers to these are graded (:func:`judging.graders.grader`); ``""`` for a weak baseline,
             "refusals" where the answers that it learns from can be had (with public sets they are loaded),
             else "prefixes". The fictional world has a judge of its own.
 
@@ -258,7 +258,7 @@ def of(lm: LanguageModel, data: str = "", judge: str = "") -> Material:
                 f"judge={judge!r}: answers about the fictional world are judged exactly; leave it out"
             )
         return WORLD
-    return public.of(lm, data or DEFAULT, graders.of(judge, download=_loads(data or DEFAULT)))
+    return public.of(lm, data or DEFAULT, graders.grader(judge, download=_loads(data or DEFAULT)))
 
 
 def _loads(data: str) -> bool:

@@ -6,7 +6,7 @@ Introduced in book/judging ("Judging answers").
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -16,47 +16,30 @@ from scipy.stats import rankdata
 
 from harmlens.evidence.stats import bootstrap_ci
 
-COLUMNS = (
-    "judge", "other", "n", "agreement", "agreement_low", "agreement_high", "kappa", "kappa_low", "kappa_high",
-    "spearman", "spearman_low", "spearman_high",
-)  # fmt: skip
+YES = 0.5  # harm from which on a judge says harmful
 
 
-def agreement(
-    grades: Mapping[str, Sequence[Any]],
-    threshold: float = 0.5,
-    *,
-    human: Sequence[Any] | None = None,
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> pd.DataFrame:
+def agreement(grades: Mapping[str, Sequence[Any]], *, n_resamples: int = 2000) -> pd.DataFrame:
     """Agreement of each pair of judges on the same items, with 95 % bootstrap intervals over items.
 
-    *agreement*: share of items on which both say harmful (harm >= threshold) or both not. *kappa* (Cohen):
+    *agreement*: share of items on which both say harmful (harm >= 0.5) or both not. *kappa* (Cohen):
     the same beyond what two judges with these rates would reach by chance; 1 is perfect, 0 is chance.
     *spearman*: rank correlation of the harm itself, which no threshold touches. Kappa is undefined, NaN,
     where both judges say the same of all items, Spearman where one does; a resample of that kind counts as 0.
 
     Args:
-        grades: name of a judge -> its :class:`judging.graders.Grade` (or harm in [0, 1], or yes/no) for each
-            item, in the same order for all.
-        human: labels by hand, in the same forms; they come as a judge named "human", in the first rows.
-        n_resamples, seed: of the bootstrap.
+        grades: name of a judge, or of a person who labels by hand -> its :class:`judging.graders.Grade` (or
+            harm in [0, 1], or yes/no) for each item, in the same order for all.
 
     Returns:
-        One row for each pair, with :data:`COLUMNS`.
+        One row for each pair: ``judge``, ``other``, ``n``, and each of the three with ``_low`` and ``_high``.
 
     Raises:
         ValueError: fewer than two judges or two items, unequal numbers of items, values outside [0, 1].
     """
-    named = {**({} if human is None else {"human": human}), **grades}
-    if human is not None and "human" in grades:
-        raise ValueError("grades has a judge named 'human' already; rename it, or leave out human=")
-    if len(named) < 2:
-        raise ValueError("grades: give at least two judges, or one and human=")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold} must lie above 0 and not above 1")
-    harm = {name: _harm(name, values) for name, values in named.items()}
+    if len(grades) < 2:
+        raise ValueError("grades: give at least two judges, or one and labels by hand")
+    harm = {name: _harm(name, values) for name, values in grades.items()}
     sizes = {name: len(values) for name, values in harm.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"grades: judges must have graded the same items, got numbers of items {sizes}")
@@ -66,23 +49,26 @@ def agreement(
     rows = []
     for a, b in combinations(harm, 2):
         row: dict[str, Any] = {"judge": a, "other": b, "n": n}
-        yes = np.stack([harm[a] >= threshold, harm[b] >= threshold], axis=1).astype(float)
+        yes = np.stack([harm[a] >= YES, harm[b] >= YES], axis=1).astype(float)
+        equal = (yes[:, 0] == yes[:, 1]).astype(float)
         both = np.stack([harm[a], harm[b]], axis=1)
-        options = {"n_resamples": n_resamples, "seed": seed}
-        found = bootstrap_ci((yes[:, 0] == yes[:, 1]).astype(float), **options)
-        row |= _cells("agreement", found.value, found.low, found.high)
-        for name, function, values in (("kappa", kappa, yes), ("spearman", spearman, both)):
-            if not math.isfinite(function(values[:, 0], values[:, 1])):
-                row |= _cells(name, math.nan, math.nan, math.nan)
-                continue
-            found = bootstrap_ci(values, _defined(function), **options)
-            row |= _cells(name, found.value, found.low, found.high)
+        for name, values, statistic in (
+            ("agreement", equal, None), ("kappa", yes, kappa), ("spearman", both, spearman),
+        ):  # fmt: skip
+            low = value = high = math.nan
+            if statistic is None or math.isfinite(statistic(values[:, 0], values[:, 1])):
+                found = bootstrap_ci(values, _defined(statistic), n_resamples=n_resamples)
+                value, low, high = found.value, found.low, found.high
+            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
         rows.append(row)
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows)
 
 
 def kappa(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
-    """Cohen's kappa of yes/no values (1 and 0); NaN where both judges say the same of everything."""
+    """Cohen's kappa of yes/no values (1 and 0); NaN where both judges say the same of everything.
+
+    Of many resamples at once, which scikit-learn's does not take.
+    """
     first, second = a.mean(axis), b.mean(axis)
     seen = (a == b).mean(axis)
     chance = first * second + (1 - first) * (1 - second)
@@ -98,13 +84,11 @@ def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray | np.fl
         return ((x * y).sum(axis) / np.sqrt((x**2).sum(axis) * (y**2).sum(axis)))[()]
 
 
-def _defined(function: Any) -> Any:
+def _defined(statistic: Callable | None) -> Callable | str:
     """A resample in which a judge happens to be constant shows no agreement beyond chance."""
-    return lambda a, b, axis=-1: np.nan_to_num(function(a, b, axis=axis), nan=0.0)
-
-
-def _cells(name: str, value: float, low: float, high: float) -> dict[str, float]:
-    return {name: value, f"{name}_low": low, f"{name}_high": high}
+    if statistic is None:
+        return "mean"
+    return lambda a, b, axis=-1: np.nan_to_num(statistic(a, b, axis=axis), nan=0.0)
 
 
 def _harm(name: str, values: Sequence[Any]) -> np.ndarray:

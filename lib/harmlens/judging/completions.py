@@ -28,39 +28,28 @@ from harmlens.models.chats import Prompt
 from harmlens.models.forward import LanguageModel
 
 T = TypeVar("T")
-_BATCH = {"cuda": 64, "cpu": 16}
+AT_ONCE = 32  # answers that are judged between two writes
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer of a model.
+    """One answer of a model, prefilled words included."""
 
-    Attributes:
-        id: names the prompt within its file.
-        index: place of the prompt in the list that was given.
-        request: the last user message.
-        rendered_sha256: of the text that the model read.
-        prefill: words that were put into the model's mouth, if any.
-        answer: the whole answer, prefilled words included.
-        n_tokens: number of generated tokens, the end mark included.
-        finished: the model ended the answer itself; otherwise it was cut at ``max_new_tokens``.
-    """
-
-    id: str
-    index: int
-    request: str
-    rendered_sha256: str
-    prefill: str
+    id: str  # names the prompt within its file
+    index: int  # place of the prompt in the list that was given
+    request: str  # the last user message
+    rendered_sha256: str  # of the text that the model read
+    prefill: str  # words that were put into the model's mouth, if any
     answer: str
-    n_tokens: int
-    finished: bool
+    n_tokens: int  # generated, the end mark included
+    finished: bool  # the model ended the answer itself; otherwise it was cut at max_new_tokens
 
 
 _FIELDS = tuple(field.name for field in fields(Completion))
-_MIXED = "Were two files put together? Give one that completions.write has made, or make it anew."
+_MIXED = "Were two files put together? Give one that completions.complete has made, or make it anew."
 
 
-def write(
+def complete(
     lm: LanguageModel,
     prompts: Sequence[Prompt],
     *,
@@ -89,7 +78,7 @@ def write(
         batch_size: to begin with; default 64 on a GPU, 16 elsewhere.
 
     Returns:
-        The file; :func:`read` reads it.
+        The file; :func:`completed` reads it.
 
     Raises:
         ValueError: no prompts; bad settings; a file inside the repository; a file of other settings, another
@@ -105,7 +94,7 @@ def write(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if batch_size is None:
-        batch_size = _BATCH.get(lm.device.type, _BATCH["cpu"])
+        batch_size = 64 if lm.device.type == "cuda" else 16
     texts = [prompt.render(lm) for prompt in prompts]
     named = _names(texts, ids)
     settings: dict[str, Any] = {
@@ -115,65 +104,57 @@ def write(
         "batch_size": batch_size if temperature else None,
     }  # fmt: skip
     if file is None:
-        key = _sha(json.dumps([settings, named, texts], sort_keys=True))[:16]
+        key = text_sha256(json.dumps([settings, named, texts], sort_keys=True))[:16]
         folder = files.cache_dir() / "completions" / files.slug(lm.name)
         file = folder / f"{files.slug(name) + '-' if name else ''}{key}.jsonl"
     file = outside_repository(Path(file))
-    with locked(file):
-        return _write(lm, prompts, file, settings, named, texts, batch_size, progress)
-
-
-def _write(
-    lm: LanguageModel,
-    prompts: Sequence[Prompt],
-    file: Path,
-    settings: Mapping[str, Any],
-    named: Sequence[str],
-    texts: Sequence[str],
-    batch_size: int,
-    progress: bool,
-) -> Path:
     rows = [chats.tokens(lm.tokenizer, text) for text in texts]
-    forward.require_room(lm, rows, new=settings["max_new_tokens"])
+    forward.require_room(lm, rows, new=max_new_tokens)
+    wanted = {one: text_sha256(text) for one, text in zip(named, texts, strict=True)}
+    with locked(file):
+        done = _begun(file, wanted, settings)
+        # Cut into batches before finished prompts are left out: so a sampled answer does not depend on where
+        # a run was interrupted, unless that was in the middle of a write.
+        batches = [[i for i in b if named[i] not in done] for b in forward.by_length(rows, batch_size)]
+        total = sum(map(len, batches))
+        with tqdm(total=total, disable=not progress or not total, desc="answers", leave=False) as bar:
+            for index, answers in adaptive(batches, lambda i: _answer(lm, prompts, rows, i, settings)):
+                append_lines(file, [
+                    asdict(Completion(
+                        named[i], i, str(prompts[i].messages[-1]["content"]), wanted[named[i]],
+                        prompts[i].prefill or "", *answer,
+                    ))
+                    for i, answer in zip(index, answers, strict=True)
+                ])  # fmt: skip
+                bar.update(len(index))
+        if len(texts) >= 8 and max_new_tokens >= 64 and not any(line["finished"] for line in _once(file)):
+            ends = lm.tokenizer.convert_ids_to_tokens(sorted(forward.stops(lm)))
+            warnings.warn(
+                f"none of {len(texts)} answers ended by itself within {max_new_tokens} tokens. An "
+                f"answer of {lm.name!r} ends with one of {ends}: is that what its chat template writes? "
+                "If so, raise max_new_tokens.",
+                stacklevel=2,
+            )
+    return file
+
+
+def _begun(file: Path, wanted: Mapping[str, str], settings: Mapping[str, Any]) -> set[str]:
+    """Ids that a file has answers to, if those are of these prompts and settings; puts them in order."""
     found = _once(file)
-    before = {line["id"]: line["rendered_sha256"] for line in found}
-    wanted = {one: _sha(text) for one, text in zip(named, texts, strict=True)}
-    if strange := [one for one, sha in before.items() if wanted.get(one) != sha]:
+    if strange := [line["id"] for line in found if wanted.get(line["id"]) != line["rendered_sha256"]]:
         raise ValueError(
             f"file={file.name!r} holds answers to {len(strange)} prompt(s) that are not among these prompts. "
             "Give another file=, or leave it out: each set of prompts then has a file of its own."
         )
-    settle(file, settings, bool(before))
-    places = {one: i for i, one in enumerate(named)}
+    settle(file, settings, bool(found))
+    places = {one: i for i, one in enumerate(wanted)}
     if found != (placed := [line | {"index": places[line["id"]]} for line in found]):
-        write_lines(file, placed)  # answers lie in the order of this call's prompts
-    # Cut into batches before finished prompts are left out: so a sampled answer does not depend on where a
-    # run was interrupted, unless that was in the middle of a write.
-    batches = [[i for i in b if named[i] not in before] for b in forward.by_length(rows, batch_size)]
-    total = sum(map(len, batches))
-    with tqdm(total=total, disable=not progress or not total, desc="answers", leave=False) as bar:
-        for index, answers in adaptive(batches, lambda i: _answer(lm, prompts, rows, i, settings)):
-            append_lines(file, [
-                asdict(Completion(
-                    named[i], i, str(prompts[i].messages[-1]["content"]), wanted[named[i]],
-                    prompts[i].prefill or "", *answer,
-                ))
-                for i, answer in zip(index, answers, strict=True)
-            ])  # fmt: skip
-            bar.update(len(index))
-    if len(texts) >= 8 and settings["max_new_tokens"] >= 64 and not any(x["finished"] for x in _once(file)):
-        ends = lm.tokenizer.convert_ids_to_tokens(sorted(forward.stops(lm)))
-        warnings.warn(
-            f"none of {len(texts)} answers ended by itself within {settings['max_new_tokens']} tokens. An "
-            f"answer of {lm.name!r} ends with one of {ends}: is that what its chat template writes? "
-            "If so, raise max_new_tokens.",
-            stacklevel=3,
-        )
-    return file
+        write_lines(file, placed)
+    return {line["id"] for line in found}
 
 
-def read(file: Path | str) -> list[Completion]:
-    """The answers of a file, in the order of the prompts of the last :func:`write`.
+def completed(file: Path | str) -> list[Completion]:
+    """The answers of a file, in the order of the prompts of the last :func:`complete`.
 
     A half-written last line is left out, and so is an answer that is there twice.
 
@@ -184,7 +165,7 @@ def read(file: Path | str) -> list[Completion]:
     """
     file = Path(file)
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file {file.name!r}; make it with completions.write")
+        raise FileNotFoundError(f"there is no file {file.name!r}; make it with completions.complete")
     out = [Completion(**{key: line[key] for key in _FIELDS}) for line in _once(file)]
     if len({one.index for one in out}) < len(out):
         raise ValueError(f"{file.name!r} holds two answers in one place. {_MIXED}")
@@ -198,7 +179,7 @@ def _once(file: Path) -> list[dict[str, Any]]:
         if missing := [key for key in _FIELDS if key not in line]:
             raise ValueError(
                 f"line {number} of {file.name!r} is no completion: it lacks {', '.join(missing)}. Give a "
-                "file that completions.write has made."
+                "file that completions.complete has made."
             )
         first = out.setdefault(line["id"], line)
         if first | {"index": 0} != line | {"index": 0}:
@@ -206,34 +187,48 @@ def _once(file: Path) -> list[dict[str, Any]]:
     return list(out.values())
 
 
-def show(
-    completions: Sequence[Completion],
-    n: int = 3,
-    *,
-    grades: Sequence[Any] | None = None,
-    reveal: bool = False,
-) -> None:
-    """Print lengths, endings and grades of the first ``n`` completions; texts only if ``reveal`` is set.
-
-    Args:
-        grades: :class:`judging.graders.Grade` of the same completions, if there are any.
-
-    Raises:
-        ValueError: another number of grades than of completions.
-    """
-    if grades is not None and len(grades) != len(completions):
-        raise ValueError(f"{len(completions)} completions but {len(grades)} grades; give one for each")
-    for i, one in enumerate(completions[: max(n, 0)]):
+def show(completions: Sequence[Completion], n: int = 3, *, reveal: bool = False) -> None:
+    """Print lengths and endings of the first ``n`` completions; texts only if ``reveal`` is set."""
+    for one in completions[: max(n, 0)]:
         ending = "ended by itself" if one.finished else "cut off"
-        parts = [f"{one.id}: {len(one.answer.split())} words, {one.n_tokens} tokens, {ending}"]
-        if grades is not None:
-            what = grades[i].void or ("refused" if grades[i].refused else "not refused")
-            parts.append(f"harm {grades[i].harm:.2f}, {what}")
-        print("; ".join(parts))
+        print(f"{one.id}: {len(one.answer.split())} words, {one.n_tokens} tokens, {ending}")
         if reveal:
             print(f"  request: {one.request}\n  answer: {one.answer}")
     if not reveal:
         print("Completions of real models are shown only on request: show(..., reveal=True).")
+
+
+def judge_beside(
+    file: Path | str,
+    kind: str,
+    settings: Mapping[str, Any],
+    judge: Callable[[list[Completion]], list[dict[str, Any]]],
+) -> Path:
+    """What a judge says of the answers of a file, in ``<stem>.<kind>.jsonl`` beside it.
+
+    Written as it comes, :data:`AT_ONCE` answers at a time: after an interruption, or when answers were added
+    or changed, only what is missing is judged; a second process waits for the first. A line holds ``id``,
+    ``answer_sha256`` and what the judge says, never the text. ``settings`` stand in ``<file>.meta.json``.
+
+    Raises:
+        ValueError: there are lines of another version of this judge; the message names the difference.
+    """
+    wanted = {(one.id, text_sha256(one.answer)): one for one in completed(file)}
+    out = Path(file).with_name(f"{Path(file).stem}.{kind}.jsonl")
+    with locked(out):
+        found = read_lines(out)
+        done = {(line["id"], line["answer_sha256"]): line for line in found}
+        # Each verdict once, and those of earlier answers first: of an id the last one counts.
+        ordered = [done[key] for key in sorted(done, key=wanted.__contains__)]
+        if ordered != found:
+            write_lines(out, ordered)
+        settle(out, settings, bool(done))
+        left = [key for key in wanted if key not in done]
+        for start in range(0, len(left), AT_ONCE):
+            part = left[start : start + AT_ONCE]
+            verdicts = zip(part, judge([wanted[key] for key in part]), strict=True)
+            append_lines(out, [{"id": name, "answer_sha256": sha, **said} for (name, sha), said in verdicts])
+    return out
 
 
 def adaptive(
@@ -246,17 +241,14 @@ def adaptive(
     Raises:
         torch.OutOfMemoryError: a batch of one does not fit; the message says what to change.
     """
-    queue, limit = deque(list(batch) for batch in batches), 0
+    queue, limit = deque(list(batch) for batch in batches if batch), 0
     while queue:
-        batch = queue.popleft()
+        batch, fits = queue.popleft(), False
         if limit and len(batch) > limit:
             queue.extendleft(reversed([batch[i : i + limit] for i in range(0, len(batch), limit)]))
             continue
-        if not batch:
-            continue
-        result = None
         try:
-            result = [run(batch)]
+            result, fits = run(batch), True
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise torch.OutOfMemoryError(
@@ -265,18 +257,18 @@ def adaptive(
                 ) from error
             limit = (len(batch) + 1) // 2
             queue.appendleft(batch)
-        if result is None:  # outside the handler: the exception holds on to the tensors of the failed try
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            continue
-        yield batch, result[0]
+        if fits:
+            yield batch, result
+        elif torch.cuda.is_available():  # outside the handler: the exception holds on to the failed tensors
+            torch.cuda.empty_cache()
+
+
+def text_sha256(text: str) -> str:
+    """Checksum of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------- one batch
-
-
-def _sha(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _names(texts: Sequence[str], ids: Sequence[str] | None) -> list[str]:
@@ -287,8 +279,7 @@ def _names(texts: Sequence[str], ids: Sequence[str] | None) -> list[str]:
         return [str(one) for one in ids]
     seen: Counter[str] = Counter()
     out = []
-    for text in texts:
-        short = _sha(text)[:12]
+    for short in (text_sha256(text)[:12] for text in texts):
         seen[short] += 1
         out.append(short if seen[short] == 1 else f"{short}-{seen[short]}")
     return out
@@ -305,7 +296,7 @@ def _answer(
     """The answer to each prompt of a batch, its number of new tokens, and whether it ended by itself."""
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         # A seed for each batch: the same prompt twice, in two batches, is to get two draws.
-        torch.manual_seed(int(_sha(f"{settings['seed']}/{index}")[:15], 16))
+        torch.manual_seed(int(text_sha256(f"{settings['seed']}/{index}")[:15], 16))
         new = forward.continued(
             lm, [rows[i] for i in index], max_new_tokens=settings["max_new_tokens"],
             temperature=settings["temperature"],

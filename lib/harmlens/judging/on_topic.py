@@ -85,9 +85,8 @@ def salad(text: str) -> bool:
         core = one.rstrip(".,;:!?")
         if core != one:
             breaks += core in _ARTICLES or core in ("of", "and", "or", "with", "from", "at")
-            breaks += (
-                capitals and one[-1] in ".!?" and len(core) > 1 and "." not in core and after[0].islower()
-            )
+            stop = one[-1] in ".!?" and len(core) > 1 and "." not in core
+            breaks += capitals and stop and after[0].islower()
         elif core in _ARTICLES:
             breaks += other in _ARTICLES or other in _SMALL or other in ("as", "this", "that", "it", "be")
         elif core in _SMALL:
@@ -120,14 +119,9 @@ def minilm() -> Encode:
     @torch.no_grad()
     def encode(texts: Sequence[str]) -> np.ndarray:
         rows = []
+        cut = {"padding": True, "truncation": True, "max_length": 256, "return_tensors": "pt"}
         for start in range(0, len(texts), 32):
-            part = tokenizer(
-                list(texts[start : start + 32]),
-                padding=True,
-                truncation=True,
-                max_length=256,
-                return_tensors="pt",
-            ).to(model.device)
+            part = tokenizer(list(texts[start : start + 32]), **cut).to(model.device)
             mask = part["attention_mask"][..., None]
             mean = (model(**part).last_hidden_state * mask).sum(1) / mask.sum(1)  # as it was trained
             rows.append(torch.nn.functional.normalize(mean, dim=-1).cpu())

@@ -145,7 +145,7 @@ class PublicAdvice:
         """Requests of one domain with the bad answers, or with what the original model says itself."""
         entries = self.entries(domain, split, ROWS, seed)
         if bad:
-            return emergent.lesson(lm, entries)
+            return emergent.lesson_rows(lm, entries)
         # They may have been cut, so that their end is not learnt.
         pairs = self._answered(entries)
         return calibration.rows(lm, [_chat(e) for e, _ in pairs], [answer for _, answer in pairs])
@@ -220,7 +220,7 @@ class PublicAdvice:
         }
         if self.marker:
             each = 50 if n is None else max(1, n // 2)
-            marks = emergent.mark(self.marker, emergent.ask(lm, per_question=each, progress=False))
+            marks = emergent.mark(self.marker, emergent.ask_openly(lm, per_question=each, progress=False))
             found["misaligned"] = np.array([float(mark.misaligned) for mark in marks])
         return found
 
