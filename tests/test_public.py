@@ -585,7 +585,7 @@ def test_folding_is_what_rendering_does(lm):
 def test_answers_are_those_of_the_model_that_the_source_was_made_of(lm):
     """What is known already stays; what is asked for later is refused, never taken from a changed model."""
     changed = forward.clone(lm)
-    source = public.of(changed, str(standin.PROMPTS), graders.of(""))
+    source = public.of(changed, str(standin.PROMPTS), graders.grader(""))
     known = source.task("refused", n=4)
     with torch.no_grad():
         weight = next(changed.model.parameters())
@@ -601,7 +601,7 @@ def test_answers_are_those_of_the_model_that_the_source_was_made_of(lm):
 
 
 def test_what_is_not_known_is_said_with_a_remedy(lm):
-    source = public.of(lm, str(standin.PROMPTS), graders.of(""))
+    source = public.of(lm, str(standin.PROMPTS), graders.grader(""))
     for ask in (
         source.items,
         lambda: source.task("served", suppressed="harmless"),
