@@ -216,7 +216,7 @@ def test_units_of_the_last_mlp(lm, pairs, y1):
     near(torch.stack([found.at(u) for u in some]), real.effects[:, 0, 0], lm)
     whole = patching.sweep(lm, pairs, y1, sites=("mlp_out",), layers=[LAYERS - 1])
     order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(0)).tolist()
-    grown = neurons.recovery(lm, pairs, y1, order, ks=[0, len(order)])
+    grown = neurons.set_effects(lm, pairs, y1, {k: order[:k] for k in (0, len(order))})
     near(grown.at(0), torch.zeros(len(pairs)), lm)
     near(grown.at(len(order)), whole.at("mlp_out")[0], lm)
 
