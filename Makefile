@@ -76,7 +76,7 @@ notebooks: $(STAMP)
 	@$(PY) tools/refresh_notebooks.py $(ARGS)
 
 scorecard: $(STAMP)
-	@$(PY) -m harmlens.evidence.results $(ARGS)
+	@$(PY) tools/scorecard.py $(ARGS)
 
 organism: $(STAMP)
 	@$(PY) -m harmlens.training.train $(ARGS)

@@ -16,7 +16,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from harmlens.asking import prompts
-from harmlens.evidence import claims, results
+from harmlens.evidence import results
+from harmlens.evidence.stats import Estimate
 from harmlens.flow import directions, interventions, outcomes, patching
 from harmlens.judging import completions, graders
 from harmlens.keep import digests, remember
@@ -439,15 +440,14 @@ def test_a_folder_that_takes_no_files_is_named_with_the_remedy(lm, tmp_path, mon
 # --------------------------------------------------------------------------- results
 
 
-def good(**changes):
-    return {
-        "value": 0.4, "ci": (0.3, 0.5), "n": 108, "unit": "request", "per_seed": {0: (0.4, 0.3, 0.5)},
-        "model": "organism/sft", "notebook": "00_model_organism",
-    } | changes  # fmt: skip
+def good(value=0.4, low=0.3, high=0.5, per_seed=None, **changes):
+    one = Estimate(value, low, high, 108, {0: per_seed or Estimate(value, low, high, 108)})
+    asked = {"unit": "request", "model": "organism/sft", "notebook": "00_model_organism"}
+    return {"estimate": one, **asked, **changes}
 
 
 def other(value, **changes):
-    return good(value=value, ci=(value, value), per_seed={0: (value,) * 3}, **changes)
+    return good(value, value, value, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -526,11 +526,11 @@ def test_h32_an_edited_result_is_left_out_with_a_warning(edit):
     [
         (
             "V4",
-            {"value": 0.9, "ci": (0.85, 0.95)},
+            good(0.9, 0.85, 0.95, per_seed=Estimate(0.4, 0.3, 0.5, 108)),
             r"value: 0.9 lies outside the values of its seeds, 0.4 to 0.4",
         ),
         ("V4", other(20.0), r"value: 20 is no share, which lies in 0 to 1. Is it in percent\?"),
-        ("V4", {"control": claims.Control("chance", 20.0)}, r"control.value: 20 is no share"),
+        ("V4", {"control": ("chance", Estimate(20.0, 20.0, 20.0, 3))}, r"control.value: 20 is no share"),
         ("V4", other(-0.1), "no share"),
         ("C1", other(-1.5), "no difference of shares, which lies in -1 to 1"),
         ("R1a", other(1.2), "no relative drop"),
@@ -555,7 +555,7 @@ def test_h32_a_key_given_twice_in_the_registry_is_refused(tmp_path, line):
     file = tmp_path / "claims.yaml"
     whole = (data_dir() / "claims.yaml").read_text()
     file.write_text(whole)
-    assert claims.load_claims(file)
+    assert results.load_claims(file)
     file.write_text(whole.rstrip("\n") + "\n" + line)
     with pytest.raises(ValueError, match=r"claims.yaml.*key '(reason|threshold)' is given twice"):
-        claims.load_claims(file)
+        results.load_claims(file)

@@ -106,11 +106,6 @@ def test_counts_that_are_none_are_named(k, n):
         stats.proportion_ci(k, n)
 
 
-def test_a_confidence_in_per_cent_is_refused_for_shares_too():
-    with pytest.raises(ValueError, match="confidence"):
-        stats.proportion_ci(3, 10, confidence=95)
-
-
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [

@@ -24,12 +24,12 @@ def test_estimate_reads_as_in_the_book():
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(finite, min_size=2, max_size=30), st.sampled_from(["mean", "median"]))
-def test_interval_holds_its_value_and_lies_within_the_data(values, statistic):
-    got = stats.bootstrap_ci(values, statistic, **FAST)
+@given(st.lists(finite, min_size=2, max_size=30))
+def test_interval_holds_its_value_and_lies_within_the_data(values):
+    got = stats.bootstrap_ci(values, **FAST)
     assert got.n == len(values)
     assert got.low <= got.value <= got.high
-    if statistic != "mean" or not set(values) <= {0.0, 1.0}:
+    if not set(values) <= {0.0, 1.0}:
         slack = 1e-9 * max(map(abs, [1.0, *values]))
         assert min(values) - slack <= got.low and got.high <= max(values) + slack
 
@@ -87,8 +87,6 @@ def test_bad_options_are_refused_by_name():
         stats.bootstrap_ci([1.0, 2.0], "ratio")
     with pytest.raises(ValueError, match="n_resamples"):
         stats.bootstrap_ci([1.0, 2.0], n_resamples=1)
-    with pytest.raises(ValueError, match="confidence"):
-        stats.bootstrap_ci([1.0, 2.0], confidence=95.0)
 
 
 # ------------------------------------------------------------------ ratio of means, shares
@@ -119,8 +117,6 @@ def test_proportion_matches_scipy_and_knows_the_ends():
     assert stats.proportion_ci(7, 20).ci == pytest.approx((expected.low, expected.high))
     assert stats.proportion_ci(0, 6).ci == pytest.approx((0.0, 0.4593), abs=1e-4)
     assert stats.proportion_ci(6, 6).ci == pytest.approx((0.5407, 1.0), abs=1e-4)
-    wilson = scipy_stats.binomtest(7, 20).proportion_ci(method="wilson")
-    assert stats.proportion_ci(7, 20, method="wilson").ci == pytest.approx((wilson.low, wilson.high))
 
 
 @pytest.mark.parametrize(("k", "n", "name"), [(1, 0, "n:"), (5, 4, "k:"), (-1, 4, "k:"), (1.5, 4, "k:")])
@@ -203,14 +199,15 @@ def test_coverage_on_simulated_data():
 
 
 def test_holm_by_hand_and_by_name():
-    assert stats.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    by_hand = {"a": 0.03, "b": 0.06, "c": 0.06}
+    assert stats.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx(by_hand)
     assert stats.holm({"C1": 0.01, "C2": 0.5}) == pytest.approx({"C1": 0.02, "C2": 0.5})
 
 
 @pytest.mark.parametrize("bad", [[], [0.1, math.nan], [1.2], [-0.1]])
 def test_holm_refuses_what_is_no_p_value(bad):
     with pytest.raises(ValueError, match="p_values"):
-        stats.holm(bad)
+        stats.holm(dict(enumerate(bad)))
 
 
 def test_wilcoxon_by_hand():
@@ -219,15 +216,6 @@ def test_wilcoxon_by_hand():
     assert stats.wilcoxon_greater([1, 1, 1], [2, 3, 4]) > 0.9
     with pytest.raises(ValueError, match="paired"):
         stats.wilcoxon_greater([1, 2], [1, 2, 3])
-
-
-def test_sign_flip_by_hand():
-    assert stats.sign_flip_pvalue([1.0, 2.0, 3.0]) == pytest.approx(1 / 8)  # one of eight sign patterns
-    assert stats.sign_flip_pvalue([1.0, 2.0, 3.0], alternative="less") == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="alternative"):
-        stats.sign_flip_pvalue([1.0, 2.0], alternative="bigger")
-    with pytest.raises(ValueError, match="effects: expected shape"):
-        stats.sign_flip_pvalue([[1.0, 2.0], [3.0, 4.0]])
 
 
 def test_matched_controls_are_others_of_about_the_same_size():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import matplotlib.pyplot as plt
 import pytest
 import yaml
 
+import forest
 import sweep
-from harmlens.evidence import plots, results
+from harmlens.evidence import results
 from harmlens.evidence.stats import Estimate
 from harmlens.keep import files
 from sweep import SweepError
@@ -29,9 +31,10 @@ if os.environ.get("SWEEP_KILL") == tries.name and first:
     os.kill(os.getppid(), signal.SIGKILL)
 if os.environ.get("SWEEP_FAIL") == tries.name:
     raise RuntimeError("fails on purpose")
-results.record("C3f", value=0.1 + seeds[0], ci=(0.0, 4.0), n=5, unit="pair", model=model, notebook="tiny",
-               per_seed={seeds[0]: (0.1 + seeds[0], 0.0, 4.0)}, folder=output,
-               control=results.Control("random", 0.9, (0.8, 1.0)))
+from harmlens.evidence.stats import Estimate
+one = Estimate(0.1 + seeds[0], 0.0, 4.0, 5)
+results.record("C3f", Estimate(one.value, 0.0, 4.0, 5, {seeds[0]: one}), unit="pair", model=model,
+               notebook="tiny", folder=output, control=("random", Estimate(0.9, 0.8, 1.0, 5)))
 """
 
 
@@ -199,10 +202,10 @@ def test_key_of_a_local_model_follows_its_files(tmp_path):
 def finish(cell, value=0.5, control=0.9, written=True):
     """What a finished cell leaves, made by hand."""
     if written:
+        one, beside = Estimate(value, value - 0.2, value + 0.2, 7), Estimate(control, control, control, 7)
         results.record(
-            "C3f", value=value, ci=(value - 0.2, value + 0.2), n=7, unit="pair", model=cell.model,
-            notebook="tiny", per_seed={cell.seed: (value, value - 0.2, value + 0.2)},
-            control=results.Control("random", control), folder=cell.results,
+            "C3f", dataclasses.replace(one, per_seed={cell.seed: one}), control=("random", beside),
+            unit="pair", model=cell.model, notebook="tiny", folder=cell.results,
         )  # fmt: skip
     made = [p.relative_to(cell.folder).as_posix() for p in cell.results.rglob("*.json")]
     files.write_json(cell.done, {"key": cell.key, "results": made})
@@ -253,7 +256,10 @@ def test_forest_holds_what_is_finished_and_lists_what_is_missing(tmp_path):
     assert [(r["model"], r["seed"], r["value"]) for r in rows] == [
         ("organism/sft", 0, 0.5), ("organism/dpo", 1, -1.0),
     ]  # fmt: skip
-    assert rows[0]["control"] == {"name": "random", "value": 0.9, "ci": None} and rows[0]["ci"] == [0.3, 0.7]
+    assert rows[0]["control"] == {"name": "random", "value": 0.9, "ci": [0.9, 0.9]} and rows[0]["ci"] == [
+        0.3,
+        0.7,
+    ]
     assert [(m["cell"], m["state"]) for m in content["missing"]] == [
         ("tiny/organism--sft/seed-1", "failed"), ("tiny/organism--dpo/seed-0", "not run"),
     ]  # fmt: skip
@@ -272,7 +278,7 @@ def test_forest_of_nothing_has_no_picture(tmp_path):
 def test_forest_draws_points_controls_thresholds_and_gaps():
     e, low = Estimate(1.0, 0.5, 1.5, 4), Estimate(0.2, 0.1, 0.3, 4)
     claims = {"A": {"m": {"seed 0": e, "seed 1": low}, "n": {"seed 0": e}}, "B": {"n": {"seed 0": low}}}
-    figure = plots.forest(
+    figure = forest.forest(
         claims, models=["m", "n"], controls={"A": {"m": {"seed 0": low}}}, thresholds={"A": 0.7},
         missing=[f"cell {i}" for i in range(20)],
     )  # fmt: skip
@@ -291,9 +297,9 @@ def test_forest_draws_points_controls_thresholds_and_gaps():
 
 def test_forest_refuses_nothing_and_unlisted_models():
     with pytest.raises(ValueError, match=r"claims is empty"):
-        plots.forest({}, models=["m"])
+        forest.forest({}, models=["m"])
     with pytest.raises(ValueError, match=r"models: lacks m"):
-        plots.forest({"A": {"m": {"seed 0": Estimate(1, 0, 2, 3)}}}, models=["n"])
+        forest.forest({"A": {"m": {"seed 0": Estimate(1, 0, 2, 3)}}}, models=["n"])
 
 
 # --------------------------------------------------------------------------- running

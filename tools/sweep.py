@@ -31,8 +31,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 import execute
-from harmlens.evidence.claims import read_yaml
 from harmlens.keep import files
+from harmlens.keep.files import read_yaml
 from layout import ROOT, read_notebook
 
 FAILED = "FAILED"  # begins the last line of a failed cell's log
@@ -483,6 +483,7 @@ def write_forest(sweep: Sweep) -> dict[str, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
+    import forest
     from harmlens.evidence import plots
     from harmlens.evidence.stats import Estimate
 
@@ -496,7 +497,7 @@ def write_forest(sweep: Sweep) -> dict[str, Any]:
                     at = Estimate(one["value"], *(one["ci"] or (one["value"],) * 2), row["n"])
                     into.setdefault(key, {}).setdefault(row["model"], {})[seed] = at
     plots.style()
-    figure = plots.forest(
+    figure = forest.forest(
         values, controls=controls, models=content["models"],
         thresholds={key: claim["threshold"] for key, claim in content["claims"].items()},
         xlabels={key: claim["scale"] for key, claim in content["claims"].items()},

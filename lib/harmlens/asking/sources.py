@@ -19,9 +19,8 @@ from typing import Any
 from harmlens.asking import layouts
 from harmlens.asking import rows as tables
 from harmlens.asking.layouts import Entry
-from harmlens.evidence.claims import read_yaml
 from harmlens.keep.downloads import Remote, fetch, obtain
-from harmlens.keep.files import cache_dir, data_dir
+from harmlens.keep.files import cache_dir, data_dir, read_yaml
 
 __all__ = ["Entry", "Source", "describe", "entries", "names", "plain"]
 

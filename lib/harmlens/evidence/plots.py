@@ -13,17 +13,19 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from harmlens.evidence.stats import Estimate
 
-_OKABE_ITO = {"orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2",
+# Okabe and Ito's
+PALETTE = {"orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2",
               "red": "#D55E00", "pink": "#CC79A7", "grey": "#7F7F7F"}  # fmt: skip
-STAGE_COLOURS = {"base": _OKABE_ITO["grey"], "mid": _OKABE_ITO["sky"],
-                 "sft": _OKABE_ITO["blue"], "dpo": _OKABE_ITO["green"]}  # fmt: skip
-HARMFUL, HARMLESS, CONTROL = _OKABE_ITO["red"], _OKABE_ITO["green"], _OKABE_ITO["grey"]
-MLP, ATTENTION, LAYER = _OKABE_ITO["orange"], _OKABE_ITO["sky"], _OKABE_ITO["blue"]
+STAGE_COLOURS = {"base": PALETTE["grey"], "mid": PALETTE["sky"],
+                 "sft": PALETTE["blue"], "dpo": PALETTE["green"]}  # fmt: skip
+HARMFUL, HARMLESS, CONTROL = PALETTE["red"], PALETTE["green"], PALETTE["grey"]
+MLP, ATTENTION, LAYER = PALETTE["orange"], PALETTE["sky"], PALETTE["blue"]
 
 
 def style() -> None:
@@ -88,20 +90,10 @@ def depth(
         colours: label -> colour.
     """
     fig, ax = plt.subplots(figsize=(6.4, 3.6))
-    cycle = dict(
-        zip(
-            [*curves, *(levels or {})],
-            [HARMFUL, _OKABE_ITO["blue"], _OKABE_ITO["orange"], CONTROL],
-            strict=False,
-        )
-    )
-    colours = {**cycle, **(colours or {})}
+    cycle = (HARMFUL, PALETTE["blue"], PALETTE["orange"], CONTROL)
+    colours = {**dict(zip([*curves, *(levels or {})], cycle, strict=False)), **(colours or {})}
     for name, values in curves.items():
-        x = np.arange(len(values))
-        ax.plot(x, [e.value for e in values], "o-", ms=4, color=colours[name], label=name)
-        ax.fill_between(
-            x, [e.low for e in values], [e.high for e in values], color=colours[name], alpha=0.2, lw=0
-        )
+        _curve(ax, values, colours[name], 0.2, label=name)
     for name, e in (levels or {}).items():
         ax.axhline(e.value, ls="--", color=colours[name], label=name)
         ax.axhspan(e.low, e.high, color=colours[name], alpha=0.12, lw=0)
@@ -111,32 +103,11 @@ def depth(
     return fig
 
 
-def dots(
-    groups: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str, colours: Mapping[str, str]
-) -> Figure:
-    """Single values as dots with their mean: one panel position per group, one column per series."""
-    fig, ax = plt.subplots(figsize=(6.8, 3.8))
-    rng = np.random.default_rng(0)
-    ticks, labels, x = [], [], 0.0
-    for group, columns in groups.items():
-        centre = x + (len(columns) - 1) / 2
-        for name, values in columns.items():
-            values = np.asarray(values, dtype=float)
-            ax.plot(
-                x + rng.uniform(-0.22, 0.22, len(values)), values, ".", ms=4, alpha=0.35, color=colours[name]
-            )
-            ax.plot([x - 0.3, x + 0.3], [values.mean()] * 2, color=colours[name], lw=3)
-            x += 1
-        ticks.append(centre)
-        labels.append(group)
-        x += 0.6
-    for name in dict.fromkeys(name for columns in groups.values() for name in columns):
-        ax.plot([], [], "o", color=colours[name], label=name)
-    ax.axhline(0, color="0.6", lw=0.8, zorder=0)
-    ax.set(xticks=ticks, xticklabels=labels, ylabel=ylabel)
-    ax.tick_params(axis="x", length=0)
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
-    return fig
+def _curve(ax: Axes, values: Sequence[Estimate], colour: str, alpha: float, label: str) -> None:
+    """Estimates over 0, 1, 2, ... with their intervals as a band."""
+    low, high = [e.low for e in values], [e.high for e in values]
+    ax.fill_between(range(len(values)), low, high, color=colour, alpha=alpha, lw=0)
+    ax.plot([e.value for e in values], "o-", ms=4, color=colour, label=label)
 
 
 def bars(
@@ -185,13 +156,9 @@ def layers(
     for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
         ax.axhline(0, color="0.6", lw=0.8, zorder=0)
         for name, values in curves.items():
-            x, colour = np.arange(len(values)), colours[name]
-            ax.fill_between(
-                x, [e.low for e in values], [e.high for e in values], color=colour, alpha=0.18, lw=0
-            )
-            ax.plot(x, [e.value for e in values], "o-", ms=4, color=colour, label=name)
+            _curve(ax, values, colours[name], 0.18, label=name)
             for seed in values[0].per_seed if seeds else ():
-                ax.plot(x, [e.per_seed[seed].value for e in values], color=colour, lw=0.7, alpha=0.6)
+                ax.plot([e.per_seed[seed].value for e in values], color=colours[name], lw=0.7, alpha=0.6)
         ax.set(xlabel="layer", title=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel(ylabel)
@@ -236,81 +203,6 @@ def heat(
         )  # fmt: skip
         ax.set(title=title, xlabel=xlabel)
         ax.tick_params(axis="both", length=0, rotation=0)
-    return fig
-
-
-def forest(
-    claims: Mapping[str, Mapping[str, Mapping[str, Estimate]]],
-    *,
-    models: Sequence[str],
-    controls: Mapping[str, Mapping[str, Mapping[str, Estimate]]] | None = None,
-    thresholds: Mapping[str, float] | None = None,
-    xlabels: Mapping[str, str] | None = None,
-    missing: Sequence[str] = (),
-) -> Figure:
-    """Forest plot: one panel for each claim, one row for each model, one point for each training seed.
-
-    Filled points are measurements, hollow ones their controls, lines 95 % intervals; the dashed line is
-    the claim's threshold. A model without a measurement of the claim keeps its row.
-
-    Args:
-        claims: claim -> model -> seed label -> estimate.
-        models: the rows from top to bottom, the same in every panel.
-        controls: as ``claims``; may have gaps.
-        thresholds: claim -> where the dashed line stands.
-        xlabels: claim -> what the value is measured in.
-        missing: what was not measured at all, listed below the panels.
-
-    Raises:
-        ValueError: nothing to draw, or a model of ``claims`` that is not in ``models``.
-    """
-    if not claims:
-        raise ValueError("claims is empty: there is nothing to draw")
-    if strangers := sorted({m for rows in claims.values() for m in rows} - set(models)):
-        raise ValueError(f"models: lacks {', '.join(strangers)}, which claims has; add them")
-    seeds = sorted({s for rows in claims.values() for row in rows.values() for s in row})
-    cycle = [_OKABE_ITO[name] for name in ("blue", "red", "green", "pink", "orange", "sky")]
-    colours = {seed: cycle[i % len(cycle)] for i, seed in enumerate(seeds)}
-    step = 0.7 / (2 * len(seeds))  # a measurement and its control for each seed
-    columns = min(2, len(claims))
-    rows = -(-len(claims) // columns)
-    listed = [*missing[:12], *([f"and {len(missing) - 12} more"] if len(missing) > 12 else [])]
-    below = 0.19 * (len(listed) + 1) if listed else 0.0
-    tall = (0.36 + 0.13 * len(seeds)) * len(models) + 1.0
-    size = (3.2 * columns + 1.6, tall * rows + 0.4 + below)
-    fig, axes = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
-    for ax, (claim, row) in zip(axes.flat, claims.items(), strict=False):
-        for i, model in enumerate(models):
-            if i % 2:
-                ax.axhspan(i - 0.5, i + 0.5, color="0.95", zorder=0)
-            if model not in row:
-                ax.text(0.5, i, "not measured", transform=ax.get_yaxis_transform(),
-                        ha="center", va="center", color="0.45", fontsize=8)  # fmt: skip
-            for j, seed in enumerate(seeds):
-                beside = (controls or {}).get(claim, {}).get(model, {}).get(seed)
-                for k, (e, face) in enumerate(
-                    [(row.get(model, {}).get(seed), colours[seed]), (beside, "white")]
-                ):
-                    if e is not None:
-                        y = i + step * (2 * j + k + 0.5 - len(seeds))
-                        ax.plot([e.low, e.high], [y, y], color=colours[seed], lw=1.5, alpha=1 - 0.5 * k)
-                        ax.plot(e.value, y, "o", ms=5, color=colours[seed], mfc=face, zorder=3)
-        if thresholds and claim in thresholds:
-            ax.axvline(thresholds[claim], ls="--", lw=1, color="0.4", zorder=1)
-        ax.set_title(claim)
-        ax.set_xlabel((xlabels or {}).get(claim, ""), fontsize=9)
-        ax.tick_params(axis="y", length=0)
-    for ax in list(axes.flat)[len(claims):]:  # fmt: skip
-        ax.set_visible(False)
-    axes[0, 0].set(yticks=range(len(models)), yticklabels=list(models), ylim=(len(models) - 0.5, -0.5))
-    handles = [plt.Line2D([], [], marker="o", ms=5, lw=1.5, color=colours[s], label=s) for s in seeds]
-    if any((controls or {}).values()):
-        handles.append(
-            plt.Line2D([], [], marker="o", ms=5, lw=1.5, color="0.4", mfc="white", label="control")
-        )
-    fig.legend(handles=handles, loc="outside upper left", ncols=len(handles))
-    if listed:
-        fig.supxlabel("\n".join(["Not finished:", *listed]), x=0.01, ha="left", fontsize=8)
     return fig
 
 

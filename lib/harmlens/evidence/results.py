@@ -1,53 +1,257 @@
-"""From a measured number to a verdict: result files, the registry of claims, the scorecard.
+"""From a measured number to a verdict: the registry of claims, result files, the scorecard.
 
-A notebook measures a claim of ``data/claims.yaml`` and calls :func:`record`, which writes one JSON file
-per claim and model. :func:`scorecard` reads all files and applies the rule of each claim
-(:func:`evidence.claims.verdict`). Nothing in the scorecard is typed by hand, and no model is needed to
-make it again.
+The claims stand in ``data/claims.yaml``, each with its rule, before any number exists. A notebook measures
+one and calls :func:`record`, which writes one JSON file per claim and model. :func:`scorecard` reads them all
+and applies the rule of each claim (:func:`verdict`). No model is needed to make it again.
 
 Introduced in notebook 01 ("What there is to explain"); the scorecard in notebook 19.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
 import os
-import sys
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from harmlens.evidence.claims import (
-    VERDICTS,
-    Claim,
-    Control,
-    Measurement,
-    bounds,
-    explain,
-    load_claims,
-    verdict,
-)
+import yaml
+from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
 from harmlens.evidence.stats import Estimate
 from harmlens.keep import files
-from harmlens.keep.files import build_dir, data_dir, write_json
 
-__all__ = [
-    "VERDICTS", "Claim", "Control", "Measurement", "ResultFileWarning", "default_folders", "explain",
-    "load_claims", "load_measurements", "record", "record_estimate", "results_dir", "scorecard",
-    "summary", "verdict", "write_json",
-]  # fmt: skip
-
+VERDICTS = ("replicated", "direction only", "not replicated", "undecided", "not attempted")
 SCHEMA = 1
 
 
 class ResultFileWarning(UserWarning):
     """A result file could not be used; the others were."""
+
+
+# --------------------------------------------------------------------------- claims and measurements
+
+
+def _said(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must be text that is not empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_said)]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Interval = tuple[Number, Number]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Rule:
+    """When a claim counts as replicated; see :func:`verdict`. ``no_effect`` defaults to the threshold."""
+
+    threshold: Number
+    no_effect: Number
+    margin_over_control: Annotated[Number, Field(ge=0)] | None
+    seeds_share: Annotated[Number, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Claim:
+    """One row of ``data/claims.yaml``; ``unit`` is what n counts, ``scale`` what the value is in."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]  # it names a file
+    paper: Literal["mediation", "pruning", "harmlens"]
+    source: Text
+    statement: Text
+    reported: Text
+    direction: Literal["greater", "less"]
+    statistic: Text
+    scale: Text
+    unit: Text
+    control: Text
+    rule: Rule
+    notebook: Text
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Claim:
+        if self.sign * (self.rule.threshold - self.rule.no_effect) < 0:
+            raise ValueError(f"rule.no_effect lies beyond rule.threshold for direction {self.direction!r}")
+        return self
+
+    @property
+    def sign(self) -> int:
+        """1 where a larger value speaks for the claim, else -1."""
+        return 1 if self.direction == "greater" else -1
+
+
+@dataclass(frozen=True)
+class Control:
+    """What the measurement is compared with; without ``ci`` its value counts as exactly known."""
+
+    name: Text
+    value: Number
+    ci: Interval | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measured claim on one model, as it stands in a result file; seed -> (value, low, high)."""
+
+    claim: Text
+    model: Text
+    notebook: Text
+    value: Number
+    ci: Interval
+    n: Annotated[int, Strict(), Field(ge=1)]
+    unit: Text
+    control: Control | None
+    per_seed: Annotated[dict[int, tuple[Number, Number, Number]], Field(min_length=1)]
+    note: str = ""
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _around_their_values(self) -> Measurement:
+        around = {"ci": (self.value, *self.ci)} | {f"per_seed[{s}]": e for s, e in self.per_seed.items()}
+        if self.control is not None and self.control.ci is not None:
+            around["control.ci"] = (self.control.value, *self.control.ci)
+        for name, (value, low, high) in around.items():
+            slack = 1e-9 * max(1.0, abs(value))
+            if not low - slack <= value <= high + slack:
+                raise ValueError(
+                    f"{name}: must be (low, high) around the value {value:g}, got ({low:g}, {high:g})"
+                )
+        return self
+
+
+_WORDS = {
+    "missing": "is missing",
+    "unexpected_keyword_argument": "is no known field",
+    "finite_number": "must be finite. Look for an empty group or a 0 / 0",
+}
+
+
+def _checked(kind: type, content: Any, where: str = "") -> Any:
+    """``content`` as a ``kind``; what is wrong first is said with its place."""
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        words = _WORDS.get(first["type"], first["msg"].removeprefix("Value error, "))
+        told = f", got {first['input']!r}" if first["loc"] and first["type"] != "missing" else ""
+        raise ValueError(f"{where}{place}{': ' if place else ''}{words}{told}") from None
+
+
+def load_claims(path: str | Path | None = None) -> dict[str, Claim]:
+    """The registry of claims by id, in the order of the file.
+
+    Raises:
+        ValueError: a claim is incomplete or contradicts itself (names the claim and the field); the file is
+            no YAML, or a key is given twice.
+    """
+    path = Path(path) if path is not None else files.data_dir() / "claims.yaml"
+    try:
+        content = files.read_yaml(path)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name}: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("claims"), list):
+        raise ValueError(f"{path.name}: expected a mapping with a list named 'claims'")
+    claims: dict[str, Claim] = {}
+    for number, entry in enumerate(content["claims"], start=1):
+        if isinstance(entry, dict) and isinstance(rule := entry.get("rule"), dict):
+            entry = entry | {"rule": {"no_effect": rule.get("threshold")} | rule}
+        name = entry.get("id", "without id") if isinstance(entry, dict) else "without id"
+        claim = _checked(Claim, entry, f"{path.name}, claim {number} ({name}): ")
+        if claim.id in claims:
+            raise ValueError(f"{path.name}: claim id {claim.id!r} occurs twice")
+        claims[claim.id] = claim
+    return claims
+
+
+_BOUNDS = {
+    r"share( of (?!an effect|a change).*)?|precision|balanced accuracy|Jaccard index|relative depth": (0, 1),
+    r"difference of (shares|accuracies|average precisions|Jaccard indices)": (-1, 1),
+    r"relative drop": (-math.inf, 1),
+}
+
+
+def _measured(content: Mapping[str, Any], claims: Mapping[str, Claim]) -> Measurement:
+    """Check everything that a result file must hold; the same for writing and for reading."""
+    if content["claim"] not in claims:
+        raise ValueError(f"claim: {content['claim']!r} is not in claims.yaml; known are {', '.join(claims)}")
+    found = _checked(Measurement, content)
+    scale = claims[found.claim].scale
+    low, high = next(
+        (ends for form, ends in _BOUNDS.items() if re.fullmatch(form, scale)), (-math.inf, math.inf)
+    )
+    values = {"value": found.value} | {f"per_seed[{s}]": entry[0] for s, entry in found.per_seed.items()}
+    for name, value in (values | ({"control.value": found.control.value} if found.control else {})).items():
+        if not low - 1e-9 <= value <= high + 1e-9:
+            raise ValueError(
+                f"{name}: {value:g} is no {scale}, which lies in {low:g} to {high:g}. Is it in percent?"
+            )
+    seeds, slack = [entry[0] for entry in found.per_seed.values()], 1e-6 * max(1.0, abs(found.value))
+    if not min(seeds) - slack <= found.value <= max(seeds) + slack:
+        raise ValueError(
+            f"value: {found.value:g} lies outside the values of its seeds, {min(seeds):g} to {max(seeds):g}; "
+            "it is to be their mean, or that of the one seed"
+        )
+    return found
+
+
+def verdict(claim: Claim, measurement: Measurement | None) -> tuple[str, str]:
+    """The verdict on a claim, one of :data:`VERDICTS`, and in one line what decided it.
+
+    Read for a claim with direction "greater"; for "less" all comparisons are mirrored. *Near* is the
+    end of the 95 % interval that faces the threshold from beyond (the lower end), *far* the other one.
+
+    - **replicated**: near > threshold, *and* near > upper end of the control's interval +
+      margin_over_control (skipped where the rule has no margin; a measurement without control fails
+      where it has one), *and* at least seeds_share of the seeds have their own value > no_effect.
+    - **direction only**: not replicated in full, but value > threshold; or near > no_effect, a clear
+      effect that is smaller than the threshold asks for.
+    - **not replicated**: neither of these, and far <= threshold: the interval lies wholly on the wrong
+      side.
+    - **undecided**: everything else: the interval reaches across the threshold and the value doesn't.
+    - **not attempted**: no measurement.
+
+    A wider interval, of the measurement or of the control, can only take support away.
+    """
+    if measurement is None:
+        return "not attempted", "no result file for this claim"
+    rule, sign = claim.rule, claim.sign
+    word, short = ("above", "below") if sign > 0 else ("below", "above")
+    value = sign * measurement.value
+    near, far = sorted(sign * end for end in measurement.ci)
+    threshold, no_effect = sign * rule.threshold, sign * rule.no_effect
+
+    failed = []
+    if near <= threshold:
+        failed.append(f"the interval is not wholly {word} {rule.threshold:g}")
+    if rule.margin_over_control is not None:
+        control = measurement.control
+        if control is None:
+            failed.append("no control was measured")
+        elif near <= max(sign * end for end in control.ci or [control.value]) + rule.margin_over_control:
+            failed.append(f"the interval does not clear the control ({control.name})")
+    agree = sum(sign * seed[0] > no_effect for seed in measurement.per_seed.values())
+    seeds = len(measurement.per_seed)
+    if agree < rule.seeds_share * seeds - 1e-9:
+        failed.append(f"only {agree} of {seeds} seeds lie {word} {rule.no_effect:g}")
+
+    if not failed:
+        cleared = "" if rule.margin_over_control is None else ", the control is cleared"
+        held = f"the interval is wholly {word} {rule.threshold:g}{cleared}, {agree} of {seeds} seeds agree"
+        return "replicated", held
+    if value > threshold or near > no_effect:
+        return "direction only", "; ".join(failed)
+    if far <= threshold:
+        return "not replicated", f"the interval is wholly {short} {rule.threshold:g} or at it"
+    return "undecided", f"the interval reaches across {rule.threshold:g}"
 
 
 # --------------------------------------------------------------------------- result files
@@ -56,148 +260,69 @@ class ResultFileWarning(UserWarning):
 def results_dir() -> Path:
     """Where new result files go: HARMLENS_RESULTS if set, else ``results`` in the build folder."""
     from_env = os.environ.get("HARMLENS_RESULTS", "").strip()
-    return Path(from_env).expanduser().resolve() if from_env else build_dir() / "results"
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ValueError(f"{name}: expected a number, got {value!r}")
-    if not math.isfinite(value):
-        raise ValueError(
-            f"{name}: is {float(value)}; a result must be finite. Look for an empty group or a 0 / 0"
-        )
-    return float(value)
-
-
-def _on_scale(name: str, value: Any, claim: Claim) -> float:
-    value, (low, high) = _number(name, value), bounds(claim.scale)
-    if not low - 1e-9 <= value <= high + 1e-9:
-        raise ValueError(
-            f"{name}: {value:g} is no {claim.scale}, which lies in {low:g} to {high:g}. Is it in percent?"
-        )
-    return value
-
-
-def _interval(name: str, ci: Any, value: float) -> tuple[float, float]:
-    if isinstance(ci, str) or not isinstance(ci, Sequence) or len(ci) != 2:
-        raise ValueError(f"{name}: expected (low, high), got {ci!r}")
-    low, high = _number(f"{name}[0]", ci[0]), _number(f"{name}[1]", ci[1])
-    slack = 1e-9 * max(1.0, abs(value))
-    if not low - slack <= value <= high + slack:
-        raise ValueError(f"{name}: must be (low, high) around the value {value:g}, got ({low:g}, {high:g})")
-    return low, high
-
-
-def _seed(key: Any, entry: Any) -> tuple[float, float, float]:
-    triple = (entry.value, entry.low, entry.high) if isinstance(entry, Estimate) else entry
-    if isinstance(triple, str) or not isinstance(triple, Sequence) or len(triple) != 3:
-        raise ValueError(f"per_seed[{key}]: expected (value, low, high) or an Estimate, got {entry!r}")
-    value = _number(f"per_seed[{key}]", triple[0])
-    return (value, *_interval(f"per_seed[{key}] interval", triple[1:], value))
-
-
-def _measurement(content: Mapping[str, Any], known: Mapping[str, Claim]) -> Measurement:
-    """Check everything that a result file must hold; the same for writing and for reading."""
-    if content["claim"] not in known:
-        raise ValueError(f"claim: {content['claim']!r} is not in claims.yaml; known are {', '.join(known)}")
-    for name in ("model", "notebook", "unit"):
-        if not isinstance(content[name], str) or not content[name].strip():
-            raise ValueError(f"{name}: must be text that is not empty, got {content[name]!r}")
-    n = content["n"]
-    if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
-        raise ValueError(f"n: must be a whole number above 0, got {n!r}")
-    claim = known[content["claim"]]
-    value = _on_scale("value", content["value"], claim)
-    control = content.get("control")
-    if control is not None:
-        if not isinstance(control.get("name"), str) or not control["name"].strip():
-            raise ValueError("control.name: must say what the control is")
-        at = _on_scale("control.value", control["value"], claim)
-        ci = control.get("ci")
-        control = Control(control["name"], at, None if ci is None else _interval("control.ci", ci, at))
-    if not isinstance(content["per_seed"], Mapping) or not content["per_seed"]:
-        raise ValueError("per_seed: must hold at least one seed, as {seed: (value, low, high)}")
-    per_seed = {int(key): _seed(key, entry) for key, entry in content["per_seed"].items()}
-    seeds = [_on_scale(f"per_seed[{key}]", entry[0], claim) for key, entry in per_seed.items()]
-    slack = 1e-6 * max(1.0, abs(value))
-    if not min(seeds) - slack <= value <= max(seeds) + slack:
-        raise ValueError(
-            f"value: {value:g} lies outside the values of its seeds, {min(seeds):g} to {max(seeds):g}; it is "
-            "to be their mean, or that of the one seed"
-        )
-    return Measurement(
-        content["claim"], content["model"], content["notebook"], value,
-        _interval("ci", content["ci"], value), int(n), content["unit"], control,
-        per_seed, content.get("note", ""), dict(content.get("provenance", {})),
-    )  # fmt: skip
+    return Path(from_env).expanduser().resolve() if from_env else files.build_dir() / "results"
 
 
 def record(
     claim: str,
+    estimate: Estimate,
     *,
-    value: Real,
-    ci: Sequence[Real],
-    n: Integral,
     unit: str,
-    per_seed: Mapping[Any, Any],
     model: str,
     notebook: str,
-    control: Control | None = None,
-    params: Mapping[str, Any] | None = None,
-    inputs: Iterable[str | Path] = (),
-    revision: str | None = None,
-    device: str = "cpu",
-    dtype: str = "float32",
-    wall_s: Real | None = None,
+    control: tuple[str, Estimate] | None = None,
     note: str = "",
     folder: str | Path | None = None,
+    **made: Any,
 ) -> Path:
     """Write the result file of one claim on one model; returns its path.
 
     Args:
         claim: id from ``data/claims.yaml``.
-        value, ci, n: the statistic of the claim, its 95 % interval, the number of independent units.
-        unit: what n counts: item, request, pair, ... never token.
-        per_seed: training seed -> (value, low, high) or :class:`~evidence.stats.Estimate`. One entry
-            for a model with one set of weights.
-        model: organism ("organism/sft"), folder or Hugging Face id; ``revision`` its commit.
+        estimate: the statistic of the claim, with the estimates of the training seeds if there are several.
+        unit: what its n counts: item, request, pair, ... never token.
+        model: organism ("organism/sft"), folder or Hugging Face id.
         notebook: file name of the notebook without its ending.
-        control: what the claim's control gave.
-        params: the notebook's parameters; inputs: files whose checksums belong to the result.
-        wall_s: seconds that the measurement took.
+        control: what the claim's control is, and what it gave.
         note: one sentence for the reader of the scorecard.
         folder: where to write; default :func:`results_dir`. The file is ``<folder>/<model>/<claim>.json``,
             and a file of the same name is replaced. A model in a folder is called
             :func:`keep.files.model_name`, so that two of one name are two models.
+        made: how it was measured, for :func:`keep.files.provenance`: ``params``, ``device``, ...
 
     Machine paths are shortened to file names before anything is written. A result of the same name but of
     other weights (trained anew, or another commit) is put aside, and a warning says where.
 
     Raises:
-        ValueError: unknown claim, a number that is not finite, an interval that doesn't hold the value,
-            no seeds; names the argument.
+        ValueError: unknown claim, a number that is not finite or not on the claim's scale, an interval that
+            doesn't hold the value; names the field.
     """
+    seeds = {int(seed): _triple(e) for seed, e in (estimate.per_seed or {0: estimate}).items()}
+    beside = None
+    if control is not None:
+        name, value, *ci = (control[0], *_triple(control[1]))
+        beside = {"name": name, "value": value, "ci": ci}
+    value, low, high = _triple(estimate)
     content: dict[str, Any] = {
         "schema": SCHEMA, "claim": claim, "model": files.model_name(model), "notebook": notebook,
-        "value": value, "ci": ci, "n": n, "unit": unit, "per_seed": per_seed,
-        "control": None if control is None else vars(control), "note": files.portable(note),
+        "value": value, "ci": (low, high), "n": int(estimate.n), "unit": unit, "per_seed": seeds,
+        "control": beside, "note": files.portable(note),
     }  # fmt: skip
-    checked = _measurement(content, load_claims())
+    checked = _measured(content, load_claims())
     content |= {
-        "value": checked.value, "ci": checked.ci, "n": checked.n, "ci_low": checked.ci[0],
-        "ci_high": checked.ci[1], "per_seed": {str(key): entry for key, entry in checked.per_seed.items()},
-        "control": None if checked.control is None else vars(checked.control),
-        "provenance": files.provenance(
-            model, revision=revision, seeds=sorted(checked.per_seed), params=params or {}, inputs=inputs,
-            device=device, dtype=dtype, wall_s=None if wall_s is None else _number("wall_s", wall_s),
-        ),
+        "ci_low": low, "ci_high": high, "per_seed": {str(seed): entry for seed, entry in seeds.items()},
+        "provenance": files.provenance(model, seeds=sorted(seeds), **made),
     }  # fmt: skip
     content["sum"] = _sum(content)
     base = Path(folder).expanduser() if folder else results_dir()
     path = base / files.slug(checked.model) / f"{claim}.json"
     _keep_other_weights(path, content["provenance"]["model"])
-    write_json(path, content)
+    files.write_json(path, content)
     return path
+
+
+def _triple(estimate: Estimate) -> tuple[float, float, float]:
+    return float(estimate.value), float(estimate.low), float(estimate.high)
 
 
 def _sum(content: Mapping[str, Any]) -> str:
@@ -224,25 +349,9 @@ def _keep_other_weights(path: Path, model: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-def record_estimate(
-    claim: str, estimate: Estimate, *, control: tuple[str, Estimate] | None = None, **rest: Any
-) -> Path:
-    """:func:`record` for an estimate of :mod:`evidence.stats`, with a named control estimate.
-
-    Args:
-        control: what the control is, and its estimate.
-        rest: ``unit``, ``model``, ``notebook`` and what else :func:`record` takes.
-    """
-    beside = None if control is None else Control(control[0], control[1].value, control[1].ci)
-    return record(
-        claim, value=estimate.value, ci=estimate.ci, n=estimate.n, control=beside,
-        per_seed=estimate.per_seed or {0: estimate}, **rest,
-    )  # fmt: skip
-
-
 def default_folders() -> list[Path]:
     """Your own results first, then those of the default runs that ship with the package."""
-    return [results_dir(), data_dir() / "results"]
+    return [results_dir(), files.data_dir() / "results"]
 
 
 def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measurement]:
@@ -263,8 +372,8 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
                     raise ValueError(f"is not a result file of schema {SCHEMA}")
                 if content.get("sum", "") not in ("", _sum(content)):
                     raise ValueError("was changed after it was written")
-                measurement = _measurement(content, claims)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                measurement = _measured(content, claims)
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 reason = f"lacks {error}" if isinstance(error, KeyError) else error
                 warnings.warn(
                     f"result file {folder.name}/{path.relative_to(folder).as_posix()} left out: {reason}. "
@@ -297,15 +406,15 @@ def scorecard(folders: Iterable[str | Path] | None = None, *, model: str = "all"
     for measurement in load_measurements(folders):
         if model in ("all", measurement.model):
             measured[measurement.claim].append(measurement)
-    rows = []
-    for claim in claims.values():
-        for measurement in sorted(measured[claim.id], key=lambda item: item.model) or [None]:
-            rows.append(_row(claim, measurement))
-    return rows
+    return [
+        _row(claim, measurement)
+        for claim in claims.values()
+        for measurement in sorted(measured[claim.id], key=lambda item: item.model) or [None]
+    ]
 
 
 def _row(claim: Claim, measurement: Measurement | None) -> dict[str, Any]:
-    given, reason = explain(claim, measurement)
+    given, reason = verdict(claim, measurement)
     row: dict[str, Any] = {**vars(claim), "rule": vars(claim.rule), "verdict": given, "reason": reason}
     if measurement is None:
         empty = ("value", "ci_low", "ci_high", "n", "control_value", "control_low", "control_high", "model")
@@ -331,33 +440,3 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> str:
         ids = list(dict.fromkeys(row["id"] for row in rows if row["verdict"] == name))
         lines.append(f"  {name:<15} {counts[name]:>3}  {' '.join(ids)}".rstrip())
     return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: compute the scorecard, write it as JSON, print a summary."""
-    parser = argparse.ArgumentParser(prog="python -m harmlens.evidence.results", description=main.__doc__)
-    parser.add_argument(
-        "folders",
-        nargs="*",
-        help="folders with result files, the first wins (default: yours, then the shipped ones)",
-    )
-    parser.add_argument(
-        "--output", type=Path, help="file to write (default: scorecard.json in the build folder)"
-    )
-    options = parser.parse_args(arguments)
-    if missing := [item for item in options.folders if not Path(item).is_dir()]:
-        parser.error(f"no such folder: {', '.join(missing)}")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        rows = scorecard(options.folders or None)
-    path = options.output or build_dir() / "scorecard.json"
-    write_json(path, rows)
-    print(summary(rows))
-    print(f"written to {os.path.relpath(path)}")
-    for warning in caught:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

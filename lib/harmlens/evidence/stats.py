@@ -1,4 +1,4 @@
-"""Intervals and tests: a thin layer over scipy, statsmodels and TransformerLens.
+"""Intervals and tests: a thin layer over scipy and statsmodels.
 
 Two rules hold everywhere. The unit of resampling is the item, the request or the pair, **never the
 token**: the tokens of one answer are not independent. And every estimate carries its n and its
@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from scipy import stats as scipy_stats
 
 N_RESAMPLES = 5000
-CONFIDENCE = 0.95
+_TAIL = 0.025  # on each side of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,6 @@ def _mean(values: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
     return np.mean(values, axis=axis)
 
 
-def _median(values: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
-    return np.median(values, axis=axis)
-
-
 def _ratio(numerator: np.ndarray, denominator: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
     return np.mean(numerator, axis=axis) / np.mean(denominator, axis=axis)
 
@@ -65,10 +61,7 @@ def _drop(before: np.ndarray, after: np.ndarray, axis: int = -1) -> np.ndarray |
     return 1 - np.mean(after, axis=axis) / np.mean(before, axis=axis)
 
 
-_STATISTICS: dict[str, Callable] = {
-    "mean": _mean, "median": _median, "ratio": _ratio, "relative drop": _drop,
-}  # fmt: skip
-_PAIRED = ("ratio", "relative drop")
+_STATISTICS: dict[str, Callable] = {"mean": _mean, "ratio": _ratio, "relative drop": _drop}
 
 
 def _columns(name: str, values: ArrayLike) -> tuple[np.ndarray, ...]:
@@ -91,11 +84,17 @@ def _columns(name: str, values: ArrayLike) -> tuple[np.ndarray, ...]:
     return (array,) if array.ndim == 1 else tuple(np.ascontiguousarray(array.T))
 
 
-def _vector(name: str, values: ArrayLike) -> np.ndarray:
-    columns = _columns(name, values)
-    if len(columns) != 1:
-        raise ValueError(f"{name}: expected shape [units], got {len(columns)} columns")
-    return columns[0]
+def _paired(name: str, values: ArrayLike, other: str, others: ArrayLike) -> list[np.ndarray]:
+    """Two vectors [units] of one length."""
+    found = []
+    for what, given in ((name, values), (other, others)):
+        columns = _columns(what, given)
+        if len(columns) != 1:
+            raise ValueError(f"{what}: expected shape [units], got {len(columns)} columns")
+        found += columns
+    if len(found[0]) != len(found[1]):
+        raise ValueError(f"{name}, {other}: must be paired, got {len(found[0])} and {len(found[1])} units")
+    return found
 
 
 def _statistic(statistic: str | Callable, n_columns: int) -> Callable:
@@ -103,7 +102,7 @@ def _statistic(statistic: str | Callable, n_columns: int) -> Callable:
         return statistic
     if statistic not in _STATISTICS:
         raise ValueError(f"statistic: {statistic!r} is unknown; use {sorted(_STATISTICS)} or a function")
-    needed = 2 if statistic in _PAIRED else 1
+    needed = 1 if statistic == "mean" else 2
     if n_columns != needed:
         raise ValueError(f"statistic: {statistic!r} needs {needed} column(s) of values, got {n_columns}")
     return _STATISTICS[statistic]
@@ -137,21 +136,12 @@ def _point(function: Callable, columns: tuple[np.ndarray, ...]) -> float:
     return value
 
 
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: must lie between 0 and 1, got {confidence}")
-
-
-def _check_sampling(n_resamples: int, confidence: float) -> None:
-    if n_resamples < 100:
-        raise ValueError(f"n_resamples: {n_resamples} is too few for a 95 % interval; use at least 100")
-    _check_confidence(confidence)
-
-
 def _distribution(
     function: Callable, columns: tuple[np.ndarray, ...], n_resamples: int, seed: int | Sequence[int]
 ) -> np.ndarray:
     """Bootstrap distribution [resamples]; the same seed and n draw the same units."""
+    if n_resamples < 100:
+        raise ValueError(f"n_resamples: {n_resamples} is too few for a 95 % interval; use at least 100")
     if len(columns[0]) < 2:  # of a relative drop: one unit had the ability, and lost a part of it
         raise ValueError("values: one unit only counts; an interval needs at least two")
     with np.errstate(divide="ignore", invalid="ignore"):  # _interval says so
@@ -162,16 +152,13 @@ def _distribution(
     return result.bootstrap_distribution
 
 
-def _interval(
-    distribution: np.ndarray, value: float, n: int, confidence: float, per_seed: Mapping | None = None
-) -> Estimate:
+def _interval(distribution: np.ndarray, value: float, n: int, per_seed: Mapping | None = None) -> Estimate:
     if not np.isfinite(distribution).all():
         raise ValueError(
             "statistic: is not finite on some resamples, since too few units have a denominator (or an "
             "ability before) that is not zero. Take more units"
         )
-    tail = (1 - confidence) / 2
-    low, high = (float(x) for x in np.quantile(distribution, (tail, 1 - tail)))
+    low, high = (float(x) for x in np.quantile(distribution, (_TAIL, 1 - _TAIL)))
     # the interval always holds its own point estimate: percentile intervals of skewed statistics may not
     return Estimate(value, min(low, value), max(high, value), n, per_seed or {})
 
@@ -202,20 +189,18 @@ def bootstrap_ci(
     *,
     n_resamples: int = N_RESAMPLES,
     seed: int | Sequence[int] = 0,
-    confidence: float = CONFIDENCE,
 ) -> Estimate:
     """Percentile bootstrap over units (``scipy.stats.bootstrap``).
 
     Args:
         values: [units], or [units, columns] for a statistic of paired columns. One row is one item,
             request or pair.
-        statistic: "mean", "median", "ratio" (mean of column 0 over mean of column 1), "relative drop"
+        statistic: "mean", "ratio" (mean of column 0 over mean of column 1), "relative drop"
             (1 - mean of column 1, after, over mean of column 0, before), or a function of one array per
             column, vectorised along ``axis`` if it takes such an argument. For a relative drop only units
             that had the ability count (or have it after), in ``n`` too.
         n_resamples: number of resamples.
         seed: of the resampling; the same seed gives the same interval.
-        confidence: of the two-sided interval.
 
     Values that are all equal give an interval of no width. The exception is yes/no outcomes (0 and 1)
     that all came out alike: their mean gets the exact binomial interval. So does a relative drop where all of
@@ -227,25 +212,17 @@ def bootstrap_ci(
     """
     columns = _columns("values", values)
     function = _statistic(statistic, len(columns))
-    _check_sampling(n_resamples, confidence)
     if statistic == "relative drop":
         columns = _with_ability({"values": columns}, False)["values"]
     n = len(columns[0])
     same = _all_same_outcome(columns, statistic)
     if same is not None:
-        return proportion_ci(int(same * n), n, confidence=confidence)
+        return proportion_ci(int(same * n), n)
     distribution = _distribution(function, columns, n_resamples, seed)
-    return _interval(distribution, _point(function, columns), n, confidence)
+    return _interval(distribution, _point(function, columns), n)
 
 
-def ratio_of_means(
-    numerator: ArrayLike,
-    denominator: ArrayLike,
-    *,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
-) -> Estimate:
+def ratio_of_means(numerator: ArrayLike, denominator: ArrayLike) -> Estimate:
     """Mean of ``numerator`` over mean of ``denominator``, both [units] and paired by unit.
 
     The normalised effect of the mediation notebooks: the ratio of the means over pairs, not the mean
@@ -254,33 +231,29 @@ def ratio_of_means(
     Raises:
         ValueError: lengths differ; bad values; the denominator's mean can't be told from zero.
     """
-    top, bottom = _vector("numerator", numerator), _vector("denominator", denominator)
-    if len(top) != len(bottom):
-        raise ValueError(f"numerator, denominator: must be paired, got {len(top)} and {len(bottom)} units")
-    below = bootstrap_ci(bottom, n_resamples=n_resamples, seed=seed, confidence=confidence)
+    top, bottom = _paired("numerator", numerator, "denominator", denominator)
+    below = bootstrap_ci(bottom)
     if below.low <= 0 <= below.high:
         raise ValueError(
             f"denominator: its mean is {below}, which can't be told from zero, so a ratio means nothing. "
             "Drop units below a floor, or report the numerator alone."
         )
-    pair = np.stack([top, bottom], axis=1)
-    return bootstrap_ci(pair, "ratio", n_resamples=n_resamples, seed=seed, confidence=confidence)
+    return bootstrap_ci(np.stack([top, bottom], axis=1), "ratio")
 
 
-def proportion_ci(k: Real, n: Real, *, confidence: float = CONFIDENCE, method: str = "beta") -> Estimate:
-    """Share k / n with the exact Clopper-Pearson interval (``method="wilson"`` for Wilson's).
+def proportion_ci(k: Real, n: Real) -> Estimate:
+    """Share k / n with the exact Clopper-Pearson interval.
 
     Raises:
-        ValueError: n is not positive, k is not between 0 and n, or confidence not between 0 and 1.
+        ValueError: n is not positive, or k is not between 0 and n.
     """
     from statsmodels.stats.proportion import proportion_confint
 
-    _check_confidence(confidence)
     if not float(n).is_integer() or n < 1:  # also catches NaN
         raise ValueError(f"n: must be a whole number above 0, got {n}")
     if not float(k).is_integer() or not 0 <= k <= n:
         raise ValueError(f"k: must be a whole number between 0 and n = {n}, got {k}")
-    low, high = proportion_confint(int(k), int(n), alpha=1 - confidence, method=method)
+    low, high = proportion_confint(int(k), int(n), alpha=2 * _TAIL, method="beta")
     share = k / n
     return Estimate(share, min(max(0.0, float(low)), share), max(min(1.0, float(high)), share), int(n))
 
@@ -292,7 +265,6 @@ def over_seeds(
     shared_units: bool = False,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
-    confidence: float = CONFIDENCE,
 ) -> Estimate:
     """Hierarchical bootstrap: training seeds are resampled, then the units within each.
 
@@ -306,7 +278,7 @@ def over_seeds(
             items of the world. The same units are then drawn for all seeds at once, since an item
             that is hard for one seed is hard for the others too, and n counts the items (of a relative
             drop, those that any seed could do). With False n counts the units of all seeds.
-        n_resamples, seed, confidence: as for :func:`bootstrap_ci`.
+        n_resamples, seed: as for :func:`bootstrap_ci`.
 
     With few seeds a bootstrap of seeds is somewhat too narrow if seeds differ much (its variance over
     seeds is (seeds - 1) / seeds of the right one); the verdict rules therefore also ask that most
@@ -317,7 +289,6 @@ def over_seeds(
     """
     if not values:
         raise ValueError("values: no seeds given; expected {seed: values of its units}")
-    _check_sampling(n_resamples, confidence)
     columns = {int(key): _columns(f"values[{key}]", array) for key, array in values.items()}
     lengths = {key: len(cols[0]) for key, cols in columns.items()}
     if shared_units and len(set(lengths.values())) > 1:
@@ -328,15 +299,17 @@ def over_seeds(
         named = _with_ability({f"values[{key}]": cols for key, cols in columns.items()}, shared_units)
         columns = dict(zip(columns, named.values(), strict=True))
         lengths = {key: len(cols[0]) for key, cols in columns.items()}
-    options = {"n_resamples": n_resamples, "confidence": confidence}
     streams = {key: seed if shared_units else (seed, i) for i, key in enumerate(columns)}
-    per_seed = {key: bootstrap_ci(values[key], statistic, seed=streams[key], **options) for key in columns}
+    per_seed = {
+        key: bootstrap_ci(values[key], statistic, n_resamples=n_resamples, seed=streams[key])
+        for key in columns
+    }
     value = float(np.mean([estimate.value for estimate in per_seed.values()]))
     n = next(iter(lengths.values())) if shared_units else sum(lengths.values())
 
     same = _all_same_outcome([column for cols in columns.values() for column in cols], statistic)
     if same is not None:
-        exact = proportion_ci(int(same * n), n, confidence=confidence)
+        exact = proportion_ci(int(same * n), n)
         return Estimate(exact.value, exact.low, exact.high, n, per_seed)
 
     draws = np.stack([  # [seeds, resamples]; with shared units column b is the same draw in every row
@@ -348,59 +321,25 @@ def over_seeds(
     resample = (
         np.arange(n_resamples)[:, None] if shared_units else rng.integers(n_resamples, size=picked.shape)
     )
-    return _interval(draws[picked, resample].mean(axis=1), value, n, confidence, per_seed)
+    return _interval(draws[picked, resample].mean(axis=1), value, n, per_seed)
 
 
-def _p_values(values: Sequence[float]) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size == 0:
-        raise ValueError("p_values: expected a non-empty list of p-values")
-    if not ((array >= 0) & (array <= 1)).all():  # also catches NaN
-        raise ValueError(f"p_values: must lie between 0 and 1, got {array.tolist()}")
-    return array
-
-
-def holm(p_values: Sequence[float] | Mapping[str, float]) -> np.ndarray | dict[str, float]:
-    """P-values adjusted by Holm's step-down rule; a mapping gives a mapping back.
-
-    The family is the claims of one notebook.
-    """
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """P-values by name, adjusted by Holm's step-down rule. The family is the claims of one notebook."""
     from statsmodels.stats.multitest import multipletests
 
-    if isinstance(p_values, Mapping):
-        adjusted = holm(list(p_values.values()))
-        return dict(zip(p_values, (float(p) for p in adjusted), strict=True))
-    return multipletests(_p_values(p_values), method="holm")[1]
+    values = np.array(list(p_values.values()), dtype=np.float64)
+    if not values.size or not ((values >= 0) & (values <= 1)).all():  # also catches NaN
+        raise ValueError(f"p_values: must be given and lie between 0 and 1, got {values.tolist()}")
+    return dict(zip(p_values, multipletests(values, method="holm")[1].tolist(), strict=True))
 
 
 def wilcoxon_greater(first: ArrayLike, second: ArrayLike) -> float:
     """One-sided p-value that ``first`` exceeds ``second``, paired by unit (Wilcoxon signed-rank test)."""
-    a, b = _vector("first", first), _vector("second", second)
-    if a.shape != b.shape:
-        raise ValueError(f"first, second: must be paired, got {len(a)} and {len(b)} units")
+    a, b = _paired("first", first, "second", second)
     if (a == b).all():
         return 1.0  # no pair differs: nothing speaks for the claim
     return float(scipy_stats.wilcoxon(a, b, alternative="greater").pvalue)
-
-
-def sign_flip_pvalue(
-    effects: ArrayLike, *, alternative: str = "greater", n_permutations: int = 10_000, seed: int = 0
-) -> float:
-    """P-value that the mean of paired effects [units] is zero, by flipping their signs.
-
-    TransformerLens' ``sign_flip_permutation_pvalue``: exact up to 12 units, drawn above that.
-    """
-    import torch  # here and not above: importing TransformerLens takes seconds
-    from transformer_lens.utilities.statistics import derive_generator, sign_flip_permutation_pvalue
-
-    if alternative not in ("greater", "less", "two-sided"):
-        raise ValueError(f"alternative: must be 'greater', 'less' or 'two-sided', got {alternative!r}")
-    values = _vector("effects", effects)
-    p = sign_flip_permutation_pvalue(
-        torch.as_tensor(values), n_permutations=n_permutations, alternative=alternative,
-        generator=derive_generator(seed, "sign flip"),
-    )  # fmt: skip
-    return float(p)
 
 
 def matched(

@@ -22,6 +22,7 @@ from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from filelock import FileLock, Timeout
 
 from harmlens import __version__
@@ -241,6 +242,26 @@ def locked(file: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.MarkedYAMLError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
+        return node
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or a key is given twice; names the line.
+    """
+    return yaml.load(path.read_text(encoding="utf-8"), _Loader)
 
 
 # --------------------------------------------------------------------------- JSON lines
