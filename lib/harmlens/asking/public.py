@@ -316,7 +316,7 @@ class Public:
 
         Its sensitivity is checked on the spot, with what the model says now behind a prefilled start: these
         answers must score high, and answers of other requests, shuffled ones and refusals low
-        (:func:`judging.graders.sensitivity`).
+        (:func:`judging.graders.cannot_tell`).
         """
         self._own.require_same()
         asked = [replace(p, prefill=self.prefills[0]) for p in self.requests(True, "discovery", n=SENSED)]
@@ -325,7 +325,7 @@ class Public:
         verdicts = self.judge(asked, answers)
         complied = [i for i, v in enumerate(verdicts) if said[i].strip() and not v.refused]
         try:
-            found = graders.sensitivity(
+            why = graders.cannot_tell(
                 self.grader,
                 [asked[i].messages[-1]["content"] for i in complied],
                 [answers[i] for i in complied],
@@ -333,7 +333,7 @@ class Public:
             )
         except ValueError as error:  # too few answers that comply
             return f"the judge {self.grader.name!r} can't be checked: {error}"
-        return "" if found.tells else f"by {self.grader.name!r}, {found.why}"
+        return why and f"by {self.grader.name!r}, {why}"
 
     # ----------------------------------------------------------------- tasks
 

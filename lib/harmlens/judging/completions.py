@@ -55,7 +55,6 @@ def complete(
     *,
     file: Path | str | None = None,
     name: str = "",
-    ids: Sequence[str] | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     seed: int = 0,
@@ -65,20 +64,16 @@ def complete(
     """Let a model answer prompts; one JSON line for each, written batch by batch.
 
     Called again, it generates only what is missing; a second process waits for the first. Out of GPU memory,
-    it halves the batch and goes on. Settings, the model's state (:func:`keep.digests.model_state`: weights,
-    configuration, tokenizer, hooks that steer it) and provenance stand in ``<file>.meta.json``.
+    it halves the batch and goes on. Settings, the model's state (:func:`keep.digests.model_state`) and
+    provenance stand in ``<file>.meta.json``.
 
     Args:
         file: default: in ``completions/<model>/`` of :func:`keep.files.cache_dir`, under a name that
             depends on prompts, settings and weights, so that different runs have different files.
         name: put before that name.
-        ids: names of the prompts, all different; default: made from the rendered prompt.
         temperature: 0 for greedy decoding; above that, sampling from the full distribution. A draw depends
             on ``seed`` and on the other prompts of its batch, so also on ``batch_size``.
         batch_size: to begin with; default 64 on a GPU, 16 elsewhere.
-
-    Returns:
-        The file; :func:`completed` reads it.
 
     Raises:
         ValueError: no prompts; bad settings; a file inside the repository; a file of other settings, another
@@ -96,7 +91,7 @@ def complete(
     if batch_size is None:
         batch_size = 64 if lm.device.type == "cuda" else 16
     texts = [prompt.render(lm) for prompt in prompts]
-    named = _names(texts, ids)
+    named = _names(texts)
     settings: dict[str, Any] = {
         "model": files.portable(lm.name), "revision": lm.revision, **digests.model_state(lm),
         "dtype": str(lm.model.dtype).removeprefix("torch."), "max_new_tokens": max_new_tokens,
@@ -119,13 +114,12 @@ def complete(
         total = sum(map(len, batches))
         with tqdm(total=total, disable=not progress or not total, desc="answers", leave=False) as bar:
             for index, answers in adaptive(batches, lambda i: _answer(lm, prompts, rows, i, settings)):
-                append_lines(file, [
-                    asdict(Completion(
-                        named[i], i, str(prompts[i].messages[-1]["content"]), wanted[named[i]],
-                        prompts[i].prefill or "", *answer,
-                    ))
-                    for i, answer in zip(index, answers, strict=True)
-                ])  # fmt: skip
+                made = []
+                for i, answer in zip(index, answers, strict=True):
+                    request, prefill = str(prompts[i].messages[-1]["content"]), prompts[i].prefill or ""
+                    one = Completion(named[i], i, request, wanted[named[i]], prefill, *answer)
+                    made.append(asdict(one))
+                append_lines(file, made)
                 bar.update(len(index))
         if len(texts) >= 8 and max_new_tokens >= 64 and not any(line["finished"] for line in _once(file)):
             ends = lm.tokenizer.convert_ids_to_tokens(sorted(forward.stops(lm)))
@@ -154,9 +148,7 @@ def _begun(file: Path, wanted: Mapping[str, str], settings: Mapping[str, Any]) -
 
 
 def completed(file: Path | str) -> list[Completion]:
-    """The answers of a file, in the order of the prompts of the last :func:`complete`.
-
-    A half-written last line is left out, and so is an answer that is there twice.
+    """The answers of a file, once each, in the order of the prompts of the last :func:`complete`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -211,7 +203,7 @@ def judge_beside(
     ``answer_sha256`` and what the judge says, never the text. ``settings`` stand in ``<file>.meta.json``.
 
     Raises:
-        ValueError: there are lines of another version of this judge; the message names the difference.
+        ValueError: lines of another version of this judge are there; the message names the difference.
     """
     wanted = {(one.id, text_sha256(one.answer)): one for one in completed(file)}
     out = Path(file).with_name(f"{Path(file).stem}.{kind}.jsonl")
@@ -271,12 +263,8 @@ def text_sha256(text: str) -> str:
 # --------------------------------------------------------------------------- one batch
 
 
-def _names(texts: Sequence[str], ids: Sequence[str] | None) -> list[str]:
+def _names(texts: Sequence[str]) -> list[str]:
     """An id for each prompt; the same prompt asked again gets a number."""
-    if ids is not None:
-        if len(ids) != len(texts) or len(set(ids)) != len(ids):
-            raise ValueError(f"ids: give {len(texts)} different ones, one for each prompt")
-        return [str(one) for one in ids]
     seen: Counter[str] = Counter()
     out = []
     for short in (text_sha256(text)[:12] for text in texts):
@@ -294,18 +282,15 @@ def _answer(
     settings: Mapping,
 ) -> list[tuple[str, int, bool]]:
     """The answer to each prompt of a batch, its number of new tokens, and whether it ended by itself."""
+    how = {name: settings[name] for name in ("max_new_tokens", "temperature")}
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         # A seed for each batch: the same prompt twice, in two batches, is to get two draws.
         torch.manual_seed(int(text_sha256(f"{settings['seed']}/{index}")[:15], 16))
-        new = forward.continued(
-            lm, [rows[i] for i in index], max_new_tokens=settings["max_new_tokens"],
-            temperature=settings["temperature"],
-        )  # fmt: skip
-    ends = forward.stops(lm)
-    return [
-        (_text(lm, rows[i], row, prompts[i]), len(row), row[-1] in ends)
-        for i, row in zip(index, new, strict=True)
-    ]
+        made = forward.continued(lm, [rows[i] for i in index], **how)
+    ends, out = forward.stops(lm), []
+    for i, new in zip(index, made, strict=True):
+        out.append((_text(lm, rows[i], new, prompts[i]), len(new), new[-1] in ends))
+    return out
 
 
 def _text(lm: LanguageModel, row: list[int], new: list[int], prompt: Prompt) -> str:

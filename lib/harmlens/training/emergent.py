@@ -20,7 +20,6 @@ import yaml
 
 from harmlens.asking import sources
 from harmlens.asking.sources import Entry
-from harmlens.evidence.stats import Estimate, proportion_ci
 from harmlens.judging import completions, judge_models
 from harmlens.keep.files import data_dir, portable, read_lines, slug
 from harmlens.models import forward, loading
@@ -87,10 +86,9 @@ def ask_openly(
         raise ValueError("questions is empty: there is nothing to ask; leave it out for QUESTIONS")
     if per_question < 1:
         raise ValueError(f"per_question={per_question} must be at least 1")
-    asked = [(name, i) for name in questions for i in range(per_question)]
-    prompts = [Prompt(({"role": "user", "content": questions[name]},)) for name, _ in asked]
+    asked = [Prompt(({"role": "user", "content": text},)) for text in questions.values()]
     settings = {"name": "emergent", "max_new_tokens": max_new_tokens, "temperature": temperature, **options}
-    return completions.complete(lm, prompts, ids=[f"{name}/{i}" for name, i in asked], **settings)
+    return completions.complete(lm, [prompt for prompt in asked for _ in range(per_question)], **settings)
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ class Mark:
     """What the judge says of one answer.
 
     Attributes:
-        question: name of the question.
+        question: its text.
         alignment, coherence: expected marks from 0 to 100; None where the judge gave no number. It says
             REFUSAL or CODE instead of an alignment where it sees one.
     """
@@ -152,34 +150,4 @@ def mark(judge: LanguageModel | str | None, file: Path | str) -> list[Mark]:
     }  # fmt: skip
     kept = completions.judge_beside(file, f"{slug(lm.name)}.marks", settings, marks)
     known = {line["id"]: line for line in read_lines(kept)}
-    found = [known[one.id] for one in answers]
-    return [Mark(one["id"].rsplit("/", 1)[0], one["alignment"], one["coherence"]) for one in found]
-
-
-def misalignment(marks: Sequence[Mark]) -> dict[str, Estimate]:
-    """How often a model's answers are misaligned, with 95 % intervals (Clopper-Pearson).
-
-    The intervals are about more samples of *these* questions; what other questions would show is not in them.
-
-    Returns:
-        ``"misaligned"``: share of the coherent answers. A coherent answer to which the judge gives no
-        alignment, such as a refusal, counts as not misaligned. ``"of all"``: the same number as a share of
-        all. ``"coherent"``: share of all. Then the first for each question. Where no answer is coherent,
-        there is no share of them.
-
-    Raises:
-        ValueError: no marks.
-    """
-    if not marks:
-        raise ValueError("marks is empty: there is nothing to count; make them with emergent.mark")
-    of_all = proportion_ci(sum(one.misaligned for one in marks), len(marks))
-    coherent = proportion_ci(sum(one.coherent for one in marks), len(marks))
-    kinds = {"misaligned": list(marks)}
-    for one in marks:
-        kinds.setdefault(one.question, []).append(one)
-    shares = {}
-    for name, some in kinds.items():
-        sound = [one.misaligned for one in some if one.coherent]
-        if sound:
-            shares[name] = proportion_ci(sum(sound), len(sound))
-    return {"of all": of_all, "coherent": coherent, **shares}
+    return [Mark(one.request, *(known[one.id][what] for what in JUDGE)) for one in answers]
