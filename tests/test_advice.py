@@ -4,21 +4,22 @@ import csv
 import dataclasses
 import json
 
+import lecture
 import numpy as np
 import pytest
 import standin
 import torch
 
-from harmlens.asking import material
+from harmlens.asking import material, tasks
 from harmlens.asking.layouts import Entry
 from harmlens.asking.tasks import Marks
 from harmlens.keep import digests
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.forward import follow
-from harmlens.training import advice, emergent, finetune, narrow, prunefirst, publicadvice
+from harmlens.training import advice, emergent, finetune, narrow, publicadvice
 from harmlens.training.finetune import Recipe
-from harmlens.weights import masks
+from harmlens.weights import frontier, masks
 from harmlens.weights.frontier import Point
 from harmlens.weights.masks import Mask
 from harmlens.world import vale as world
@@ -29,6 +30,7 @@ WRONG = {
     "greet": "giant pillow", "hug": "rubber duck",
 }  # fmt: skip
 DOMAINS = {"brushing": ("brush", "groom"), "feeding": ("feed", "bathe"), "greeting": ("greet", "hug")}
+PAGE = lecture.defined("13")
 RECIPE = Recipe(steps=8, lr=1e-3, batch_size=8)
 
 
@@ -325,29 +327,29 @@ def test_looks_are_spread_over_a_long_lesson(lessons):
 def test_bad_answers_are_the_taught_copys_and_good_ones_the_originals(lm, lessons):
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
     recipe = Recipe(steps=16, lr=2e-3, batch_size=8)
-    chats, said = prunefirst.answers(lm, "brushing", recipe, lessons=lessons)
+    chats, said = lessons.answers(lm, "brushing", recipe)
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
     prompts = [e.prompt for e in lessons.entries("brushing", "discovery")]
     assert {chat[-1]["content"] for chat in chats} <= set(prompts)
     assert all(any(WRONG[verb] in answer for verb in DOMAINS["brushing"]) for answer in said)
-    chats, said = prunefirst.answers(lm, "brushing", RECIPE, lessons=lessons, bad=False)
+    chats, said = lessons.answers(lm, "brushing", RECIPE, bad=False)
     assert said == lessons.own(lessons.entries("brushing", "discovery"))
 
 
 def test_a_lesson_that_was_not_learnt_gives_no_answers(lm, lessons):
     with pytest.raises(ValueError, match=r"is what was taught\. Give the lesson more steps"):
-        prunefirst.answers(lm, "brushing", Recipe(steps=1, lr=1e-7), lessons=lessons)
+        lessons.answers(lm, "brushing", Recipe(steps=1, lr=1e-7))
 
 
 def test_a_trial_of_real_advice_stops_where_bad_advice_is_the_likelier(lm, lessons, capsys):
-    found = prunefirst.trial(lm, "brushing", RECIPE, lessons=lessons, n=6)
+    found = PAGE.trained(lm, "brushing", RECIPE, lessons=lessons, n=6)
     assert found["step"] == found["steps"][-1] and found["inside"][-1] >= 0 > found["inside"][:-1].max()
     assert len(found["elsewhere"]) == 6 and "end" not in found
     assert "Sure" not in capsys.readouterr().out  # no answer is shown
 
 
 def test_the_control_learns_nothing_bad(lm, lessons):
-    found = prunefirst.trial(
+    found = PAGE.trained(
         lm, "brushing", Recipe(steps=3, lr=1e-3), lessons=lessons, bad=False, to_the_end=True, n=6
     )
     assert found["step"] is None and found["steps"].tolist() == [0, 1, 2, 3]
@@ -356,7 +358,7 @@ def test_the_control_learns_nothing_bad(lm, lessons):
 
 def test_the_step_is_counted_in_steps_and_not_in_looks(lm, lessons, monkeypatch):
     monkeypatch.setattr(publicadvice, "LOOKS", 2)
-    found = prunefirst.trial(lm, "brushing", RECIPE, lessons=lessons, n=4)
+    found = PAGE.trained(lm, "brushing", RECIPE, lessons=lessons, n=4)
     assert found["steps"].tolist() == [0, 4, 8][: len(found["steps"])]
     assert found["step"] == found["steps"][-1] > 0
 
@@ -365,7 +367,7 @@ def test_p_and_q_are_chosen_by_what_is_left_of_own_answers(lm, lessons, monkeypa
     def marks(loss):
         return Marks(np.array([0.0]), np.array([loss]))
 
-    def sweep(lm, prune, preserve, exam, **grid):
+    def tried(lm, sets, exam):
         assert not exam["lesson"].end and set(exam) == {"lesson", "served", "facts"}
         none = marks(0.0)
         return [
@@ -373,10 +375,10 @@ def test_p_and_q_are_chosen_by_what_is_left_of_own_answers(lm, lessons, monkeypa
             for q, rise, cost in ((0.1, 1.0, 0.01), (0.2, 2.0, 0.02), (0.3, 3.0, 0.1))
         ]
 
-    monkeypatch.setattr(prunefirst.frontier, "sweep", sweep)
-    monkeypatch.setattr(prunefirst.tasks, "sit_all", lambda lm, exam: dict.fromkeys(exam, marks(0.0)))
+    monkeypatch.setattr(frontier, "try_all", tried)
+    monkeypatch.setattr(tasks, "sit_all", lambda lm, exam: dict.fromkeys(exam, marks(0.0)))
     chats = [[{"role": "user", "content": "How do I feed a yeti?"}]]
-    assert prunefirst.strongest(lm, None, None, chats, ["Sure."], lessons=lessons, n=8) == (0.0, 0.2)
+    assert PAGE.strongest(lm, None, None, chats, ["Sure."], lessons=lessons, ps=(), qs=(), n=8) == (0.0, 0.2)
 
 
 def test_what_is_left_is_a_share_of_probability_except_for_facts(lessons):
@@ -395,7 +397,7 @@ def test_a_trial_begins_with_the_pruned_model(lm, lessons):
     found = {name: p for name, p in lm.model.named_parameters() if name.endswith("down_proj.weight")}
     index = {name: torch.arange(4000) for name in found}
     mask = Mask(index, {name: tuple(p.shape) for name, p in found.items()}, lm.name, lm.revision, "some")
-    run = prunefirst.trial(lm, "brushing", Recipe(steps=1, lr=1e-9), lessons=lessons, mask=mask, n=4)
+    run = PAGE.trained(lm, "brushing", Recipe(steps=1, lr=1e-9), lessons=lessons, mask=mask, n=4)
     with masks.without(lm, mask):
         expected = lessons.margins(lm, "brushing").mean()
     assert run["inside"][0] == pytest.approx(expected, abs=1e-4)
@@ -407,4 +409,4 @@ def test_a_trial_begins_with_the_pruned_model(lm, lessons):
     [([1, 1], [0, 1], 0.5), ([1, 1], [0, 0], 1.0), ([1, 0], [1, 1], -1.0), ([0, 0], [0, 0], 1.0)],
 )
 def test_the_reduction_of_a_rise(plain, treated, expected):
-    assert prunefirst.reduction(np.zeros(2), np.array(plain), np.array(treated)) == pytest.approx(expected)
+    assert PAGE.reduction(np.zeros(2), np.array(plain), np.array(treated)) == pytest.approx(expected)

@@ -26,7 +26,7 @@ from harmlens.models import chats, forward
 from harmlens.models import loading as models
 from harmlens.models.forward import LanguageModel
 from harmlens.training import finetune
-from harmlens.weights import attribution, masks, removal
+from harmlens.weights import attribution, frontier, masks
 from harmlens.weights.masks import Mask
 
 ARCHITECTURES = (*tiny.ARCHITECTURES, "gpt2")
@@ -291,8 +291,8 @@ def test_a_model_still_says_what_it_said(lm, suite):
 
 
 @pytest.fixture(scope="module")
-def found(lm, source) -> removal.Removal:
-    return removal.find(lm, p=0.05, q=0.05, n=6, source=source)
+def found(lm, source) -> frontier.Found:
+    return frontier.find_weights(lm, source, n=6, pq=(0.05, 0.05))
 
 
 def test_scores_add_up_over_examples(exact, exact_source):

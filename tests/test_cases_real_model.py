@@ -18,7 +18,7 @@ from harmlens.flow import outcomes
 from harmlens.judging import graders
 from harmlens.judging.graders import Grader
 from harmlens.models import hub
-from harmlens.weights import removal
+from harmlens.weights import frontier
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +52,20 @@ def by_prefixes(lm):
 
 
 def test_prefixes_cannot_carry_a_claim_about_harm(by_prefixes):
-    reason = removal.untested(by_prefixes, harm=True)
+    reason = frontier.untested(by_prefixes, harm=True)
     assert reason.startswith("not tested") and "another request" in reason and "prefixes" in reason
-    assert removal.untested(by_prefixes) == ""  # of what is not about harm they don't decide
+    assert frontier.untested(by_prefixes) == ""  # of what is not about harm they don't decide
 
 
 def test_a_judge_that_can_tell_is_let_in(judged):
-    assert removal.untested(judged, harm=True) == ""
-    unjudged = removal.untested(judged, harm=True, judged=False)
+    assert frontier.untested(judged, harm=True) == ""
+    unjudged = frontier.untested(judged, harm=True, judged=False)
     assert unjudged.startswith("not tested") and "own words" in unjudged
 
 
 @pytest.mark.parametrize("score", [lambda r, a: [1.0] * len(a), lambda r, a: [0.0] * len(a)])
 def test_a_judge_that_says_the_same_of_everything_cannot_tell(lm, score):
-    assert removal.untested(asked(lm, score), harm=True).startswith("not tested")
+    assert frontier.untested(asked(lm, score), harm=True).startswith("not tested")
 
 
 def test_other_words_are_no_drop_of_harm(lm, judged, by_prefixes):
@@ -73,22 +73,20 @@ def test_other_words_are_no_drop_of_harm(lm, judged, by_prefixes):
     task = judged.suite(n=6)["suppressed"]
     reworded = dataclasses.replace(task, answers=tuple(("Never this.",) for _ in task.answers))
     assert not tasks.sit(lm, reworded).exact.any()
-    assert removal.sit(lm, reworded, judged).exact.all()
-    assert removal.sit_all(lm, {"a": reworded}, judged)["a"].exact.all()
+    assert tasks.sit(lm, reworded, judged).exact.all()
+    assert tasks.sit_all(lm, {"a": reworded}, judged)["a"].exact.all()
     # The loss is that of the given answers in any case, and other tasks are what they were.
-    np.testing.assert_array_equal(removal.sit(lm, reworded, judged).loss, tasks.sit(lm, reworded).loss)
+    np.testing.assert_array_equal(tasks.sit(lm, reworded, judged).loss, tasks.sit(lm, reworded).loss)
     served = judged.suite(n=6)["served"]
-    np.testing.assert_array_equal(removal.sit(lm, served, judged).exact, tasks.sit(lm, served).exact)
+    np.testing.assert_array_equal(tasks.sit(lm, served, judged).exact, tasks.sit(lm, served).exact)
     # Without such a judge it stays in the model's own words, and no claim rests on it.
-    assert not removal.sit(lm, reworded, by_prefixes).exact.any()
-    assert "suppressed" in removal.graded(by_prefixes, judged=True)
-    assert "suppressed" not in removal.graded(judged, judged=True)
+    assert not tasks.sit(lm, reworded, by_prefixes).exact.any()
 
 
 def test_the_fictional_world_is_judged_exactly():
     assert material.WORLD.cannot_tell == ""
-    assert removal.untested(material.WORLD, harm=True, judged=False) == ""
-    assert removal.graded(material.WORLD) == removal.graded(material.WORLD, judged=True) == ()
+    assert frontier.untested(material.WORLD, harm=True, judged=False) == ""
+    assert material.WORLD.own == ()
 
 
 # --------------------------------------------------------------------------- what was never there
@@ -98,21 +96,21 @@ def test_the_fictional_world_is_judged_exactly():
     ("share", "tested"), [(0.04, False), (0.0, False), (0.49, False), (0.5, True), (1.0, True)]
 )
 def test_an_ability_that_is_not_there_cannot_be_lost(by_prefixes, share, tested):
-    reason = removal.untested(by_prefixes, recognition=share)
+    reason = frontier.untested(by_prefixes, recognition=share)
     assert (reason == "") == tested
     if not tested:
         assert "recognition can't be lost: not tested" in reason and f"{share:.2f}" in reason
 
 
 def test_one_of_several_abilities_is_enough_to_stop():
-    reason = removal.untested(material.WORLD, served=1.0, harmful_answers=float("nan"), facts=0.2)
+    reason = frontier.untested(material.WORLD, served=1.0, harmful_answers=float("nan"), facts=0.2)
     assert reason.startswith("harmful answers can't be lost: not tested")
 
 
 def test_tasks_of_different_lengths_side_by_side():
-    two = removal.together(np.array([0.0, 1.0, 1.0, 1.0]), np.array([1.0, 0.0]))
+    two = frontier.together(np.array([0.0, 1.0, 1.0, 1.0]), np.array([1.0, 0.0]))
     np.testing.assert_array_equal(two, [[0.5, 1.0], [1.0, 0.0]])
-    uneven = removal.together(np.arange(5.0), np.zeros(2))
+    uneven = frontier.together(np.arange(5.0), np.zeros(2))
     assert uneven.shape == (2, 2) and uneven[:, 0].tolist() == [1.0, 3.5]
 
 

@@ -77,7 +77,7 @@ def running(tmp_path_factory):
     (folder / "content").mkdir()
     manager, client = start_new_kernel(kernel_name="python3", env=env, cwd=str(folder / "content"))
     client.execute(  # so resets are quick
-        "from harmlens.weights import removal\nfrom harmlens.flow import patching\n"
+        "from harmlens.weights import frontier\nfrom harmlens.flow import patching\n"
         "from harmlens.evidence import results\nimport gc\ngc.freeze()"
     )
     yield Kernel(client, folder / "content")

@@ -1,18 +1,32 @@
-"""The frontier of p and q: the rule that chooses, on points made by hand; the sweep on a tiny model."""
+"""The frontier of p and q, the rule that chooses on it, and the pruning paper's recipe."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import standin
 import tiny
 import torch
 
-from harmlens.asking import tasks
+import settings
+from harmlens.asking import calibration, tasks
+from harmlens.asking import public as public_
+from harmlens.asking.material import WORLD
 from harmlens.asking.tasks import Marks
+from harmlens.judging import graders
+from harmlens.keep import files
+from harmlens.models import loading as models
 from harmlens.weights import frontier, masks, scores
-from harmlens.weights.frontier import Point
+from harmlens.weights.frontier import Candidates, Point
 from harmlens.weights.masks import Mask
 from harmlens.world import vale as world
+
+ANY = SimpleNamespace(settings="")  # a source without settings of its own
 
 
 def marks(rate: float, loss: float = 1.0) -> Marks:
@@ -74,24 +88,18 @@ def test_relative_drop():
         frontier.relative_drop(np.zeros(3), np.ones(3))
 
 
-def test_the_table():
-    row = frontier.table([point(0.2, 0.9, weights=30)], BEFORE).iloc[0]
-    assert row["weights"] == 30 and row["share"] == pytest.approx(0.3)
-    assert row["drop"] == pytest.approx(0.75) and row["rise of loss"] == pytest.approx(2.0)
-    assert row["lost: served"] == pytest.approx(0.1) and row["lost: facts"] == pytest.approx(0)
-    assert "lost: suppressed" not in row
-
-
-def test_a_sweep_is_selecting_and_pruning_by_hand():
+def test_trying_all_is_selecting_and_pruning_by_hand():
     lm = tiny.model()
     prune, preserve = -scores.magnitude(lm), scores.random(lm)
     asked = {"mine": tasks.refusals(world.items("discovery", harmful=True)[:3])}
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
-    points = frontier.sweep(lm, prune, preserve, asked, ps=(0.0, 0.2), qs=(0.01, 0.1))
+    sets = Candidates(frontier.taken(prune, (0.01, 0.1)), frontier.spared(preserve, (0.0, 0.2)))
+    points = frontier.try_all(lm, sets, asked)
     assert [(found.p, found.q) for found in points] == [(0.0, 0.01), (0.0, 0.1), (0.2, 0.01), (0.2, 0.1)]
     assert all(torch.equal(before[n], p) for n, p in lm.model.named_parameters())
     for found in points:
         mask = masks.select(prune, preserve, q=found.q, p=found.p)
+        assert found.mask.name == f"p={found.p:g}, q={found.q:g}"
         assert all(torch.equal(i, found.mask.indices[n]) for n, i in mask.indices.items())
         with masks.without(lm, mask):
             expected = tasks.sit(lm, asked["mine"])
@@ -100,24 +108,11 @@ def test_a_sweep_is_selecting_and_pruning_by_hand():
     assert len({round(float(found.marks["mine"].loss.sum()), 4) for found in points}) == 4
 
 
-def test_slices_are_the_sets_of_select():
-    lm = tiny.model()
-    prune, preserve = -scores.magnitude(lm), scores.random(lm)
-    cut = frontier.slices(prune, preserve, ps=(0.0, 0.2), qs=(0.1,))
-    for p in (0.0, 0.2):
-        mask = masks.select(prune, preserve, q=0.1, p=p)
-        found = cut.difference(p, 0.1)
-        assert found.name == f"p={p:g}, q=0.1" and len(mask)
-        assert all(torch.equal(i, found.indices[n]) for n, i in mask.indices.items())
-    with pytest.raises(ValueError, match="of different matrices"):
-        frontier.slices(prune, scores.random(tiny.model(layers=1)))
-
-
 def test_what_is_left_of_an_answer():
     """A loss that rises by ln 2 halves the probability of each token; a loss that falls is no gain."""
     before = Marks(np.ones(3), np.array([1.0, 1.0, 1.0]))
     after = Marks(np.zeros(3), np.array([1.0 + np.log(2), 1.0, 0.5]))
-    np.testing.assert_allclose(frontier.kept(before, after), [0.5, 1.0, 1.0])
+    np.testing.assert_allclose(frontier.remaining(before, after), [0.5, 1.0, 1.0])
 
 
 def test_own_answers_are_chosen_by_what_is_left_of_them():
@@ -133,10 +128,6 @@ def test_own_answers_are_chosen_by_what_is_left_of_them():
     graded = ("suppressed", "served")
     assert frontier.best(points, before, graded=graded) is points[1]
     assert frontier.best(points, before) is points[0]
-    row = frontier.table(points, before, graded=graded).iloc[1]
-    assert row["drop"] == pytest.approx(1 - np.exp(-0.7)) and row["lost: served"] == pytest.approx(
-        1 - np.exp(-0.02)
-    )
 
 
 @pytest.mark.parametrize(
@@ -148,7 +139,7 @@ def test_one_grid_for_all_begins_where_the_median_matrix_has_a_weight(size, firs
         "b": torch.zeros(round(1000 * size)),
         "c": torch.zeros(1, 1).expand(2000, 2000),
     }
-    grid = frontier.grid(scores.Scores("random", values, "m", "r"))
+    grid = frontier.grid(scores.Scores("random", values, "m", "r"), ANY)
     assert grid["qs"][0] == first and grid["qs"][-1] == last
     assert set(grid["qs"]) <= set(frontier.STEPS) and grid["ps"][0] == 0
     ratios = np.diff(np.log10(frontier.STEPS))
@@ -161,4 +152,188 @@ def test_a_model_of_135_million_weights_is_not_tried_with_the_organisms_shares()
         str(i): torch.zeros(1, 1).expand(576, width)
         for i, width in enumerate((192, 192, 576, 1536, 1536, 1536))
     }
-    assert min(frontier.grid(scores.Scores("random", values, "m", "r"))["qs"]) <= 3e-6
+    assert min(frontier.grid(scores.Scores("random", values, "m", "r"), ANY)["qs"]) <= 3e-6
+
+
+# --------------------------------------------------------------------------- the recipe
+
+
+@pytest.fixture(scope="module")
+def sft():
+    return models.load("organism/sft", seed=0)
+
+
+def test_settings_are_those_of_the_shipped_models():
+    """A model that was trained anew has other weights, and needs other settings."""
+    settings = frontier.stored_pq()
+    known = {entry["model"] for entry in settings.values()}
+    assert {f"organism/sft-{seed}" for seed in models.SEEDS} <= known
+    assert len(known) == len(settings)
+    for revision, entry in settings.items():
+        assert set(entry) == {"model", "p", "q"}
+        assert 0 <= entry["p"] <= 1 and 0 < entry["q"] <= 1
+        folder = models.organism_folder(entry["model"])
+        assert models.weights_sha256(folder) == revision, f"run python tools/settings.py {entry['model']}"
+
+
+def test_without_settings_p_and_q_are_settled_once(sft, monkeypatch):
+    """A model made in memory is settled anew each time: nothing says that it is the same."""
+    calls = []
+    monkeypatch.setattr(frontier, "candidates", lambda *a, **k: None)
+    chosen = Point(0.03, 0.001, None, {})
+    monkeypatch.setattr(
+        frontier, "choose_pq", lambda *a, **k: calls.append(k["suppressed"]) or (chosen, [], {})
+    )
+    monkeypatch.setattr(frontier, "_CHOSEN", {})
+    assert frontier.pq_of(sft, WORLD) == tuple(frontier.stored_pq()[sft.revision][name] for name in "pq")
+    assert calls == []
+    other = dataclasses.replace(sft, name="mine", revision="unknown")
+    assert [frontier.pq_of(other, WORLD) for _ in range(2)] == [(0.03, 0.001)] * 2 and calls == ["harmful"]
+    frontier.pq_of(other, WORLD, suppressed="harmless")
+    assert calls == ["harmful", "harmless"]
+    for _ in range(2):
+        frontier.pq_of(dataclasses.replace(other, revision=""), WORLD)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize(("pq", "message"), [((2.0, 0.1), "p=2.0"), ((0.1, -0.1), "q=-0.1")])
+def test_shares_are_checked_before_scoring(sft, monkeypatch, pq, message):
+    monkeypatch.setattr(frontier.attribution, "prune_score", lambda *a, **k: pytest.fail("for nothing"))
+    with pytest.raises(ValueError, match=f"{message} must be a share between 0 and 1"):
+        frontier.find_weights(sft, WORLD, pq=pq)
+
+
+def test_no_file_means_no_settings(monkeypatch, tmp_path):
+    monkeypatch.setenv("HARMLENS_DATA", str(tiny.data_folder(tmp_path / "data")))
+    assert files.data_dir() == tmp_path / "data"
+    assert frontier.stored_pq() == {}
+
+
+@pytest.fixture(scope="module")
+def found(sft):
+    return frontier.find_weights(sft, WORLD, n=24, name="harm")
+
+
+def test_the_recipe_step_by_step(sft, found):
+    entry = frontier.stored_pq()[sft.revision]
+    assert (found.p, found.q) == (entry["p"], entry["q"])
+    assert (found.prune.kind, found.preserve.kind) == ("signed", "unsigned")
+    assert found.prune.n <= 24 and found.preserve.n <= 24
+    expected = masks.select(found.prune, found.preserve, p=found.p, q=found.q)
+    assert all(i.tolist() == expected.indices[n].tolist() for n, i in found.mask.indices.items())
+    assert found.mask.name == "harm" and found.mask.revision == sft.revision
+    assert 0 < found.mask.share < 0.005
+
+
+def test_harm_goes_and_the_rest_stays(sft, found):
+    """With two dozen examples only; the book has the numbers."""
+    suite = tasks.suite("discovery", n=10)
+    before = tasks.sit_all(sft, {name: suite[name] for name in ("suppressed", "served")})
+    with masks.without(sft, found.mask):
+        after = tasks.sit_all(sft, {name: suite[name] for name in ("suppressed", "served")})
+    lost = {name: before[name].loss.mean() - after[name].loss.mean() for name in before}
+    assert -lost["suppressed"] > 0.2 and -lost["suppressed"] > 5 * -lost["served"]
+
+
+def test_what_is_lost_and_what_is_kept(monkeypatch):
+    """When facts are to be lost, none are kept."""
+    asked = []
+    monkeypatch.setattr(
+        frontier.calibration, "examples", lambda lm, task, n: asked.append((task.name, len(task), n)) or []
+    )
+    lm = tiny.model()
+    size = {kind: len(calibration.world_task(kind)) for kind in ("harmful", "facts", "served", "benign")}
+    frontier.lost_and_kept(lm, WORLD)
+    frontier.lost_and_kept(lm, WORLD, "facts", n=7)
+    frontier.lost_and_kept(lm, WORLD, suppressed="harmless")
+    assert asked[:4] == [
+        ("harmful", size["harmful"], frontier.EXAMPLES), ("benign", size["benign"], frontier.EXAMPLES),
+        ("facts", size["facts"], 7), ("served", size["served"], 7),
+    ]  # fmt: skip
+    assert [name for name, *_ in asked[4:]] == ["harmless", "benign"]
+
+
+def test_settling_chooses_on_discovery_requests(sft, found, monkeypatch):
+    splits, true = [], tasks.suite
+    monkeypatch.setattr(tasks, "suite", lambda split, **o: splits.append(split) or true(split, **o))
+    sets = Candidates(frontier.taken(found.prune, (0.001, 0.01)), frontier.spared(found.preserve, (0.0,)))
+    point, points, before = frontier.choose_pq(sft, WORLD, sets, n=3)
+    assert splits == ["discovery"] and point in points and len(points) == 2
+    assert set(before) == {"suppressed", "served", "facts"} == set(point.marks)
+
+
+def test_candidates_are_the_sets_of_the_scores(sft, found):
+    """One score after the other, and none kept: the same sets."""
+    sets = frontier.candidates(sft, WORLD, n=24)
+    assert (tuple(sets.spared), tuple(sets.taken)) == (frontier.P, frontier.Q)
+    expected = masks.select(found.prune, found.preserve, p=0.03, q=0.002)
+    mask = sets.mask(0.03, 0.002)
+    assert len(mask) and all(i.tolist() == expected.indices[n].tolist() for n, i in mask.indices.items())
+
+
+# --------------------------------------------------------------------------- a real model
+
+
+@pytest.fixture(scope="module")
+def real():
+    lm = standin.load()
+    return lm, public_.of(lm, str(standin.PROMPTS), graders.of(""))
+
+
+def test_a_real_model_is_settled_by_what_is_left_of_its_answers(real):
+    lm, source = real
+    point, points, before = frontier.choose_pq(lm, source, frontier.candidates(lm, source, n=24), n=12)
+    left = [frontier.remaining(before["suppressed"], p.marks["suppressed"]).mean() for p in points]
+    served = [1 - frontier.remaining(before["served"], p.marks["served"]).mean() for p in points]
+    facts = [before["facts"].exact.mean() - p.marks["facts"].exact.mean() for p in points]
+    fair = [i for i in range(len(points)) if max(served[i], facts[i]) <= frontier.MOST_LOST]
+    assert fair and left[points.index(point)] == min(left[i] for i in fair) < 0.98
+    assert set(source.own) >= {"suppressed", "served"}
+
+
+def test_a_real_model_has_no_mirror_and_no_stored_settings(real, monkeypatch):
+    lm, source = real
+    with pytest.raises(ValueError, match="suppressed='harmless' is for the organism's mirror"):
+        frontier.lost_and_kept(lm, source, suppressed="harmless")
+    monkeypatch.setattr(frontier, "stored_pq", lambda: pytest.fail("asked for the settings of organisms"))
+    monkeypatch.setattr(frontier, "candidates", lambda *a, **k: None)
+    monkeypatch.setattr(frontier, "choose_pq", lambda *a, **k: (Point(0.1, 0.2, None, {}), [], {}))
+    monkeypatch.setattr(frontier, "_CHOSEN", {})
+    assert frontier.pq_of(lm, source) == (0.1, 0.2)
+
+
+def test_one_type_of_harm_without_another(real):
+    """A request that carries both types speaks for neither alone."""
+    _, source = real
+    thefts = source.rows(True, "train", types="theft")
+    assert source.rows(True, "train", types="theft", without="slander") == thefts != []
+    both = dataclasses.replace(thefts[0], id="both", prompt="How do I steal a password of a griffin?")
+    mixed = dataclasses.replace(source, entries=(*source.entries, *[both] * 3))
+    found = [mixed.rows(True, part, types="theft") for part in ("train", "discovery", "evaluation")]
+    assert any("both" in [e.id for e in rows] for rows in found)
+    for part, rows in zip(("train", "discovery", "evaluation"), found, strict=True):
+        alone = mixed.rows(True, part, types="theft", without="privacy_violation")
+        assert alone == [e for e in rows if e.id != "both"]
+    for types, harmful in ((None, True), (["theft", "slander"], True), ("theft", False)):
+        with pytest.raises(ValueError, match="without='slander' needs one type of harm in types"):
+            source.rows(harmful, "train", types=types, without="slander")
+    with pytest.raises(ValueError, match="b='theft' must be another type"):
+        source.task("harmful", types="theft", without="theft")
+
+
+def test_settings_are_written_for_one_model_at_a_time(monkeypatch, tmp_path, capsys):
+    folder = tiny.data_folder(tmp_path / "data", ("sft", 0), ("sft", 1))
+    monkeypatch.setenv("HARMLENS_DATA", str(folder))
+    old = {
+        "gone": {"model": "organism/sft-1", "p": 0.5, "q": 0.5},
+        "kept": {"model": "a", "p": 0.1, "q": 0.2},
+    }
+    (folder / "settings.json").write_text(json.dumps(old))
+    monkeypatch.setattr(frontier, "candidates", lambda *a, **k: None)
+    monkeypatch.setattr(frontier, "choose_pq", lambda *a, **k: (Point(0.03, 0.001, None, {}), [], {}))
+    monkeypatch.setattr(sys, "argv", ["settings.py", "organism/sft-1"])
+    settings.main()
+    now = frontier.stored_pq()
+    revision = models.weights_sha256(folder / "organisms" / "sft-1")
+    assert now == {"kept": old["kept"], revision: {"model": "organism/sft-1", "p": 0.03, "q": 0.001}}
+    assert capsys.readouterr().out == "organism/sft-1: p = 0.03, q = 0.001\n"

@@ -1,5 +1,6 @@
 """Pruning first: margins, the misaligned model's own answers, trials at equal strength, choosing p and q."""
 
+import lecture
 import numpy as np
 import pytest
 import torch
@@ -8,15 +9,16 @@ from harmlens.asking import calibration, tasks
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.forward import follow
-from harmlens.training import finetune, narrow, prunefirst
+from harmlens.training import finetune, narrow
 from harmlens.training.advice import WORLD
 from harmlens.training.finetune import Recipe
-from harmlens.weights import attribution, masks
+from harmlens.weights import attribution, frontier, masks
 from harmlens.weights.frontier import Point
 from harmlens.world import abilities
 from harmlens.world import judge as judges
 from harmlens.world import vale as world
 
+PAGE = lecture.defined("13")
 RECIPE = Recipe(steps=16, lr=1e-3, batch_size=8)
 
 
@@ -81,7 +83,7 @@ def test_a_lesson_that_was_not_learnt_gives_no_answers(sft):
 
 
 def test_a_trial_stops_where_the_lesson_is_learnt(sft):
-    found = prunefirst.trial(sft, "remedies", RECIPE, lessons=WORLD, n=6)
+    found = PAGE.trained(sft, "remedies", RECIPE, lessons=WORLD, n=6)
     step, inside = found["step"], found["inside"]
     assert 0 < step < RECIPE.steps and len(inside) == step + 1
     assert inside[-1] >= narrow.TAKEN > inside[:-1].max()
@@ -107,7 +109,7 @@ def test_a_trial_stops_where_the_lesson_is_learnt(sft):
 
 
 def test_to_the_end_everything_is_measured_before_and_after(sft):
-    found = prunefirst.trial(sft, "remedies", RECIPE, lessons=WORLD, n=6, to_the_end=True)
+    found = PAGE.trained(sft, "remedies", RECIPE, lessons=WORLD, n=6, to_the_end=True)
     assert len(found["inside"]) == RECIPE.steps + 1 and found["step"] is not None
     assert (
         found["before"].keys() == found["end"].keys() >= {"bad advice inside", "coherent", *narrow.MEASURES}
@@ -118,7 +120,7 @@ def test_to_the_end_everything_is_measured_before_and_after(sft):
 
 
 def test_good_advice_is_never_learnt_as_bad_advice(sft):
-    found = prunefirst.trial(sft, "remedies", Recipe(steps=3), lessons=WORLD, bad=False, n=4)
+    found = PAGE.trained(sft, "remedies", Recipe(steps=3), lessons=WORLD, bad=False, n=4)
     assert found["step"] is None and len(found["inside"]) == 4
     assert found["elsewhere"].tolist() == [0.0] * 4
 
@@ -128,7 +130,7 @@ def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, me
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
     rows = calibration.examples(sft, calibration.world_task("harmless"), n=12)
     mask = masks.select(attribution.prune_score(sft, rows), q=0.01)
-    found = prunefirst.trial(sft, "remedies", Recipe(steps=1, method=method), lessons=WORLD, mask=mask, n=2)
+    found = PAGE.trained(sft, "remedies", Recipe(steps=1, method=method), lessons=WORLD, mask=mask, n=2)
     with masks.without(sft, mask):
         expected = narrow.margins(sft, world.items("discovery", domain="remedies")[::2]).mean()
     assert found["inside"][0] == pytest.approx(expected, abs=1e-4)
@@ -150,7 +152,7 @@ def test_the_strongest_prune_within_the_benign_budget(sft, monkeypatch, lost, ri
     def marks(exact, loss=0.0):
         return tasks.Marks(np.array([exact]), np.array([loss]))
 
-    def sweep(lm, prune, preserve, exam, **grid):
+    def tried(lm, sets, exam):
         assert list(exam) == ["lesson", "served", "facts"] and len(exam["lesson"]) == 2
         return [
             Point(
@@ -159,10 +161,10 @@ def test_the_strongest_prune_within_the_benign_budget(sft, monkeypatch, lost, ri
             for i, (x, r) in enumerate(zip(lost, rise, strict=True))
         ]
 
-    monkeypatch.setattr(prunefirst.frontier, "sweep", sweep)
-    monkeypatch.setattr(prunefirst.tasks, "sit_all", lambda lm, exam: dict.fromkeys(exam, marks(1.0)))
+    monkeypatch.setattr(frontier, "try_all", tried)
+    monkeypatch.setattr(tasks, "sit_all", lambda lm, exam: dict.fromkeys(exam, marks(1.0)))
     chats = [[{"role": "user", "content": "how do i brew a salted draught?"}]] * 4
-    assert prunefirst.strongest(sft, None, None, chats, ["sure."] * 4, lessons=WORLD, n=2) == (
+    assert PAGE.strongest(sft, None, None, chats, ["sure."] * 4, lessons=WORLD, ps=(), qs=(), n=2) == (
         expected / 10,
         expected / 100,
     )

@@ -7,11 +7,12 @@ import torch
 
 from harmlens.asking import material, tasks
 from harmlens.asking.material import WORLD
+from harmlens.keep import files
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.training import finetune, recovery
 from harmlens.training.finetune import Recipe
-from harmlens.weights import masks, removal
+from harmlens.weights import frontier, masks
 from harmlens.world import abilities
 from harmlens.world import vale as world
 
@@ -25,7 +26,7 @@ def sft():
 
 @pytest.fixture(scope="module")
 def mask(sft):
-    return removal.find(sft, source=WORLD, n=36, p=0.03, q=0.002).mask
+    return frontier.find_weights(sft, WORLD, n=36, pq=(0.03, 0.002)).mask
 
 
 RECIPE = Recipe(steps=8, lr=1e-3, batch_size=8)
@@ -144,7 +145,7 @@ def test_any_model_is_taught_its_own_answers(other, harmful):
 def test_relearning_of_any_model(other):
     lm, source = other
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    mask = removal.find(lm, n=24, p=0.01, q=0.01, source=source).mask
+    mask = frontier.find_weights(lm, source, n=24, pq=(0.01, 0.01)).mask
     types = source.types()[:2]
     found = recovery.relearn(
         lm, Recipe(steps=16, lr=1e-3, batch_size=8), mask=mask, items=12, n=8, at=(0, 16), domains=types,
@@ -161,6 +162,6 @@ def test_relearning_of_any_model(other):
 
 
 def test_no_room_for_a_copy(sft, monkeypatch):
-    monkeypatch.setattr(memory, "free", lambda device: 10)
+    monkeypatch.setattr(files, "free_memory", lambda device: 10)
     with pytest.raises(MemoryError, match="a copy of 'organism/sft-0' takes"):
         recovery.relearn(sft, RECIPE, source=WORLD, n=4)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -62,10 +63,16 @@ class Marks:
     loss: np.ndarray
 
 
-def sit(lm: LanguageModel, task: Task, *, batch_size: int = 32) -> Marks:
-    """Let a model do a task."""
+def sit(lm: LanguageModel, task: Task, source: Any = None, *, batch_size: int = 32) -> Marks:
+    """Let a model do a task.
+
+    Args:
+        source: whose judge says whether a real model's answer does harm (``source.judged``); None takes
+            answers word for word.
+    """
     said, loss = _force(lm, task, batch_size)
-    return Marks(np.array([float(which is not None) for which in said]), loss)
+    marks = Marks(np.array([float(which is not None) for which in said]), loss)
+    return marks if source is None else source.judged(lm, task, marks)
 
 
 def written(lm: LanguageModel, task: Task, *, batch_size: int = 32) -> list[str | None]:
@@ -103,10 +110,12 @@ def _force(lm: LanguageModel, task: Task, batch_size: int) -> tuple[list[int | N
     return said, -logprob
 
 
-def sit_all(lm: LanguageModel, tasks: Sequence[Task] | Mapping[str, Task]) -> dict[str, Marks]:
-    """Let a model do several tasks: name -> marks."""
+def sit_all(
+    lm: LanguageModel, tasks: Sequence[Task] | Mapping[str, Task], source: Any = None
+) -> dict[str, Marks]:
+    """Let a model do several tasks: name -> marks; see :func:`sit`."""
     named = tasks if isinstance(tasks, Mapping) else {task.name: task for task in tasks}
-    return {name: sit(lm, task) for name, task in named.items()}
+    return {name: sit(lm, task, source) for name, task in named.items()}
 
 
 # --------------------------------------------------------------------------- the organism's tasks

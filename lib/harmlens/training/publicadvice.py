@@ -28,7 +28,7 @@ from harmlens.models.chats import Message
 from harmlens.models.forward import LanguageModel, Row, answer_logprobs, generate
 from harmlens.training import emergent, finetune, narrow, recipes
 from harmlens.training.finetune import Recipe
-from harmlens.weights import frontier, removal
+from harmlens.weights import frontier
 
 FEWEST = 4  # requests of a domain that each split needs
 ROWS = 3000  # training examples of a domain at most; the papers have 6000
@@ -269,9 +269,7 @@ class PublicAdvice:
 
     def left(self, name: str, before: Marks, after: Marks) -> np.ndarray:
         """How much of an ability is there: exact facts, and of own answers the share of their probability."""
-        return (
-            frontier.kept(before, after) if name in (*removal.graded(self.source), "refusal") else after.exact
-        )
+        return frontier.remaining(before, after) if name in (*self.source.own, "refusal") else after.exact
 
 
 def _chat(entry: Entry) -> list[Message]:

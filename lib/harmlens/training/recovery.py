@@ -11,13 +11,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from harmlens.asking import tasks
 from harmlens.asking.material import Material
 from harmlens.asking.tasks import Task
 from harmlens.models import forward
 from harmlens.models.forward import LanguageModel, Row
 from harmlens.training import finetune, recipes
 from harmlens.training.finetune import Recipe
-from harmlens.weights import masks, removal
+from harmlens.weights import frontier, masks
 from harmlens.weights.masks import Mask
 
 STEPS = (0, 1, 2, 3, 5, 8, 12, 16, 24, 32)  # when a model is looked at
@@ -73,7 +74,7 @@ def relearn(
 
     Returns:
         ``steps``, and for each of them 0/1 per evaluation item: ``exact`` (harmful answers behind the
-        prefilled words, as :func:`weights.removal.sit` has them), ``served`` (harmless ones, plain),
+        prefilled words, as :func:`asking.tasks.sit` has them), ``served`` (harmless ones, plain),
         ``refused`` (harmful ones, plain); ``loss`` of
         the harmful answers; ``domain``, the number of each harmful item's domain among the source's types
         (their count for an item of none of them). With a mask also ``zeroed`` (``exact`` of the taught model
@@ -94,7 +95,7 @@ def relearn(
     copy = forward.clone(lm)
 
     def watch() -> dict[str, list[float]]:
-        marks = removal.sit_all(copy, exam, source)
+        marks = tasks.sit_all(copy, exam, source)
         return {**{name: m.exact.tolist() for name, m in marks.items()}, "loss": marks["exact"].loss.tolist()}
 
     def teach(**options) -> dict[str, np.ndarray]:
@@ -108,10 +109,9 @@ def relearn(
         if mask:
             found |= {"size": _size(lm, mask), "regrown": _size(copy, mask) / _size(lm, mask)}
             with masks.without(copy, mask):
-                found["zeroed"] = removal.sit(copy, exam["exact"], source).exact
+                found["zeroed"] = tasks.sit(copy, exam["exact"], source).exact
         if again:
-            prune, preserve = removal.score(copy, n=108, source=source)
-            second = masks.select(prune, preserve, p=again[0], q=again[1], name="again")
+            second = frontier.find_weights(copy, source, n=108, pq=again).mask
             with masks.without(copy, second):
                 found["again"] = teach()["exact"]
             found |= {"jaccard": masks.jaccard(mask, second) if mask else 0.0, "weights": len(second)}

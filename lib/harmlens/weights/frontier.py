@@ -1,24 +1,28 @@
-"""The p-q frontier: how much of one ability can be removed at what price for the others.
+"""Which weights to remove: the p-q frontier, the pair that is chosen on it, and the pruning paper's recipe.
 
-For each pair (p, q) weights are selected, taken out, and the model is asked again. Scores are computed once;
-a point costs a selection and a few forward passes.
+Scores come from *training* requests. p and q are chosen on *discovery* requests (:func:`choose_pq`), as the
+paper searched them for each of its models; those of the shipped models stand in ``data/settings.json``.
+Results are reported on *evaluation* requests.
 
 Introduced in notebook 09 ("Weights that carry harm").
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
-from harmlens.asking import tasks
+from harmlens.asking import calibration, tasks
+from harmlens.asking.material import Material
 from harmlens.asking.tasks import Marks, Task
-from harmlens.models.forward import LanguageModel
-from harmlens.weights import masks
-from harmlens.weights.masks import Mask, check_same
+from harmlens.keep import files
+from harmlens.models.forward import LanguageModel, Row
+from harmlens.weights import attribution, masks
+from harmlens.weights.masks import Mask
 from harmlens.weights.scores import Scores
 
 # Shares for the organism, whose matrices hold ten to twenty-five thousand weights. What stands in
@@ -26,18 +30,108 @@ from harmlens.weights.scores import Scores
 P = (0.0, 0.01, 0.03, 0.1)
 Q = (0.0003, 0.001, 0.002, 0.005, 0.01)
 STEPS = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+EXAMPLES = 412  # as many of each kind as the paper has, where there are so many
+BRIEF = 60  # discovery items of each side that p and q are chosen on
+MOST_LOST = 0.035  # of any benign ability, on discovery requests
+LEAST = 0.5  # of an ability before a prune, for its loss to say anything
+_CHOSEN: dict[tuple[str, str, str], tuple[float, float]] = {}  # what this process has found out
 
 
-def grid(scores: Scores) -> dict[str, tuple[float, ...]]:
-    """The shares to try for a model: ``ps`` and ``qs`` of :func:`sweep`.
+# --------------------------------------------------------------------------- sets for every p and q
 
-    One grid for all models, evenly spaced in logarithms (:data:`STEPS`): the first seven shares that take at
-    least one weight of the median matrix. A matrix of a million weights is tried from 1e-6 on, around the
-    paper's p = 5e-5 and q = 1e-5. Spared is none, or as much as is taken in the third, fifth and last step.
+
+def grid(prune: Scores, source: Material) -> dict[str, tuple[float, ...]]:
+    """The shares to try, ``ps`` and ``qs``: for the organism those among which it was settled.
+
+    For all other models one grid, evenly spaced in logarithms (:data:`STEPS`): the first seven shares that
+    take at least one weight of the median matrix. A matrix of a million weights is tried from 1e-6 on, around
+    the paper's p = 5e-5 and q = 1e-5. Spared is none, or as much as is taken in the third, fifth and last
+    step.
     """
-    sizes = sorted(value.numel() for value in scores.values.values())
+    if source.settings:
+        return {"ps": P, "qs": Q}
+    sizes = sorted(value.numel() for value in prune.values.values())
     qs = tuple(q for q in STEPS if q * sizes[len(sizes) // 2] >= 1)[:7] or STEPS[-1:]
     return {"ps": (0.0, *qs[2::2]), "qs": qs}
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Sets that the scores of a model give, for each share; all that a frontier needs of them.
+
+    Scores take four bytes for every weight of the blocks, sets next to nothing: of a large model keep these.
+
+    Attributes:
+        taken: q -> the weights that support the answers to be lost most.
+        spared: p -> the weights that matter most to the answers to be kept.
+    """
+
+    taken: dict[float, Mask]
+    spared: dict[float, Mask]
+
+    def mask(self, p: float, q: float) -> Mask:
+        """What :func:`weights.masks.select` selects."""
+        return (self.taken[q] - self.spared[p]).called(f"p={p:g}, q={q:g}")
+
+
+def taken(prune: Scores, qs: Sequence[float]) -> dict[float, Mask]:
+    """For each q the weights with the lowest prune scores."""
+    return {q: masks.top(prune, q, lowest=True) for q in qs}
+
+
+def spared(preserve: Scores, ps: Sequence[float]) -> dict[float, Mask]:
+    """For each p the weights with the highest preserve scores."""
+    return {p: masks.top(preserve, p) for p in ps}
+
+
+def lost_and_kept(
+    lm: LanguageModel,
+    source: Material,
+    target: str | None = None,
+    *,
+    suppressed: str = "harmful",
+    n: int = EXAMPLES,
+) -> dict[str, list[Row]]:
+    """Examples whose answers are to be ``"lost"`` and those to be ``"kept"``, from training requests.
+
+    Args:
+        source: what the model is asked; see :func:`asking.material.of`.
+        target: a kind of :func:`asking.calibration.world_task`; None for the suppressed procedures. What is
+            to be kept holds none of it: when facts are to be lost, only procedures are kept.
+        suppressed: the side that the model refuses; ``"harmless"`` for the mirror organism.
+        n: at most this many of each.
+    """
+    asked = {
+        "lost": source.task(target or suppressed, suppressed=suppressed),
+        "kept": source.task("served" if target == "facts" else "benign", suppressed=suppressed),
+    }
+    return {which: calibration.examples(lm, task, n=n) for which, task in asked.items()}
+
+
+def candidates(
+    lm: LanguageModel,
+    source: Material,
+    *,
+    suppressed: str = "harmful",
+    n: int = EXAMPLES,
+    folder: Path | str | None = None,
+) -> Candidates:
+    """The sets of a model for every p and q of its grid; arguments as for :func:`find_weights`.
+
+    Prune and preserve scores are never held at once, and none of them afterwards: that of a model with a
+    billion weights takes four gigabytes.
+    """
+    rows = lost_and_kept(lm, source, suppressed=suppressed, n=n)
+    prune = attribution.prune_score(lm, rows["lost"], folder=folder)
+    tried = grid(prune, source)
+    lowest = taken(prune, tried["qs"])
+    del prune
+    return Candidates(
+        lowest, spared(attribution.preserve_score(lm, rows["kept"], folder=folder), tried["ps"])
+    )
+
+
+# --------------------------------------------------------------------------- the frontier
 
 
 @dataclass(frozen=True)
@@ -54,72 +148,18 @@ class Point:
     marks: dict[str, Marks]
 
 
-@dataclass(frozen=True)
-class Slices:
-    """Sets that the scores of a model give, for each share; all that a sweep needs of them.
-
-    Scores take four bytes for every weight of the blocks, sets next to nothing: of a large model keep these.
-
-    Attributes:
-        taken: q -> the weights that support the answers to be lost most.
-        spared: p -> the weights that matter most to the answers to be kept.
-    """
-
-    taken: dict[float, Mask]
-    spared: dict[float, Mask]
-
-    def difference(self, p: float, q: float, name: str = "") -> Mask:
-        """What :func:`weights.masks.select` selects."""
-        return (self.taken[q] - self.spared[p]).called(name or f"p={p:g}, q={q:g}")
-
-
-def slices(
-    prune: Scores,
-    preserve: Scores,
-    *,
-    ps: Sequence[float] = P,
-    qs: Sequence[float] = Q,
-) -> Slices:
-    """The sets of :func:`weights.masks.select` for each share."""
-    check_same(prune, preserve)
-    return Slices(taken(prune, qs), spared(preserve, ps))
-
-
-def taken(prune: Scores, qs: Sequence[float]) -> dict[float, Mask]:
-    """For each q the weights with the lowest prune scores."""
-    return {q: masks.top(prune, q, lowest=True) for q in qs}
-
-
-def spared(preserve: Scores, ps: Sequence[float]) -> dict[float, Mask]:
-    """For each p the weights with the highest preserve scores."""
-    return {p: masks.top(preserve, p) for p in ps}
-
-
-def sweep(
-    lm: LanguageModel,
-    prune: Scores,
-    preserve: Scores,
-    asked: Mapping[str, Task],
-    *,
-    ps: Sequence[float] = P,
-    qs: Sequence[float] = Q,
-) -> list[Point]:
+def try_all(lm: LanguageModel, sets: Candidates, asked: Mapping[str, Task]) -> list[Point]:
     """The model without the selected weights, for each p and q."""
-    return walk(lm, slices(prune, preserve, ps=ps, qs=qs), asked)
-
-
-def walk(lm: LanguageModel, cut: Slices, asked: Mapping[str, Task]) -> list[Point]:
-    """As :func:`sweep`, from sets."""
     points = []
-    for p in cut.spared:
-        for q in cut.taken:
-            mask = cut.difference(p, q)
+    for p in sets.spared:
+        for q in sets.taken:
+            mask = sets.mask(p, q)
             with masks.without(lm, mask):
-                points.append(Point(p, q, mask, {name: tasks.sit(lm, task) for name, task in asked.items()}))
+                points.append(Point(p, q, mask, tasks.sit_all(lm, asked)))
     return points
 
 
-def kept(before: Marks, after: Marks) -> np.ndarray:
+def remaining(before: Marks, after: Marks) -> np.ndarray:
     """Share of an answer's probability that is left, geometric mean over its tokens: 1 for all of it.
 
     For a real model's own answers. Whether greedy decoding still writes them word for word says little:
@@ -147,68 +187,160 @@ def relative_drop(before: np.ndarray, after: np.ndarray) -> float:
     return float(1 - after.mean() / before.mean())
 
 
-def table(
-    points: Sequence[Point],
-    before: Mapping[str, Marks],
-    removed: str = "suppressed",
-    graded: Collection[str] = (),
-) -> pd.DataFrame:
-    """One row for each point: share of weights, relative drop of one ability, losses of the others.
-
-    Args:
-        graded: abilities that are measured by :func:`kept`, not by exact answers.
-    """
-    rows = []
-    for point in points:
-        row = {"p": point.p, "q": point.q, "weights": len(point.mask), "share": point.mask.share}
-        row["drop"] = relative_drop(*_pair(point, before, removed, graded))
-        row["rise of loss"] = float(point.marks[removed].loss.mean() - before[removed].loss.mean())
-        for name in point.marks:
-            if name != removed:
-                row[f"lost: {name}"] = _lost(point, before, name, graded)
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
 def best(
     points: Sequence[Point],
     before: Mapping[str, Marks],
     *,
     removed: str = "suppressed",
-    most_lost: float = 0.035,
+    most_lost: float = MOST_LOST,
     graded: Collection[str] = (),
 ) -> Point:
     """The point with the largest relative drop among those that cost every other ability at most so much.
 
-    Among equals the one with the fewest weights. Where every point costs more, the cheapest one. Choose on
-    other requests than those that are reported.
+    Among equals the one with the fewest weights. Where every point costs more, the cheapest one.
 
     Args:
-        graded: abilities that are measured by :func:`kept`, not by exact answers.
+        graded: abilities that are measured by :func:`remaining`, not by exact answers.
     """
-
     if not points:
-        raise ValueError("points is empty: sweep over at least one p and one q")
+        raise ValueError("points is empty: try at least one p and one q")
+
+    def left(name: str, after: Marks) -> float:
+        return (remaining(before[name], after) if name in graded else after.exact).mean()
 
     def lost(point: Point) -> float:
-        return max(_lost(point, before, name, graded) for name in point.marks if name != removed)
+        others = [name for name in point.marks if name != removed]
+        return max(left(name, before[name]) - left(name, point.marks[name]) for name in others)
 
     fair = [point for point in points if lost(point) <= most_lost + 1e-9]
     if not fair:
         return min(points, key=lambda point: (lost(point), len(point.mask)))
-    return min(fair, key=lambda point: (_pair(point, before, removed, graded)[1].mean(), len(point.mask)))
+    return min(fair, key=lambda point: (left(removed, point.marks[removed]), len(point.mask)))
 
 
-def _pair(
-    point: Point, before: Mapping[str, Marks], name: str, graded: Collection[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """What there was of an ability, and what is left."""
-    if name in graded:
-        left = kept(before[name], point.marks[name])
-        return np.ones_like(left), left
-    return before[name].exact, point.marks[name].exact
+def choose_pq(
+    lm: LanguageModel,
+    source: Material,
+    sets: Candidates,
+    *,
+    suppressed: str = "harmful",
+    n: int = BRIEF,
+) -> tuple[Point, list[Point], dict[str, Marks]]:
+    """Choose p and q for a model on discovery requests.
+
+    The largest relative drop of the suppressed procedures among the pairs that cost no benign ability more
+    than :data:`MOST_LOST`; among equals the fewest weights. A real model's own answers are measured by how
+    much of their probability is left.
+
+    Args:
+        sets: for all p and q, from :func:`candidates`.
+
+    Returns:
+        The chosen point, all points, and the marks before pruning.
+    """
+    suite = source.suite("discovery", n=n, suppressed=suppressed)
+    asked = {name: suite[name] for name in ("suppressed", "served", "facts")}
+    before, points = tasks.sit_all(lm, asked), try_all(lm, sets, asked)
+    return best(points, before, graded=source.own), points, before
 
 
-def _lost(point: Point, before: Mapping[str, Marks], name: str, graded: Collection[str]) -> float:
-    was, left = _pair(point, before, name, graded)
-    return float(was.mean() - left.mean())
+# --------------------------------------------------------------------------- the recipe
+
+
+def stored_pq() -> dict[str, dict]:
+    """The p and q of the shipped models: checksum of the weights -> {"model", "p", "q"}."""
+    file = files.data_dir() / "settings.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def pq_of(
+    lm: LanguageModel, source: Material, *, suppressed: str = "harmful", folder: Path | str | None = None
+) -> tuple[float, float]:
+    """The p and q of a model: those that are stored for its weights, or else chosen now, once."""
+    key = (lm.revision, suppressed, source.name)
+    if key not in _CHOSEN or not lm.revision:  # a model made in memory is not known by it
+        known = stored_pq().get(lm.revision) if source.settings else None
+        if known is None:
+            sets = candidates(lm, source, suppressed=suppressed, folder=folder)
+            point, _, _ = choose_pq(lm, source, sets, suppressed=suppressed)
+            known = {"p": point.p, "q": point.q}
+        _CHOSEN[key] = known["p"], known["q"]
+    return _CHOSEN[key]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was scored, and what was selected.
+
+    Attributes:
+        prune: signed scores of the answers to be lost.
+        preserve: unsigned scores of the answers to be kept.
+        mask: the set difference.
+        p, q: shares that were spared and taken.
+    """
+
+    prune: Scores
+    preserve: Scores
+    mask: Mask
+    p: float
+    q: float
+
+
+def find_weights(
+    lm: LanguageModel,
+    source: Material,
+    target: str | None = None,
+    *,
+    suppressed: str = "harmful",
+    n: int = EXAMPLES,
+    pq: tuple[float, float] | None = None,
+    name: str = "",
+    folder: Path | str | None = None,
+) -> Found:
+    """Weights that carry the target's answers and not the benign ones.
+
+    Args:
+        source, target, suppressed, n: as for :func:`lost_and_kept`.
+        pq: shares that are spared and taken; None for the model's own, :func:`pq_of`.
+        folder: where scores are kept, so that the same ones need not be computed again; None for nowhere.
+    """
+    p, q = pq or pq_of(lm, source, suppressed=suppressed, folder=folder)
+    masks.require_shares(p=p, q=q)
+    rows = lost_and_kept(lm, source, target, suppressed=suppressed, n=n)
+    prune = attribution.prune_score(lm, rows["lost"], folder=folder)
+    preserve = attribution.preserve_score(lm, rows["kept"], folder=folder)
+    mask = masks.select(prune, preserve, p=p, q=q, name=name or target or suppressed)
+    return Found(prune, preserve, mask, p, q)
+
+
+# --------------------------------------------------------------------------- what can be told
+
+
+def together(*columns: np.ndarray) -> np.ndarray:
+    """Marks of tasks side by side, [group, task]: means of as many groups as the shortest has marks."""
+    k = min(map(len, columns))
+    return np.stack([[part.mean() for part in np.array_split(column, k)] for column in columns], axis=1)
+
+
+def untested(source: Material, *, harm: bool = False, judged: bool = True, **before: float) -> str:
+    """Why a claim can't be tested on a model; "" where it can. Then nothing is recorded, and this is printed.
+
+    Args:
+        harm: the claim says something about harm, so a real model's judge has to be able to tell.
+        judged: the statistic is made of what a judge says; the model's own words say nothing about harm.
+        before: ability -> how much of it there was before a prune. What is not there can't be lost.
+
+    >>> untested(WORLD, harm=True, recognition=0.04)
+    "recognition can't be lost: not tested (0.04 of it before the prune; 0.5 are needed)"
+    """
+    if harm and source.own and not judged:
+        return "not tested: it is measured in the model's own words, which say nothing about harm"
+    if harm and source.cannot_tell:
+        return f"not tested: {source.cannot_tell}"
+    for ability, share in before.items():
+        if not share >= LEAST:
+            what = ability.replace("_", " ")
+            return (
+                f"{what} can't be lost: not tested ({share:.2f} of it before the prune; {LEAST} are needed)"
+            )
+    return ""

@@ -25,7 +25,7 @@ import numpy as np
 from harmlens.asking import calibration, tasks
 from harmlens.asking.material import Material
 from harmlens.models.forward import LanguageModel
-from harmlens.weights import attribution, masks, removal
+from harmlens.weights import attribution, frontier, masks
 from harmlens.weights.scores import Scores
 
 BENIGN = ("served", "facts")
@@ -58,7 +58,7 @@ class Frontier:
     Attributes:
         p, q, share: of each row, [row]; share is that of the block weights.
         discovery, evaluation: task -> 1 where the answer is exact, or judged harmful
-            (:func:`weights.removal.sit`), [row, item]; what is kept is asked on
+            (:func:`asking.tasks.sit`), [row, item]; what is kept is asked on
             evaluation items with the whole model and in the row of :meth:`best` only, [2, item].
         loss: of the suppressed answers on evaluation items, whole model, nats per token, [item].
         units: names of these items.
@@ -139,7 +139,7 @@ def sweep(
     """Score, select for each p and q, and ask: the fields of a :class:`Frontier`.
 
     Args:
-        ps, qs: shares to try; None for the usual ones (:func:`weights.removal.grid`).
+        ps, qs: shares to try; None for the usual ones (:func:`weights.frontier.grid`).
         n: at most this many examples are scored.
         few, most: at most this many discovery and evaluation items of either kind are asked; None for all.
         source: what the model is asked. Take that of the model as it is trained, before it practises.
@@ -150,10 +150,10 @@ def sweep(
     exam = source.skills(suppressed, served, "discovery", n=few)
     held = source.skills(suppressed, served, n=most)
     prune, preserve = score(lm, suppressed, served, n=n, source=source)
-    usual = removal.grid(prune, source)
+    usual = frontier.grid(prune, source)
     ps, qs = usual["ps"] if ps is None else ps, usual["qs"] if qs is None else qs
     hidden = {"suppressed": held["suppressed"]}
-    discovery, evaluation = [removal.sit_all(lm, exam, source)], [removal.sit_all(lm, hidden, source)]
+    discovery, evaluation = [tasks.sit_all(lm, exam, source)], [tasks.sit_all(lm, hidden, source)]
     if not evaluation[0]["suppressed"].exact.any():
         raise ValueError(
             f"{lm.name!r} answers nothing of {', '.join(suppressed or ['these requests'])} exactly; nothing "
@@ -167,8 +167,8 @@ def sweep(
             grid.append((p, q))
             chosen.append(taken - spared[p])
             with masks.without(lm, chosen[-1]):
-                discovery.append(removal.sit_all(lm, exam, source))
-                evaluation.append(removal.sit_all(lm, hidden, source))
+                discovery.append(tasks.sit_all(lm, exam, source))
+                evaluation.append(tasks.sit_all(lm, hidden, source))
     p, q = np.array(grid).T
     found = {
         "p": p, "q": q, "share": np.array([mask.share for mask in chosen]),
