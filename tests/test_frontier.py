@@ -277,7 +277,7 @@ def test_candidates_are_the_sets_of_the_scores(sft, found):
 @pytest.fixture(scope="module")
 def real():
     lm = standin.load()
-    return lm, public_.of(lm, str(standin.PROMPTS), graders.of(""))
+    return lm, public_.of(lm, str(standin.PROMPTS), graders.grader(""))
 
 
 def test_a_real_model_is_settled_by_what_is_left_of_its_answers(real):
