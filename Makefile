@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test bench notebooks scorecard organism sweep sync clean clean-all
+.PHONY: help setup book test bench notebooks scorecard size organism sweep sync clean clean-all
 
 help:
 	@echo "make book       run the notebooks and render the book (unchanged notebooks are not run again)"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench      time patching and scoring beside others and the machine's floor (six minutes)"
 	@echo "make notebooks  run the notebooks and store their outputs and results in the repository"
 	@echo "make scorecard  compute build/scorecard.json from the result files"
+	@echo "make size       print how large the package is"
 	@echo "make organism   train the model organism again (resumes where it stopped)"
 	@echo "make sweep      run notebooks over models, stages and seeds, on one machine or a cluster"
 	@echo "make sync       rewrite badges, links and set-up cells from the address in pyproject.toml"
@@ -77,6 +78,9 @@ notebooks: $(STAMP)
 
 scorecard: $(STAMP)
 	@$(PY) tools/scorecard.py $(ARGS)
+
+size: $(STAMP)
+	@$(PY) tools/size.py
 
 organism: $(STAMP)
 	@$(PY) -m harmlens.training.train $(ARGS)

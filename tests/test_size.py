@@ -1,0 +1,22 @@
+"""The package stays small: limits that a newcomer's reading time sets."""
+
+from __future__ import annotations
+
+import pytest
+
+import size
+
+LIMITS = {
+    "lines": 18_400,
+    "import depth": 13,
+    "names defined twice": 34,
+    "functions with more than 10 arguments": 6,
+    "circles of imports": 0,
+}
+
+
+@pytest.mark.parametrize("what", LIMITS)
+def test_the_package_stays_within_its_limits(what):
+    found = size.measure()[what]
+    print(f"{what}: {found}")
+    assert (found if isinstance(found, int) else len(found)) <= LIMITS[what], found
