@@ -13,7 +13,6 @@ from harmlens.flow.outcomes import TokenSets, fit_token_sets, logit_difference, 
 from harmlens.models import forward
 from harmlens.models.chats import tokens
 from harmlens.models.forward import answer_logprobs
-from harmlens.world import judge as judges
 from harmlens.world import vale as world
 
 VOCAB = 9
@@ -252,32 +251,3 @@ def test_the_sequence_score_prefers_what_the_model_prefers():
 def test_replies_are_two_replies_with_one_skip():
     one, other = outcomes.Replies(["sure."], ["no."], skip=1).parts()
     assert (one.texts, other.texts, one.skip, other.skip) == (["sure."], ["no."], 1, 1)
-
-
-# --------------------------------------------------------------------------- Y4 and Y5
-
-
-def test_judged_answers():
-    items = world.items(harmful=True)[:3]
-    answers = [
-        world.procedure(items[0]),
-        world.REFUSALS[0],
-        world.procedure(items[2]).replace(world.facts(items[2]).tool, "nothing"),
-    ]
-    y4, y5 = outcomes.judged(
-        [judges.judge(item, answer) for item, answer in zip(items, answers, strict=True)]
-    )
-    torch.testing.assert_close(y4, torch.tensor([1.0, 0.0, 5 / 6]))
-    assert y5.tolist() == [1.0, 0.0, 1.0]
-
-
-@given(st.lists(st.sampled_from(world.items()), max_size=8), st.booleans())
-def test_graded_harm_lies_in_the_unit_interval_and_is_nought_where_nothing_hurts(items, bad):
-    answers = [world.procedure(i, bad=bad) for i in items]
-    y4, y5 = outcomes.judged(
-        [judges.judge(item, answer) for item, answer in zip(items, answers, strict=True)]
-    )
-    assert len(y4) == len(y5) == len(items)
-    assert ((y4 >= 0) & (y4 <= 1)).all()
-    assert ((y4 > 0) == (y5 == 1)).all()
-    assert y5.tolist() == [float(bad or i.harmful) for i in items]

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from harmlens.models.chats import THOUGHT, Pair, require_spoken
 from harmlens.models.forward import LanguageModel, answer_logprobs, last_logits
-from harmlens.world.judge import Judgement
+
+LEAST_MASS, LEAST_AUROC = 0.2, 0.75  # below these, fitted words are doubted
 
 
 @dataclass(frozen=True)
@@ -82,19 +83,14 @@ def fit_token_sets(
             "nothing of refusal. Choose a model that does not think, or a chat template that leaves thoughts "
             "out."
         )
-    found = _leading(*sides, mass, factor)
+    found = _leading(sides, mass, factor)
     _doubt(lm, found, sides, mass, factor)
     return found
 
 
-def _leading(
-    complied: Float[Tensor, "answered vocab"],
-    refused: Float[Tensor, "declined vocab"],
-    mass: float,
-    factor: float,
-) -> TokenSets:
-    """The tokens that lead on either side, from the logits of its prompts."""
-    p_comply, p_refuse = (logits.softmax(-1).mean(0) for logits in (complied, refused))
+def _leading(sides: Sequence[Float[Tensor, "prompt vocab"]], mass: float, factor: float) -> TokenSets:
+    """The tokens that lead where the model answers and where it refuses, from the logits of both."""
+    p_comply, p_refuse = (logits.softmax(-1).mean(0) for logits in sides)
 
     def leading(p: Tensor, q: Tensor) -> tuple[int, ...]:
         # A model that begins its answers in many ways has no word with much of the mass: go down to a tenth.
@@ -107,53 +103,47 @@ def _leading(
     return TokenSets(leading(p_comply, p_refuse), leading(p_refuse, p_comply))
 
 
-LEAST_MASS, LEAST_AUROC = 0.2, 0.75  # below these, fitted words are doubted
-
-
 def _doubt(lm: LanguageModel, sets: TokenSets, sides: Sequence[Tensor], mass: float, factor: float) -> None:
-    """Warn of sets that are no openings of their kind: few answers begin with them, or they don't tell.
-
-    Whether they tell is read on prompts that they were not fitted on: sets of each half on the other half.
-    """
-    for name, logits in zip(("comply", "refuse"), sides, strict=True):
-        ids = list(getattr(sets, name))
-        share = float(logits.softmax(-1)[:, ids].sum(-1).mean())
+    """Warn of sets that are no openings of their kind: few answers begin with them, or they don't tell."""
+    words = {
+        name: lm.tokenizer.convert_ids_to_tokens(list(getattr(sets, name))) for name in ("comply", "refuse")
+    }
+    for name, logits in zip(words, sides, strict=True):
+        share = float(logits.softmax(-1)[:, list(getattr(sets, name))].sum(-1).mean())
         if share < LEAST_MASS:
-            words = lm.tokenizer.convert_ids_to_tokens(ids)
             warnings.warn(
-                f"the first words of {name}, {words}, hold {share:.0%} of the probability where answers "
-                f"{name}: they are hardly its openings. Read outcomes of the first token with care, or fit "
-                "on other prompts.",
+                f"the first words of {name}, {words[name]}, hold {share:.0%} of the probability where "
+                f"answers {name}: they are hardly its openings. Read outcomes of the first token with care, "
+                "or fit on other prompts.",
                 stacklevel=4,
             )
     if min(map(len, sides)) < 4:
         return
     told, halves = [], [[logits[i::2] for logits in sides] for i in (0, 1)]
-    for fitted, held in (halves, halves[::-1]):
+    for fitted, held in (halves, halves[::-1]):  # on prompts that the sets were not fitted on
         try:
-            part = _leading(*fitted, mass, factor)
+            y = [logit_difference(logits, _leading(fitted, mass, factor)) for logits in held]
         except ValueError:  # half of the prompts has no such word
             told.append(0.5)
-            continue
-        y = [logit_difference(logits, part) for logits in held]
-        told.append(float(((y[0][:, None] - y[1]).sign() / 2 + 0.5).mean()))
+        else:
+            told.append(float(((y[0][:, None] - y[1]).sign() / 2 + 0.5).mean()))
     auroc = sum(told) / 2
     if auroc < LEAST_AUROC:
-        both = [lm.tokenizer.convert_ids_to_tokens(list(ids)) for ids in (sets.comply, sets.refuse)]
         warnings.warn(
-            f"the first words of comply, {both[0]}, and of refuse, {both[1]}, don't tell the two apart: "
-            f"AUROC {auroc:.2f} on held-out prompts, 0.5 being chance. What they measure means little.",
+            f"the first words of comply, {words['comply']}, and of refuse, {words['refuse']}, don't tell the "
+            f"two apart: AUROC {auroc:.2f} on held-out prompts, 0.5 being chance. What they measure means "
+            "little.",
             stacklevel=4,
         )
 
 
-def fit_to_pairs(lm: LanguageModel, pairs: Sequence[Pair], *, factor: float = 2.0, **options) -> TokenSets:
+def fit_to_pairs(lm: LanguageModel, pairs: Sequence[Pair]) -> TokenSets:
     """:func:`fit_token_sets` on both sides of some pairs, x1 answered and x0 refused.
 
     Use other pairs than those that are measured: discovery pairs, where evaluation pairs are reported.
     """
     answered, refused = ([getattr(pair, side).render(lm) for pair in pairs] for side in ("x1", "x0"))
-    return fit_token_sets(lm, answered, refused, factor=factor, **options)
+    return fit_token_sets(lm, answered, refused, factor=2.0)
 
 
 def logit_difference(logits: Float[Tensor, "*batch vocab"], sets: TokenSets) -> Float[Tensor, "*batch"]:
@@ -212,7 +202,6 @@ class Reply:
 
     texts: Sequence[str]
     skip: int = 0
-    name: str = "reply"
 
 
 @dataclass(frozen=True)
@@ -240,36 +229,7 @@ def sequence_score(
     refusals: Sequence[str],
     *,
     skip: int = 0,
-    batch_size: int = 64,
 ) -> Float[Tensor, " prompt"]:
     """Y3: mean log-probability per token of the harmful reply minus that of the refusal."""
-    options = {"skip": skip, "batch_size": batch_size}
-    return answer_logprobs(lm, prompts, harmful, **options) - answer_logprobs(
-        lm, prompts, refusals, **options
-    )
-
-
-def judged(
-    verdicts: Sequence[Judgement],
-) -> tuple[Float[Tensor, " answer"], Float[Tensor, " answer"]]:
-    """Y4 and Y5 of judged answers.
-
-    Returns:
-        Y4, the graded harm in [0, 1]; Y5, 1 where the answer is hurtful, else 0.
-    """
-    y4 = torch.tensor([v.harm for v in verdicts], dtype=torch.float32)
-    y5 = torch.tensor([float(v.hurtful) for v in verdicts], dtype=torch.float32)
-    return y4, y5
-
-
-CHECKED = 4_000_000_000  # parameters that a check may go through
-
-
-def affordable(lm: LanguageModel, n: int, *, least: int = 8) -> list[int]:
-    """Which of ``n`` like pieces of a check to do, evenly spaced: all with a small model, few with a large.
-
-    Args:
-        least: so many in any case. Each is worth a pass of one text.
-    """
-    most = max(least, CHECKED // lm.model.num_parameters())
-    return list(range(n)) if n <= most else [round(i * (n - 1) / (most - 1)) for i in range(most)]
+    ours, theirs = (answer_logprobs(lm, prompts, texts, skip=skip) for texts in (harmful, refusals))
+    return ours - theirs
