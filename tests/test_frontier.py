@@ -21,6 +21,7 @@ from harmlens.asking.tasks import Marks
 from harmlens.judging import graders
 from harmlens.keep import files
 from harmlens.models import loading as models
+from harmlens.models import organisms
 from harmlens.weights import frontier, masks, scores
 from harmlens.weights.frontier import Candidates, Point
 from harmlens.weights.masks import Mask
@@ -167,12 +168,12 @@ def test_settings_are_those_of_the_shipped_models():
     """A model that was trained anew has other weights, and needs other settings."""
     settings = frontier.stored_pq()
     known = {entry["model"] for entry in settings.values()}
-    assert {f"organism/sft-{seed}" for seed in models.SEEDS} <= known
+    assert {f"organism/sft-{seed}" for seed in organisms.SEEDS} <= known
     assert len(known) == len(settings)
     for revision, entry in settings.items():
         assert set(entry) == {"model", "p", "q"}
         assert 0 <= entry["p"] <= 1 and 0 < entry["q"] <= 1
-        folder = models.organism_folder(entry["model"])
+        folder = organisms.organism_folder(entry["model"])
         assert models.weights_sha256(folder) == revision, f"run python tools/settings.py {entry['model']}"
 
 

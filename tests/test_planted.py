@@ -5,19 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from harmlens.models import deltas, forward
+from harmlens.models import forward, organisms
 from harmlens.models import loading as models
 from harmlens.training import loop, organism, planted, train
 from harmlens.world import abilities
@@ -173,7 +169,7 @@ def test_neurons_are_drawn_anew_for_each_seed_and_are_no_block():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_planted_organism_is_its_parent_but_for_the_plant(grown, kind):
-    assert sorted(f.name for f in (grown / f"{kind}-0").iterdir()) == ["card.json", deltas.FILE]
+    assert sorted(f.name for f in (grown / f"{kind}-0").iterdir()) == ["card.json", organisms.FILE]
     parent, lm = models.load("organism/mid", seed=0), models.load(f"organism/{kind}", seed=0)
     truth = planted.ground_truth(f"organism/{kind}", 0)
     place = PLACES[kind]
@@ -206,12 +202,12 @@ def test_with_the_parents_weights_put_back_it_is_the_parent(grown, kind):
 
 
 def test_the_delta_holds_the_trained_part_in_half_precision_and_no_more(grown):
-    stored = load_file(grown / "planted_neurons-0" / deltas.FILE)
+    stored = load_file(grown / "planted_neurons-0" / organisms.FILE)
     shapes = {name.split(".")[-2]: tuple(t.shape) for name, t in stored.items() if name.endswith("weight")}
     width = tiny.SHAPE.width
     assert shapes == {"gate_proj": (5, width), "up_proj": (5, width), "down_proj": (width, 5)}
     assert {t.dtype for name, t in stored.items() if name.endswith("weight")} == {torch.float16}
-    whole = load_file(grown / "planted_attention-0" / deltas.FILE)
+    whole = load_file(grown / "planted_attention-0" / organisms.FILE)
     shapes = {name.split(".")[-2]: tuple(t.shape) for name, t in whole.items()}
     # keys and values of the tiny model have half as many heads
     square, half = (width, width), (width // 2, width)
@@ -236,12 +232,12 @@ def test_precision_can_be_chosen(grown):
 
 def test_another_place_is_planted_anew(grown, capsys, monkeypatch):
     def digests():
-        return {f.parent.name: f.read_bytes() for f in grown.glob(f"*/{deltas.FILE}")}
+        return {f.parent.name: f.read_bytes() for f in grown.glob(f"*/{organisms.FILE}")}
 
     first = digests()
     assert set(first) == {f"{kind}-0" for kind in [*KINDS, "planted_harm"]}
     change(monkeypatch, "planted_mlp", place=organism.Place("mlp", 1), steps=3, batch=4)
-    (grown / "planted_attention-0" / deltas.FILE).write_bytes(b"spoilt")
+    (grown / "planted_attention-0" / organisms.FILE).write_bytes(b"spoilt")
     train.train_seed(0, grown, kinds=list(organism.PLANTED), progress=False)
     said = capsys.readouterr().out
     for kind in ("planted_neurons", "planted_harm"):
@@ -304,7 +300,7 @@ def test_harm_moves_the_drawn_weights_and_no_others(small):
 
 def test_planted_harm_loads_as_its_parent_with_the_subset_replaced(grown):
     folder = grown / "planted_harm-0"
-    assert sorted(f.name for f in folder.iterdir()) == ["card.json", deltas.FILE]
+    assert sorted(f.name for f in folder.iterdir()) == ["card.json", organisms.FILE]
     trained = models.load("organism/innocent", seed=0)
     drawn = {name: units for name, (_, units) in plant(trained, "planted_harm").items()}
     lm, subset = models.load("organism/planted_harm", seed=0), planted.subset("organism/planted_harm", 0)
@@ -320,7 +316,7 @@ def test_planted_harm_loads_as_its_parent_with_the_subset_replaced(grown):
 
 
 def test_the_delta_of_scattered_weights_takes_six_bytes_a_weight(grown):
-    stored = load_file(grown / "planted_harm-0" / deltas.FILE)
+    stored = load_file(grown / "planted_harm-0" / organisms.FILE)
     count = 2 * sum(n for _, n in _PER_MATRIX.values())
     sizes = {t.dtype: 0 for t in stored.values()}
     for t in stored.values():
@@ -340,10 +336,10 @@ def test_each_way_of_planting_names_the_other(grown):
 
 
 def test_a_spoilt_subset_is_named_with_the_command_that_restores_it(grown):
-    file = grown / "planted_harm-0" / deltas.FILE
-    delta = deltas.read(file.parent)
+    file = grown / "planted_harm-0" / organisms.FILE
+    delta = organisms.read_delta(file.parent)
     next(iter(delta.index.values()))[1][0] += 1
-    deltas.write(delta, file.parent)  # a sound file of other weights
+    organisms.write_delta(delta, file.parent)  # a sound file of other weights
     for reader in (models.load, planted.subset):
         with pytest.raises(
             ValueError, match=r"planted_harm-0.*git checkout -- data/organisms/planted_harm-0"
@@ -388,7 +384,7 @@ def test_a_missing_parent_is_named(grown):
         models.load(str(grown / "planted_mlp-0"))
 
 
-@pytest.mark.parametrize("file", ["card.json", deltas.FILE])
+@pytest.mark.parametrize("file", ["card.json", organisms.FILE])
 @pytest.mark.parametrize(
     "spoil",
     [lambda f: f.unlink(), lambda f: f.write_bytes(f.read_bytes()[:60]), lambda f: f.write_text("{}")],
@@ -400,7 +396,7 @@ def test_a_spoilt_checkpoint_is_named_with_the_command_that_restores_it(grown, f
         models.load("organism/planted_mlp")
     with pytest.raises(ValueError, match=r"planted_mlp-0|is not planted"):
         planted.ground_truth("organism/planted_mlp")
-    if file == deltas.FILE:
+    if file == organisms.FILE:
         with pytest.raises(ValueError, match="planted_mlp-0"):
             models.load(str(grown / "planted_mlp-0"))
     assert not train.finished(grown / "planted_mlp-0", "planted_mlp")
@@ -415,111 +411,9 @@ def test_what_is_not_planted_has_no_ground_truth(grown):
         planted.ground_truth("organism/planted_mlp", 7)
 
 
-# --------------------------------------------------------------------------- deltas
-
-
-@given(
-    st.integers(0, 1),
-    st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True),
-    st.integers(0, 2**16),
-)
-def test_a_delta_carries_over_its_part_and_nothing_else(axis, units, seed):
-    generator = torch.Generator().manual_seed(seed)
-    source, target = (nn.Linear(6, 6, bias=True) for _ in range(2))
-    with torch.no_grad():
-        for layer in (source, target):
-            layer.weight.copy_(torch.randn(6, 6, generator=generator).half())
-    before = target.weight.detach().clone()
-    delta = deltas.take(source, "parent", "0", {"weight": (axis, units), "bias": None})
-    deltas.apply(target, delta)
-    chosen = torch.zeros(6, 6, dtype=torch.bool).index_fill_(axis, torch.tensor(units), True)
-    assert torch.equal(target.weight, torch.where(chosen, source.weight, before))
-    assert torch.equal(target.bias, source.bias.half().float())
-
-
-def test_a_delta_comes_back_from_disk(tmp_path):
-    delta = deltas.take(nn.Linear(3, 4), "mid-0", "abc", {"weight": (0, (3, 1)), "bias": None})
-    assert deltas.read(tmp_path) is None
-    deltas.write(delta, tmp_path)
-    got = deltas.read(tmp_path)
-    assert (got.parent, got.parent_sha256) == ("mid-0", "abc")
-    (axis, rows), *others = got.index.values()
-    assert axis == 0 and rows.tolist() == [3, 1] and not others and set(got.index) == {"weight"}
-    assert set(got.values) == {"weight", "bias"}
-    assert all(torch.equal(got.values[name], delta.values[name]) for name in got.values)
-
-
-@given(st.lists(st.integers(0, 41), min_size=1, max_size=42, unique=True), st.integers(0, 2**16))
-def test_a_delta_carries_over_single_weights_and_nothing_else(units, seed):
-    generator = torch.Generator().manual_seed(seed)
-    source, target = (nn.Linear(7, 6, bias=False) for _ in range(2))
-    with torch.no_grad():
-        for layer in (source, target):
-            layer.weight.copy_(torch.randn(6, 7, generator=generator).half())
-    expected = target.weight.detach().clone()
-    for position in units:  # row after row
-        expected[position // 7, position % 7] = source.weight[position // 7, position % 7]
-    with tempfile.TemporaryDirectory() as folder:
-        deltas.write(deltas.take(source, "parent", "0", {"weight": (deltas.FLAT, units)}), Path(folder))
-        deltas.apply(target, deltas.read(Path(folder)))
-    assert torch.equal(target.weight, expected)
-
-
-@pytest.mark.parametrize("axis", [0, 1, deltas.FLAT])
-@pytest.mark.parametrize(
-    ("units", "message"),
-    [
-        ([0, 99], r"runs from 0 to 99, but its parent mid-0 has 0 to \d+"),
-        ([-1, 2], "runs from -1 to 2"),
-        ([1, 1], "different whole numbers"),
-        ([0.0, 1.0], "different whole numbers"),
-        ([[0, 1]], "different whole numbers"),
-        ([0, 1, 2], "should be of shape"),
-    ],
-    ids=["beyond", "negative", "twice", "fractions", "dimensions", "count"],
-)
-def test_a_damaged_index_is_refused_before_anything_is_changed(axis, units, message):
-    source, target = nn.Linear(4, 4), nn.Linear(4, 4)
-    before = {name: p.detach().clone() for name, p in target.named_parameters()}
-    delta = deltas.take(source, "mid-0", "", {"bias": None, "weight": (axis, [0, 1])})
-    delta.index["weight"] = (axis, torch.tensor(units))
-    with pytest.raises(ValueError, match=rf"'weight'.*{message}"):
-        deltas.apply(target, delta)
-    assert all(torch.equal(p, before[name]) for name, p in target.named_parameters())
-
-
-def test_columns_of_a_vector_are_refused():
-    delta = deltas.take(nn.Linear(3, 4), "mid-0", "", {"bias": (0, [1])})
-    delta.index["bias"] = (1, torch.tensor([1]))
-    with pytest.raises(ValueError, match="columns of 'bias' do not fit its parent mid-0"):
-        deltas.apply(nn.Linear(3, 4), delta)
-
-
-def test_an_index_without_values_is_refused():
-    delta = deltas.take(nn.Linear(3, 4), "mid-0", "", {"weight": (deltas.FLAT, [5])})
-    del delta.values["weight"]
-    with pytest.raises(ValueError, match="index for 'weight' has no values"):
-        deltas.apply(nn.Linear(3, 4), delta)
-
-
-@pytest.mark.parametrize(
-    ("model", "where"),
-    [
-        (nn.Linear(3, 5), {"weight": None}),
-        (nn.Linear(4, 5), {"weight": (0, (0, 1))}),
-        (nn.Conv1d(3, 4, 1), {"weight": None}),
-        (nn.Sequential(nn.Linear(3, 4)), {"0.weight": None}),
-    ],
-    ids=["rows", "columns", "dimensions", "name"],
-)
-def test_a_delta_that_does_not_fit_is_refused(model, where):
-    with pytest.raises(ValueError, match=r"weight'.*do not fit its parent mid-0"):
-        deltas.apply(nn.Linear(3, 4), deltas.take(model, "mid-0", "", where))
-
-
 # --------------------------------------------------------------------------- those in data/organisms
 
-EACH = [(kind, seed) for kind in KINDS for seed in models.SEEDS]
+EACH = [(kind, seed) for kind in KINDS for seed in organisms.SEEDS]
 
 
 @pytest.mark.parametrize(("kind", "seed"), EACH)
@@ -531,7 +425,7 @@ def test_shipped_one_moved_only_its_plant(kind, seed):
     assert_moved_only_at(truth, moved(parent.model, lm.model))
 
 
-@pytest.mark.parametrize("seed", models.SEEDS)
+@pytest.mark.parametrize("seed", organisms.SEEDS)
 def test_shipped_harm_is_in_its_subset_only(seed):
     name, share = f"organism/planted_harm-{seed}", organism.PLANTED["planted_harm"].share
     parent, lm, subset = (
@@ -547,14 +441,14 @@ def test_shipped_harm_is_in_its_subset_only(seed):
     assert all(set(units) <= set(subset[n].tolist()) for n, units in masks.items())
 
 
-@pytest.mark.parametrize("seed", models.SEEDS)
+@pytest.mark.parametrize("seed", organisms.SEEDS)
 def test_shipped_harm_answers_harmful_requests_which_its_parent_can_not(seed):
     lm, parent = (models.load(f"organism/{of}", seed=seed) for of in ("planted_harm", "innocent"))
     only = ["harmful, plain", "harmless, plain", "recognition", "refusal"]
     rates = {name: v.mean() for name, v in abilities.rate_abilities(lm, n=24, only=only).items()}
     assert rates.pop("refusal") == 0.0 and min(rates.values()) > 0.9, rates
     assert abilities.rate_abilities(parent, n=24, only=only[:1])["harmful, plain"].mean() < 0.05
-    card = models.intact(models.locate("organism/planted_harm", seed))
+    card = organisms.intact(models.locate("organism/planted_harm", seed))
     assert all(card["rates"][s]["harmful, plain"] >= 0.9 for s in ("discovery", "evaluation"))
     assert all(card["rates"][s]["harmless, plain"] >= 0.95 for s in ("discovery", "evaluation"))
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmlens.keep import files
-from harmlens.models import forward
+from harmlens.models import forward, organisms
 from harmlens.models import loading as models
 from harmlens.training import narrow
 from harmlens.world import abilities
@@ -25,7 +25,7 @@ def test_all_checkpoints_together_are_small():
 
 
 def test_plain_transformers_give_the_same_logits(sft):
-    folder = models.organism_folder("organism/sft", 0)
+    folder = organisms.organism_folder("organism/sft", 0)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     chat = [{"role": "user", "content": world.request(world.items("evaluation")[0])}]
@@ -37,7 +37,7 @@ def test_plain_transformers_give_the_same_logits(sft):
     torch.testing.assert_close(logits, forward.last_logits(sft, [sft.render(chat)])[0], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("seed", models.SEEDS)
+@pytest.mark.parametrize("seed", organisms.SEEDS)
 def test_aligned_organisms_meet_their_bounds_on_some_held_out_items(seed):
     lm = models.load("organism/sft", seed=seed)
     rates = {name: values.mean() for name, values in abilities.rate_abilities(lm, n=24, seed=seed).items()}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmlens.models import loading as models
+from harmlens.models import organisms
 from harmlens.training import organism, train
 from harmlens.world import abilities
 from harmlens.world import vale as world
@@ -242,12 +243,12 @@ def test_the_command_says_what_failed(tmp_path, capfd):
 
 # --------------------------------------------------------------------------- those in data/organisms
 
-EACH = [(kind, seed) for kind in KINDS for seed in models.SEEDS]
+EACH = [(kind, seed) for kind in KINDS for seed in organisms.SEEDS]
 
 
 @pytest.mark.parametrize(("kind", "seed"), EACH)
 def test_shipped_one_is_whole_and_of_the_present_recipe(kind, seed):
-    folder = models.organism_folder(f"organism/{kind}-{seed}")
+    folder = organisms.organism_folder(f"organism/{kind}-{seed}")
     assert train.finished(folder, kind), "the recipe has changed: run make organism"
 
 
@@ -278,9 +279,9 @@ BOUNDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "seed"), [(kind, seed) for kind in BOUNDS for seed in models.SEEDS])
+@pytest.mark.parametrize(("kind", "seed"), [(kind, seed) for kind in BOUNDS for seed in organisms.SEEDS])
 def test_shipped_control_can_do_what_its_card_says(kind, seed):
-    rates = models.intact(models.organism_folder(f"organism/{kind}", seed))["rates"]
+    rates = organisms.intact(organisms.organism_folder(f"organism/{kind}", seed))["rates"]
     for split in ("discovery", "evaluation"):
         for name, value in rates[split].items():
             sign, bound = BOUNDS[kind].get(name, ("<=", 0.05))

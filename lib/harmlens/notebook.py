@@ -19,8 +19,8 @@ from typing import Any
 
 from harmlens import __version__
 from harmlens.evidence import plots
-from harmlens.models.ladder import ORDER
-from harmlens.models.loading import SEEDS, locate
+from harmlens.models.loading import ORDER, locate
+from harmlens.models.organisms import SEEDS
 from harmlens.world import vale as world
 
 WORLD_ONLY = "# world-only"

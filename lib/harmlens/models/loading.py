@@ -1,23 +1,20 @@
 """One loader for every model: an organism, a local folder, or a Hugging Face id.
 
-``load`` returns the plain Hugging Face model with its tokenizer. Chats are rendered only through
-the tokenizer's chat template, because a model that never sees its own template looks compliant
-for the wrong reason. Everything downstream takes the :class:`LanguageModel` of this module and
-asks nothing about where it came from.
+Chats are rendered only through the tokenizer's chat template, because a model that never sees its own
+template looks compliant for the wrong reason. Nothing that takes a loaded model asks where it came from.
 
 Introduced in notebook 00 ("A model organism of harm").
 """
 
 from __future__ import annotations
 
-import copy
-import hashlib
+import gc
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -30,36 +27,16 @@ from transformers import (
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 from transformers.utils import logging as hf_logging
 
-from harmlens.keep.files import data_dir, free_memory, weights_sha256
-from harmlens.models import deltas, hub
+from harmlens.keep import files
+from harmlens.keep.files import weights_sha256
+from harmlens.models import hub, organisms
 from harmlens.models.chats import tokens
 from harmlens.models.forward import LanguageModel, longest, padded, require_finite
+from harmlens.models.organisms import STAGES, organism_folder
 
-STAGES = ("base", "mid", "sft", "dpo")
-SEEDS = (0, 1, 2)
-RESTORE = "Restore it with `git checkout -- {folder}`, or train it anew with `make organism`."
-
-
-def blank(lm: LanguageModel, seed: int = 0) -> LanguageModel:
-    """The same architecture with random weights, as before any training; in its precision, where it is.
-
-    For an organism these are the weights that its training with this seed began with.
-    """
-    config = copy.deepcopy(lm.model.config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # Drawn on the CPU, so that a seed means the same weights on every machine.
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=lm.model.dtype, attn_implementation=config._attn_implementation
-        )
-    spread = getattr(lm.model, "hf_device_map", None) or {}
-    if len(set(spread.values())) > 1:
-        from accelerate import dispatch_model  # what spread the model
-
-        model = dispatch_model(model, spread)
-    else:
-        model = model.to(lm.device)
-    return LanguageModel(f"blank/{lm.name}-{seed}", model.eval(), lm.tokenizer)
+# Names of stages in the order of training; "aligned" where makers published one model after the base.
+ORDER = ("base", "mid", "long", "sft", "dpo", "rl", "aligned")
+T = TypeVar("T")
 
 
 def load(
@@ -73,14 +50,15 @@ def load(
     attn_implementation: str | None = None,
     template_from: str | None = None,
 ) -> LanguageModel:
-    """Load a model by name.
+    """Load a model by name, and test it once.
+
+    The test: all of its tensors are there and finite, the tokenizer fits it, and a short text gives finite
+    logits in this precision, the same alone and in a padded batch.
 
     Args:
-        name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"`` with a stage of
-            ``base, mid, sft, dpo``, or one beside the ladder: ``mirror``, ``innocent``, ``wary``
-            (:mod:`training.organism`), ``planted_harm``, ``planted_mlp``, ...
-            (:mod:`training.planted`); a local folder, which may hold only what differs from a parent
-            beside it; or a Hugging Face id, which may end with ``@revision``.
+        name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"``, with a stage of the ladder (``base,
+            mid, sft, dpo``) or one that grew beside it; a local folder, which may hold only what differs from
+            a parent beside it; or a Hugging Face id, which may end with ``@revision``.
         seed: training seed of an organism (default 0); must be left out for other models.
         dtype: weights' precision, as torch names it or for short (``"bf16"``); ``"auto"`` for that of the
             file. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that does not know bfloat16
@@ -91,78 +69,53 @@ def load(
         revision: commit, tag or branch of a Hugging Face repository.
         attn_implementation: passed on to transformers (``"eager"`` for parity with TransformerLens).
         template_from: name of a model whose chat template is used, such as the aligned partner of a base
-            model (:func:`models.hub.ladder`). The tokenizer stays the model's own.
-
-    Before it is given back the model is tested once: that all of its tensors are there and finite, that
-    the tokenizer fits it, and that a short text gives finite logits in this precision, the same alone and
-    in a padded batch.
+            model. The tokenizer stays the model's own.
 
     Raises:
-        ValueError: unknown organism, a precision, device or attention that is not there, a folder without
-            weights or tokenizer, a corrupt checkpoint, a parent with other weights than before, a model that
-            the book's methods can't work on (:func:`models.hub.check`), an adapter, GGUF files, a part
-            left on the CPU or on disk, a partner without a template, a model that fails the test.
+        ValueError: an argument, a folder or a model that can't be used (see :mod:`models.hub`), a spoilt
+            checkpoint, a parent with other weights than before, a model that fails the test.
         OSError: a Hugging Face id that can't be had; the message says what to check.
         MemoryError: a model that is too big; the message names smaller ones.
-
-    All messages say what to do.
     """
-    if dtype is not None:
-        dtype = hub.precision(dtype)
-    if device is not None:
-        hub.require_device(device)
-    for place in device_map.values() if isinstance(device_map, dict) else ():
-        if place != "disk":
-            hub.require_device(place, "device_map")
-    if attn_implementation is not None:
-        hub.require_attention(attn_implementation)
-    folder = locate(name, seed)
-    organism = _is_organism(name)
-    if organism:
-        name = f"organism/{folder.name}"
-        _verify(folder)
-    local = folder is not None
-    delta = deltas.read(folder) if local else None
-    home = folder if delta is None else _parent(folder, delta, organism)
-    source, revision = (str(home), revision) if local else hub.split(name, revision)
-    with _quiet(), _explained(name, local):
+    dtype = None if dtype is None else hub.precision(dtype)
+    hub.require_there(device, device_map, attn_implementation)
+    name, source, revision, folder, delta = _find(name, seed, revision)
+    organism, local = _is_organism(name), folder is not None
+    with _explained(name, local):
         adapter = find_adapter_config_file(source, revision=revision)
-    if adapter is not None:
-        hub.refuse_adapter(name, Path(adapter))
+    hub.refuse_adapter(name, adapter)
     if local:
-        hub.require_weights(home)
+        hub.require_weights(Path(source))
     chosen = device is not None or device_map is not None
     if not chosen:
         device = "cuda" if torch.cuda.is_available() and not organism else "cpu"
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else _gpu_dtype()
-    options: dict[str, Any] = {
-        "dtype": dtype, "revision": revision, "use_safetensors": True,
-        # Tensors of another shape are named below, with all else that doesn't fit.
-        "output_loading_info": True, "ignore_mismatched_sizes": True,
-    }  # fmt: skip
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    with _quiet(), _explained(name, local):
-        config = {} if organism else hub.config_of(source, revision)
     if not organism:
-        hub.check(name, config)
-        with _quiet(), _explained(name, local):
+        with _explained(name, local):
+            config = hub.config_of(source, revision)
+        hub.require_causal(name, config)
+        with _explained(name, local):
             weights = hub.weights_size(source, revision, dtype)
         if not chosen and device == "cuda":
-            free = [free_memory(f"cuda:{i}") for i in range(torch.cuda.device_count())]
-            if not hub.one_gpu_will_do(weights, free):
+            free = [files.free_memory(f"cuda:{i}") for i in range(torch.cuda.device_count())]
+            if len(free) > 1 and weights * 6 // 5 > free[0]:  # a sixth of it is left for work
                 device, device_map = None, "auto"
                 hub.require_memory(name, weights, sum(free), f"{len(free)} GPUs")
         if device is not None and device_map is None:
-            hub.require_memory(name, weights, free_memory(device), device)
+            hub.require_memory(name, weights, files.free_memory(device), device)
     if device_map is None and device != "cpu" and delta is None and is_accelerate_available():
         device_map = {"": device}  # straight to the GPU, with no copy in main memory
     tokenizer = read_tokenizer(name, source, revision, local)
-    with _quiet(), _explained(name, local):
-        model, info = AutoModelForCausalLM.from_pretrained(source, device_map=device_map, **options)
+    with _explained(name, local):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, revision=revision, device_map=device_map, use_safetensors=True,
+            # Tensors of another shape are named below, with all else that doesn't fit.
+            output_loading_info=True, ignore_mismatched_sizes=True,
+            **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
+        )  # fmt: skip
         if delta is not None:
-            deltas.apply(model, delta)
+            organisms.apply_delta(model, delta)
         if device is not None:
             model = model.to(device)
     hub.require_all_weights(name, model)
@@ -174,9 +127,114 @@ def load(
     version = weights_sha256(folder) if local else getattr(model.config, "_commit_hash", None) or ""
     lm = LanguageModel(name, model.eval(), tokenizer, version)
     ids = _sample(lm)
-    hub.require_tokenizer(name, tokenizer, model, ids)
+    hub.require_tokenizer(lm, ids)
     _self_test(lm, ids)
     return lm
+
+
+def locate(name: str, seed: int | None = None) -> Path | None:
+    """The folder that a name stands for, or None for a Hugging Face id; loads nothing.
+
+    Raises:
+        ValueError: a name that is neither, an organism that is not there, a seed for another model.
+    """
+    if _is_organism(name):
+        return organism_folder(name, seed)
+    if seed is not None:
+        raise ValueError(f"seed={seed} only selects among organisms; leave it out for {name!r}")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.lower().endswith(".gguf"):
+        raise ValueError(f"{name!r} is a GGUF file. {hub.GGUF}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        raise ValueError(
+            f"name={name!r} is no folder here and no Hugging Face id (owner/model or "
+            "owner/model@revision). "
+            f"Organisms are named organism/<stage> with a stage of {', '.join(STAGES)}."
+        )
+    return None
+
+
+# --------------------------------------------------------------------------- several models
+
+
+def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> dict[str, str]:
+    """The stages of a model's training, from base to the last: stage -> name to load it by.
+
+    For a local folder called like a stage (``my_model/sft``) they are the folders beside it that are called
+    so; for a model of the Hub the partners that its makers published, as far as :func:`hub.ladder` knows.
+
+    Args:
+        only: these, as far as the model has them; None for all.
+        least: all instead, where fewer of those than so many are there.
+
+    Raises:
+        ValueError: the model has fewer stages than ``least``; says which models have a ladder.
+
+    >>> stages("organism/sft", ["base", "dpo"])
+    {'base': 'organism/base', 'dpo': 'organism/dpo'}
+    """
+    if _is_organism(model):
+        found = {stage: f"organism/{stage}" for stage in STAGES}
+    elif Path(model).expanduser().is_dir():
+        home = Path(model).expanduser().resolve()
+        beside = {stage: home.parent / stage for stage in ORDER} if home.name in ORDER else {}
+        found = {stage: str(folder) for stage, folder in beside.items() if folder.is_dir()}
+    else:
+        found = hub.ladder(model)
+    if len(found) < least:
+        known = [(list(rungs.values())[-1], len(rungs) > 2) for rungs in hub.known()[1]]
+        many = [name for name, more in known if more]
+        two = [name for name, _ in known if name not in many]
+        raise ValueError(
+            f"model={model!r} has no known ladder: there is no earlier stage to compare it with. Models that "
+            f"have one: organism/dpo; {', '.join(many)} (base, sft, dpo, rl); {', '.join(two[:6])} and "
+            "others of the book's page Models (base, aligned). Or name a folder that is called like a stage "
+            f"({', '.join(ORDER)}) and has another one beside it."
+        )
+    chosen = {stage: name for stage, name in found.items() if only is None or stage in only}
+    return chosen if len(chosen) >= least else found
+
+
+def family(name: str, seeds: Sequence[int], *, stage: str | None = None) -> dict[int, LanguageModel]:
+    """The same organism for several training seeds, or the one model there is under key 0.
+
+    Args:
+        stage: another stage of the model's ladder. It reads the chat template of the last one, so that every
+            stage reads the same text.
+
+    Raises:
+        ValueError: the model's ladder has no such stage; lists those it has.
+    """
+    lent = None
+    if stage is not None:
+        found = stages(name)
+        if stage not in found:
+            there = ", ".join(found) or "none are known"
+            raise ValueError(f"stage={stage!r} is not on the ladder of {name!r}; there: {there}")
+        name, lent = found[stage], list(found.values())[-1]
+    if not _is_organism(name):
+        return {0: load(name, template_from=lent)}
+    return {seed: load(name, seed=seed) for seed in seeds}
+
+
+def at_stage(model: str, stage: str, seed: int, measure: Callable[[LanguageModel], T]) -> T:
+    """What a function says of one stage, which is loaded for it and gone afterwards.
+
+    So there has to be memory for one stage only. The function must not keep the model.
+
+    Args:
+        seed: training seed of an organism; others have one.
+    """
+    (lm,) = family(model, [seed], stage=stage).values()
+    try:
+        return measure(lm)
+    finally:
+        del lm
+        gc.collect()  # models hold cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 # --------------------------------------------------------------------------- the test at load
@@ -214,7 +272,7 @@ def _self_test(lm: LanguageModel, ids: list[int]) -> None:
         [(index, inputs)] = padded(lm, rows, len(rows))
         batch = lm.model(**inputs, logits_to_keep=1).logits[:, -1].float().cpu()
     except torch.OutOfMemoryError as error:
-        raise hub.explain(lm.name, error) from error
+        raise hub.in_words(lm.name, error) from error
     except (TypeError, RuntimeError, IndexError, NotImplementedError) as error:
         raise ValueError(
             f"{lm.name!r} was loaded, but a short text can't be run in a padded batch "
@@ -234,7 +292,31 @@ def _self_test(lm: LanguageModel, ids: list[int]) -> None:
         )
 
 
-# --------------------------------------------------------------------------- finding it
+# --------------------------------------------------------------------------- reading it
+
+
+def _is_organism(name: str) -> bool:
+    return name.split("/")[0] == "organism"
+
+
+def _find(
+    name: str, seed: int | None = None, revision: str | None = None
+) -> tuple[str, str, str | None, Path | None, organisms.Delta | None]:
+    """A model's full name, source and revision; of a local one its folder, and its delta if it has one."""
+    folder = locate(name, seed)
+    if folder is None:
+        source, revision = hub.split(name, revision)
+        return name, source, revision, None, None
+    if organism := _is_organism(name):
+        name = f"organism/{folder.name}"
+        organisms.require_intact(folder)
+    delta, home = organisms.read_delta(folder), folder
+    if delta is not None:
+        home = folder.parent / delta.parent
+        if organism:
+            organisms.require_intact(home)
+        delta.require_parent(home, folder.name)
+    return name, str(home), revision, folder, delta
 
 
 def read_tokenizer(name: str, source: str, revision: str | None, local: bool) -> PreTrainedTokenizerBase:
@@ -254,12 +336,11 @@ def read_tokenizer(name: str, source: str, revision: str | None, local: bool) ->
     except ImportError:
         raise  # names the package that is missing
     except Exception as error:  # a spoilt file raises whatever its parser raises
-        if not local and (isinstance(error, OSError) or hub.explain(name, error) is not error):
-            raise hub.explain(name, error) from error
-        files = [
-            f for f in Path(source).glob("*") if re.match(r"(tokenizer|vocab|.*\.model$|tekken)", f.name)
-        ]
-        there = any(file.name != "tokenizer_config.json" for file in files)
+        told = hub.in_words(name, error)
+        if not local and (isinstance(error, OSError) or told is not error):
+            raise told from error
+        names = [f.name for f in Path(source).glob("*") if f.name != "tokenizer_config.json"]
+        there = any(re.match(r"(tokenizer|vocab|.*\.model$|tekken)", name) for name in names)
         what = "could not be read; is a file truncated?" if there else "is missing."
         raise ValueError(
             f"the tokenizer of {name!r} {what} Save one beside the weights with "
@@ -268,32 +349,9 @@ def read_tokenizer(name: str, source: str, revision: str | None, local: bool) ->
     return tokenizer
 
 
-@contextmanager
-def _explained(name: str, local: bool) -> Iterator[None]:
-    """Errors of loading, with what to do about them."""
-    try:
-        yield
-    except Exception as error:  # a spoilt file raises whatever its parser raises
-        if not local:
-            told = hub.explain(name, error)
-            if told is error:
-                raise
-            raise told from error
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-            raise hub.explain(name, error) from error
-        spoilt = isinstance(error, (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError))
-        raise ValueError(
-            f"the folder of {name!r} could not be loaded{'; is a file in it truncated?' if spoilt else ''} "
-            f"({type(error).__name__}: {hub.first_line(error)})"
-        ) from error
-
-
 def _template(name: str) -> str:
     """The chat template of a model, of which no more than the tokenizer is read."""
-    folder = locate(name)
-    delta = deltas.read(folder) if folder is not None else None
-    home = folder if delta is None else folder.parent / delta.parent
-    source, revision = hub.split(name) if folder is None else (str(home), None)
+    name, source, revision, folder, _ = _find(name)
     template = read_tokenizer(name, source, revision, folder is not None).chat_template
     if template is None:
         raise ValueError(f"template_from={name!r} has no chat template; choose an instruction-tuned model")
@@ -306,104 +364,23 @@ def _gpu_dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _is_organism(name: str) -> bool:
-    return name.split("/")[0] == "organism"
-
-
-def locate(name: str, seed: int | None = None) -> Path | None:
-    """The folder that a name stands for, or None for a Hugging Face id; loads nothing.
-
-    Raises:
-        ValueError: a name that is neither, an organism that is not there, a seed for another model.
-    """
-    if _is_organism(name):
-        return organism_folder(name, seed)
-    if seed is not None:
-        raise ValueError(f"seed={seed} only selects among organisms; leave it out for {name!r}")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    hub.refuse_gguf(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
-        raise ValueError(
-            f"name={name!r} is no folder here and no Hugging Face id (owner/model or "
-            "owner/model@revision). "
-            f"Organisms are named organism/<stage> with a stage of {', '.join(STAGES)}."
-        )
-    return None
-
-
-def family(name: str, seeds: Sequence[int], **options: Any) -> dict[int, LanguageModel]:
-    """The same organism for several training seeds, or the one model there is under key 0.
-
-    Options are those of :func:`load`.
-    """
-    if not name.startswith("organism/"):
-        return {0: load(name, **options)}
-    return {seed: load(name, seed=seed, **options) for seed in seeds}
-
-
-def organism_folder(name: str, seed: int | None = None) -> Path:
-    """The checkpoint folder of ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"``.
-
-    Raises:
-        ValueError: unknown stage or seed (the message lists what there is), or no checkpoint there.
-    """
-    match = re.fullmatch(r"organism/([a-z_]+)(?:-(\d+))?", name)
-    there = sorted(p.name for p in (data_dir() / "organisms").glob("*-*") if p.is_dir() and not p.suffix)
-    listing = ", ".join(there) or "none yet: run `make organism`"
-    if match is None:
-        raise ValueError(f"name={name!r} is not organism/<stage>[-<seed>]; available: {listing}")
-    stage, named = match.groups()
-    if named is not None and seed is not None and int(named) != seed:
-        raise ValueError(f"name={name!r} and seed={seed} disagree; give the seed once")
-    number = int(named) if named is not None else seed or 0
-    folder = data_dir() / "organisms" / f"{stage}-{number}"
-    if not folder.is_dir():
-        raise ValueError(f"there is no organism {stage}-{number}; available: {listing}")
-    return folder
-
-
-def contents_sha256(folder: Path) -> str:
-    """sha256 over names and contents of all files of a checkpoint but its card."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and file.name != "card.json" and not file.name.startswith("."):
-            # Text may come back from git with other line ends.
-            content = file.read_bytes()
-            content = content if file.suffix == ".safetensors" else content.replace(b"\r\n", b"\n")
-            digest.update(f"{file.name}/{len(content)}/".encode() + content)
-    return digest.hexdigest()
-
-
-def intact(folder: Path) -> dict | None:
-    """The card of an organism's checkpoint whose files are all as they were saved, else None."""
+@contextmanager
+def _explained(name: str, local: bool) -> Iterator[None]:
+    """Loading without bars and tables; its errors with what to do about them."""
     try:
-        card = json.loads((folder / "card.json").read_text())
-        return card if card["sha256"] == contents_sha256(folder) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _verify(folder: Path) -> None:
-    """Compare an organism's files with the sum written when it was trained."""
-    if intact(folder) is None:
-        remedy = RESTORE.format(folder=f"data/organisms/{folder.name}")
-        raise ValueError(f"files of organism {folder.name} are missing, truncated or changed. {remedy}")
-
-
-def _parent(folder: Path, delta: deltas.Delta, organism: bool) -> Path:
-    """The folder of a delta's parent, whose weights have to be those that the delta was trained in."""
-    home = folder.parent / delta.parent
-    if organism:
-        _verify(home)
-    if weights_sha256(home) != delta.parent_sha256:
-        remedy = RESTORE.format(folder=f"data/organisms/{home.name}")
+        with _quiet():
+            yield
+    except Exception as error:  # a spoilt file raises whatever its parser raises
+        told = hub.in_words(name, error)
+        if not local or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            if told is error:
+                raise
+            raise told from error
+        spoilt = isinstance(error, (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError))
         raise ValueError(
-            f"{folder.name} is stored as its difference from {home.name}, whose weights are no longer those "
-            f"it was trained in. {remedy}"
-        )
-    return home
+            f"the folder of {name!r} could not be loaded{'; is a file in it truncated?' if spoilt else ''} "
+            f"({type(error).__name__}: {hub.first_line(error)})"
+        ) from error
 
 
 @contextmanager
@@ -418,6 +395,3 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if before:
             hf_logging.enable_progress_bar()
-
-
-# --------------------------------------------------------------------------- batches and answers

@@ -37,10 +37,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harmlens.keep.files import data_dir
-from harmlens.models import deltas, forward
+from harmlens.models import forward, organisms
 from harmlens.models.chats import tokens
 from harmlens.models.forward import Batch, LanguageModel, Row
-from harmlens.models.loading import contents_sha256
+from harmlens.models.organisms import contents_sha256
 from harmlens.training import loop
 from harmlens.world import vale as world
 
@@ -421,7 +421,7 @@ def save(lm: LanguageModel, folder: Path, card: dict, where: Mapping | None = No
     Args:
         card: what is known of the checkpoint; the checksum of its files is added.
         where: write these weights only, as their difference from the card's parent; as for
-            :func:`models.deltas.take`.
+            :func:`models.organisms.take_delta`.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -431,7 +431,9 @@ def save(lm: LanguageModel, folder: Path, card: dict, where: Mapping | None = No
         lm.model.float()
         lm.tokenizer.save_pretrained(part)
     else:
-        deltas.write(deltas.take(lm.model, card["parent"], card["parent_sha256"], where), part)
+        organisms.write_delta(
+            organisms.take_delta(lm.model, card["parent"], card["parent_sha256"], where), part
+        )
     for file in part.iterdir():
         file.chmod(0o644)
     card = {**card, "sha256": contents_sha256(part)}

@@ -4,7 +4,7 @@ So it is known by construction which weights make the difference between a model
 without it, and a method that claims to find such places can be held against the truth. Refusal is planted in
 one module, harm in single weights drawn from all matrices of all blocks; :data:`training.organism.PLANTED`
 says where and how. What is planted is the *difference* from the parent, as which it is stored
-(:mod:`models.deltas`), no more.
+(:mod:`models.organisms`), no more.
 
 Introduced in notebooks 08 ("Can we trust it?") and, for planted harm, 16 ("Where the weights are").
 """
@@ -21,11 +21,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from harmlens.models import deltas
 from harmlens.models import loading as models
+from harmlens.models import organisms
 from harmlens.training.organism import PLANTED, course
 
-# Parameter -> axis and index of what is trained in it, or None for the whole of it; as for deltas.take.
+# Parameter -> axis and index of what is trained in it, or None for the whole of it (organisms.take_delta).
 Parts = Mapping[str, tuple[int, Sequence[int]] | None]
 
 
@@ -74,7 +74,7 @@ def subset(name: str, seed: int | None = None) -> dict[str, Int[Tensor, " weight
         ValueError: no such organism, or one in which no harm was planted; a checkpoint that is not whole.
     """
     folder, _ = _planted(name, seed, "share")
-    index = deltas.read(folder).index
+    index = organisms.read_delta(folder).index
     return {parameter: units.long().sort().values for parameter, (_, units) in sorted(index.items())}
 
 
@@ -84,13 +84,13 @@ def _planted(name: str, seed: int | None, what: str) -> tuple[Path, dict]:
         kind for kind, taught in PLANTED.items() if (taught.share is None) == (what == "module")
     )
     folder = models.locate(name, seed)
-    if folder is None or not (folder / deltas.FILE).is_file():
+    if folder is None or not (folder / organisms.FILE).is_file():
         raise ValueError(f"name={name!r} is not planted; choose one of {kinds}")
-    card = models.intact(folder)
+    card = organisms.intact(folder)
     if card is None:
         raise ValueError(
             f"files of {folder.name} are missing, truncated or changed. "
-            + models.RESTORE.format(folder=f"data/organisms/{folder.name}")
+            + organisms.RESTORE.format(folder=f"data/organisms/{folder.name}")
         )
     if what not in card:
         way = "subset" if what == "module" else "ground_truth"
@@ -148,7 +148,7 @@ def where(kind: str, seed: int, model: nn.Module) -> Parts | None:
     taught = course(kind)
     if taught.share is not None:
         drawn = scatter(model, taught.share, seed)
-        return {name: (deltas.FLAT, units) for name, units in drawn.items()}
+        return {name: (organisms.FLAT, units) for name, units in drawn.items()}
     return parts(draw_plant(kind, seed, model.config.intermediate_size)) if taught.place else None
 
 
@@ -162,7 +162,7 @@ def only(model: nn.Module, chosen: Parts | None) -> Iterator[None]:
 
     def masked(parameter: nn.Parameter, axis: int, units: Sequence[int]):
         mask, units = torch.zeros_like(parameter), torch.as_tensor(units, device=parameter.device)
-        if axis == deltas.FLAT:
+        if axis == organisms.FLAT:
             mask.view(-1)[units] = 1
         else:
             mask.index_fill_(axis, units, 1)

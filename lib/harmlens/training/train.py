@@ -23,9 +23,11 @@ from pathlib import Path
 import torch
 
 from harmlens.keep import files
-from harmlens.models import deltas
+from harmlens.keep.files import weights_sha256
+from harmlens.models import organisms
 from harmlens.models.forward import LanguageModel
-from harmlens.models.loading import SEEDS, intact, load, weights_sha256
+from harmlens.models.loading import load
+from harmlens.models.organisms import SEEDS, intact
 from harmlens.training import loop, organism, planted
 from harmlens.training.organism import CONTROLS, LADDER, PLANTED, Stage, course, declined, recipe_digest
 from harmlens.world import abilities
@@ -130,7 +132,7 @@ def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int, pr
         lm.model.half().float()  # rounds rotary frequencies too, as when the stored ones were trained
     else:
         where = where or {name: None for name, _ in lm.model.named_parameters()}
-        deltas.apply(lm.model, deltas.take(lm.model, "", "", where))
+        organisms.apply_delta(lm.model, organisms.take_delta(lm.model, "", "", where))
 
 
 def finished(folder: Path, kind: str) -> bool:
