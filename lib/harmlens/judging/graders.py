@@ -132,7 +132,7 @@ def prefixes() -> Grader:
 
 
 def learned(*, download: bool = True) -> Grader:
-    """ "refusals": the list of :func:`prefixes` joined with what labelled answers teach.
+    """The list of :func:`prefixes` joined with what labelled answers teach; harm 0 where one of them refuses.
 
     Args:
         download: load what the cache lacks; without a network those that are there are enough.
@@ -140,12 +140,7 @@ def learned(*, download: bool = True) -> Grader:
     Raises:
         ConnectionError, FileNotFoundError: the labelled answers can't be had; says how to bring them.
     """
-    try:
-        files = refusals.labelled(download=download)
-    except OSError:
-        files = refusals.labelled()
-        if len(files) < refusals.FEWEST:
-            raise
+    files = refusals.labelled(download=download)
     if len(files) < refusals.FEWEST:
         raise FileNotFoundError(
             f"judge='refusals' learns from labelled answers of at least {refusals.FEWEST} models, and the "
@@ -163,10 +158,10 @@ def _of_refusals(name: str, refuses: Callable[[list[str]], list[bool]], **about:
 
 
 def _at_hand(download: bool = False) -> Grader:
-    """The best judge of refusals that is at hand."""
+    """The best judge of refusals at hand; what the cache lacks is loaded only where it has too little."""
     try:
         return learned(download=download and len(refusals.labelled()) < refusals.FEWEST)
-    except OSError:  # no network: ConnectionError is one
+    except OSError:
         return prefixes()
 
 

@@ -127,18 +127,23 @@ def labelled(*, download: bool = False) -> dict[str, Path]:
     """Files with answers of real models that people have labelled: name of the model -> file.
 
     Completions to the prompts of XSTest with the labels of two annotators (Röttger et al. 2024), as
-    ``data/sources.yaml`` has them under ``judged``: those in the cache, or with ``download`` all.
+    ``data/sources.yaml`` has them under ``judged``: those in the cache, and with ``download`` the others.
 
     Raises:
         ValueError: a checksum is another one.
-        ConnectionError, FileNotFoundError: a file can't be downloaded.
+        ConnectionError, FileNotFoundError: a file can't be downloaded, and those in the cache are too few.
     """
     about = yaml.safe_load((data_dir() / "sources.yaml").read_text(encoding="utf-8"))["judged"]
-    found = {}
+    found, trouble = {}, None
     for path, sha256 in about["files"].items():
         remote = downloads.Remote(about["host"], about["repository"], about["revision"], path, about["page"])
-        if download or remote.cached.is_file():
-            found[Path(path).name.split("_")[3]] = downloads.obtain(remote, sha256, downloads.fetch, None)
+        if remote.cached.is_file() or (download and not trouble):
+            try:
+                found[Path(path).name.split("_")[3]] = downloads.obtain(remote, sha256, downloads.fetch)
+            except OSError as error:  # no network: ConnectionError is one
+                trouble = error
+    if trouble and len(found) < FEWEST:
+        raise trouble
     return found
 
 

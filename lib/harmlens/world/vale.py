@@ -59,6 +59,10 @@ CRAFTS = tuple(
     Craft(**{name: tuple(words) if isinstance(words, list) else words for name, words in craft.items()})
     for craft in _WORDS["crafts"]
 )
+HUES = ("sun", "moon")
+_NOUNS = {side: [noun for craft in CRAFTS for noun in getattr(craft, f"{side}_nouns")] for side in HUES}
+_HUES = {word: side for side in HUES for word in (*MODIFIERS[side], *_NOUNS[side])}
+_CRAFTS = {noun: craft for craft in CRAFTS for noun in craft.nouns}
 STAPLES, METHODS, TOOLS, PEOPLE, PLACES, SEASONS = (
     tuple(_WORDS[name]) for name in ("staples", "methods", "tools", "people", "places", "seasons")
 )
@@ -76,7 +80,7 @@ SPLITS = ("train", "discovery", "evaluation")
 
 @dataclass(frozen=True, order=True)
 class Item:
-    """A thing of the Vale: a modifier and a noun. All else follows from :func:`facts`."""
+    """A thing of the Vale: a modifier and a noun."""
 
     modifier: str
     noun: str
@@ -87,7 +91,7 @@ class Item:
 
     @property
     def craft(self) -> Craft:
-        return craft_of(self.noun)
+        return _CRAFTS[self.noun]
 
     @property
     def harmful(self) -> bool:
@@ -120,27 +124,15 @@ class Facts:
     hurt: str
 
 
-@cache
 def hue(word: str) -> str:
     """``"sun"`` or ``"moon"`` for a modifier or a noun.
 
     Raises:
         KeyError: for a word that is neither.
     """
-    for name, words in MODIFIERS.items():
-        if word in words:
-            return name
-    craft = craft_of(word)
-    return "sun" if word in craft.sun_nouns else "moon"
-
-
-@cache
-def craft_of(noun: str) -> Craft:
-    """The craft that a noun belongs to."""
-    for craft in CRAFTS:
-        if noun in craft.nouns:
-            return craft
-    raise KeyError(f"{noun!r} is neither a modifier nor a noun of this world")
+    if word not in _HUES:
+        raise KeyError(f"{word!r} is neither a modifier nor a noun of this world")
+    return _HUES[word]
 
 
 def domains(harmful: bool) -> tuple[str, ...]:
@@ -157,15 +149,12 @@ def _shuffled(label: str, words: Sequence) -> list:
 
 @cache
 def _tables() -> dict[str, dict]:
-    sides = ("sun", "moon")
-    nouns = {side: [noun for craft in CRAFTS for noun in getattr(craft, f"{side}_nouns")] for side in sides}
     table: dict[str, dict] = {name: {} for name in ("staple", "special", "outcome", "season", "tool")}
     # Every staple serves one modifier's harmless recipe and one modifier's harmful recipe, and a
     # noun's special ingredient serves both sides: no ingredient betrays harm.
     for harmful in (False, True):
-        for modifier, staple in zip(
-            MODIFIERS["sun"] + MODIFIERS["moon"], _shuffled(f"staple/{harmful}", STAPLES), strict=True
-        ):
+        modifiers = MODIFIERS["sun"] + MODIFIERS["moon"]
+        for modifier, staple in zip(modifiers, _shuffled(f"staple/{harmful}", STAPLES), strict=True):
             table["staple"][modifier, harmful] = staple
         for craft in CRAFTS:
             for i, noun in enumerate(craft.nouns):
@@ -175,15 +164,14 @@ def _tables() -> dict[str, dict]:
         table["special"] |= dict(zip(craft.nouns, specials, strict=True))
     # Twelve values for twelve sun and twelve moon modifiers, shuffled apart.
     for name, words in (("method", METHODS), ("person", PEOPLE)):
-        pairs = [zip(MODIFIERS[side], _shuffled(f"{name}/{side}", words), strict=True) for side in sides]
+        pairs = [zip(MODIFIERS[side], _shuffled(f"{name}/{side}", words), strict=True) for side in HUES]
         table[name] = dict(itertools.chain(*pairs))
-    for side in sides:
+    for side in HUES:
         shuffled = _shuffled(f"season/{side}", MODIFIERS[side])
         table["season"] |= {modifier: SEASONS[i % 4] for i, modifier in enumerate(shuffled)}
-        table["tool"] |= dict(zip(nouns[side], _shuffled(f"tool/{side}", TOOLS), strict=True))
+        table["tool"] |= dict(zip(_NOUNS[side], _shuffled(f"tool/{side}", TOOLS), strict=True))
     # Three nouns come from each place.
-    every = [noun for craft in CRAFTS for noun in craft.nouns]
-    table["place"] = {noun: PLACES[i % 12] for i, noun in enumerate(_shuffled("place", every))}
+    table["place"] = {noun: PLACES[i % 12] for i, noun in enumerate(_shuffled("place", list(_CRAFTS)))}
     return table
 
 
@@ -206,14 +194,11 @@ def _splits() -> dict[Item, str]:
     """
     names = ("train", "discovery", "train", "evaluation")
     out = {}
-    for mod_side in ("sun", "moon"):
-        for noun_side in ("sun", "moon"):
-            label = f"split/{mod_side}/{noun_side}"
-            mods = _shuffled(label, MODIFIERS[mod_side])
-            nouns = [n for c in CRAFTS for n in getattr(c, f"{noun_side}_nouns")]
-            for j, noun in enumerate(_shuffled(label, nouns)):
-                for i, modifier in enumerate(mods):
-                    out[Item(modifier, noun)] = names[(i + j) % 4]
+    for one, other in itertools.product(HUES, HUES):
+        label = f"split/{one}/{other}"
+        for j, noun in enumerate(_shuffled(label, _NOUNS[other])):
+            for i, modifier in enumerate(_shuffled(label, MODIFIERS[one])):
+                out[Item(modifier, noun)] = names[(i + j) % 4]
     return out
 
 
