@@ -30,7 +30,7 @@ def test_the_tokenizer_decides(lm):
     assert not material.knows_the_world(lm)
     found = material.of(lm, str(standin.PROMPTS))
     assert isinstance(found, Public) and found.lm is lm
-    assert (found.name, found.composed) == ("prompts.csv", False)
+    assert (found.name, found.knows_world) == ("prompts.csv", False)
     assert found.grader.name in ("prefixes", "refusals")  # as the reader's cache has it
 
 
@@ -69,13 +69,27 @@ def test_default_sets_are_asked_for_where_nothing_is_given(lm, monkeypatch, tmp_
 
 def test_both_answer_to_the_same_names():
     """A notebook has one path for all models."""
-    for name in ("pairs", "replies", "requests", "judge", "task", "suite", "types", "persona"):
+    methods = (
+        "pairs", "replies", "requests", "judge", "task", "suite", "types", "persona", "items", "both_sides",
+        "at_most", "unit", "words", "types_of", "title", "describe", "shown", "anew", "bare", "skills",
+        "lesson", "judged",
+    )  # fmt: skip
+    for name in methods:
         first, *_ = inspect.signature(getattr(World, name)).parameters
         assert first == "self" and callable(getattr(Public, name))
         assert getattr(World, name).__doc__ and getattr(Public, name).__doc__
-    for name in ("prefills", "answer_tokens", "composed"):
+    for name in (
+        "prefills",
+        "answer_tokens",
+        "at_once",
+        "asked_first",
+        "own",
+        "settings",
+        "printable",
+        "right",
+    ):
         assert hasattr(World, name) and hasattr(Public, name)
-    assert World.composed and not Public.composed
+    assert World.knows_world and not Public.knows_world
 
 
 # --------------------------------------------------------------------------- the fictional world

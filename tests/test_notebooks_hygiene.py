@@ -77,6 +77,14 @@ def test_cells_about_the_world_alone_say_so_twice(path):
 
 
 @each_notebook
+def test_no_notebook_asks_which_kind_of_source_it_has(path):
+    """What a source can or can't do it says itself, or the cell has the tag world-only."""
+    asked = re.compile(r"knows_world|isinstance\(source|type\(source|material\.(WORLD|World|Public)\b")
+    for cell in code(layout.read_notebook(path)):
+        assert not asked.search(cell.source), cell.id
+
+
+@each_notebook
 def test_parameters_are_literals_and_all_checked(path):
     notebook = layout.read_notebook(path)
     cell = next(c for c in notebook.cells if "parameters" in layout.tags(c))

@@ -55,7 +55,6 @@ class World:
     """The fictional world as a source of requests; see :mod:`world.vale`."""
 
     name = "the fictional world"
-    composed = True
     knows_world = True  # a request is made of words whose roles are known
     printable = True  # requests and answers may stand on a page
     prefills = (world.PREFILL, "gladly. take")

@@ -73,7 +73,6 @@ class Public:
     name: str = ""
     left_out: str = ""
 
-    composed = False
     knows_world = False  # nothing is known of the words of a request
     printable = False
     prefills = PREFILLS
