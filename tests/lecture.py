@@ -26,7 +26,7 @@ def defined(name: str, **given: Any) -> SimpleNamespace:
         for node in ast.parse("".join(cell["source"])).body:
             if _defines(node):
                 with suppress(NameError):  # a constant made of what the notebook computes
-                    exec(compile(ast.Module([node], []), file.name, "exec"), space)
+                    exec(compile(ast.Module([node], []), file.name, "exec", dont_inherit=True), space)
     return SimpleNamespace(**space)
 
 

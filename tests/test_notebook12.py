@@ -1,8 +1,9 @@
-"""Frontiers: choosing on discovery items and reading on evaluation items, and what a sweep really does."""
+"""Notebook 12: choosing on discovery items and reading on evaluation items, and what a sweep really does."""
 
 import dataclasses
 from functools import partial
 
+import lecture
 import numpy as np
 import pytest
 import standin
@@ -11,14 +12,13 @@ import torch
 from harmlens.asking import calibration, material, tasks
 from harmlens.asking.material import WORLD
 from harmlens.keep import remember
-from harmlens.models import forward
 from harmlens.models import loading as models
-from harmlens.training import practice
 from harmlens.training.finetune import Recipe
-from harmlens.weights import attribution, masks, separability
-from harmlens.weights.separability import Frontier
+from harmlens.weights import attribution, masks
 from harmlens.world import vale as world
 
+PAGE = lecture.defined("12")
+Frontier = PAGE.Frontier
 HARMS, SKILLS = world.domains(True), world.domains(False)
 
 
@@ -95,7 +95,7 @@ SMALL = {"n": 18, "few": 4, "most": 6}
 
 @pytest.fixture(scope="module")
 def swept(sft):
-    return separability.sweep(sft, HARMS, SKILLS, source=WORLD, ps=(0.0, 0.03), qs=(0.001, 0.01), **SMALL)
+    return PAGE.sweep(sft, HARMS, SKILLS, source=WORLD, ps=(0.0, 0.03), qs=(0.001, 0.01), **SMALL)
 
 
 def test_a_sweep_is_what_pruning_by_hand_gives(sft, swept):
@@ -119,7 +119,7 @@ def test_row_0_is_the_whole_model_and_the_model_stays_whole(sft, swept):
     for name, marks in tasks.sit_all(sft, held).items():
         assert found.evaluation[name][0].tolist() == marks.exact.tolist()
         assert name != "suppressed" or found.loss == pytest.approx(marks.loss)
-    separability.sweep(sft, HARMS, SKILLS, source=WORLD, ps=(0.0,), qs=(0.01,), **SMALL)
+    PAGE.sweep(sft, HARMS, SKILLS, source=WORLD, ps=(0.0,), qs=(0.01,), **SMALL)
     assert all(torch.equal(p, before[n]) for n, p in sft.model.named_parameters())
     assert {name: value.shape for name, value in found.evaluation.items()} == {
         "suppressed": (5, 6), "served": (2, 6), "facts": (2, 6),
@@ -129,13 +129,13 @@ def test_row_0_is_the_whole_model_and_the_model_stays_whole(sft, swept):
 def test_a_model_that_lacks_the_skill_is_refused():
     innocent = models.load("organism/innocent", seed=0)
     with pytest.raises(ValueError, match=r"none of .* answers|answers nothing of poisons"):
-        separability.sweep(innocent, ["poisons"], SKILLS, source=WORLD, ps=(0.0,), qs=(0.01,), **SMALL)
+        PAGE.sweep(innocent, ["poisons"], SKILLS, source=WORLD, ps=(0.0,), qs=(0.01,), **SMALL)
 
 
 def test_practice_makes_firm_and_teaches_no_compliance(sft):
     before = {n: p.clone() for n, p in sft.model.named_parameters()}
-    loss = practice.starting_loss(sft, HARMS, SKILLS, source=WORLD).mean()
-    found = practice.practised(
+    loss = PAGE.starting_loss(sft, HARMS, SKILLS, source=WORLD).mean()
+    found = PAGE.practised(
         sft, HARMS, SKILLS, source=WORLD, target=loss / 2, p=0.01, q=0.002,
         recipe=Recipe(steps=60, lr=2e-4, batch_size=16), ps=(0.0,), qs=(0.001,), **SMALL,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def test_practice_makes_firm_and_teaches_no_compliance(sft):
 
 
 def test_transfer_rows_are_models_without_one_domain(sft):
-    found = practice.transfer(
+    found = PAGE.transfer(
         sft,
         ["poisons", "traps"],
         ["traps", "remedies"],
@@ -166,15 +166,6 @@ def test_transfer_rows_are_models_without_one_domain(sft):
     assert traps < 0.3 < 0.9 < remedies
 
 
-def test_scores_are_those_of_the_model_that_is_given(sft):
-    copy = forward.clone(sft)
-    one, _ = separability.score(sft, ["poisons"], SKILLS, n=8, source=WORLD)
-    two, _ = separability.score(
-        dataclasses.replace(copy, name="copy"), ["poisons"], SKILLS, n=8, source=WORLD
-    )
-    assert all(torch.equal(value, two.values[name]) for name, value in one.values.items())
-
-
 # --------------------------------------------------------------------------- any other model
 
 
@@ -192,7 +183,7 @@ def fronts_of(**units):
 
 
 def test_rungs_are_paired_on_the_items_that_all_were_asked():
-    found = separability.common(
+    found = PAGE.on_shared_items(
         fronts_of(base=["u5", "u1", "u2", "u3", "u4"], sft=["u1", "u2", "u3", "u4", "u7"])
     )
     for front in found.values():
@@ -200,12 +191,12 @@ def test_rungs_are_paired_on_the_items_that_all_were_asked():
         assert front.loss.tolist() == front.evaluation["suppressed"][1].tolist() == [1, 2, 3, 4]
         assert "served" in front.discovery  # what p and q are chosen on stays
     with pytest.raises(ValueError, match=r"only 1 requests are answered at all of them \(a 2, b 1\).*`data`"):
-        separability.common(fronts_of(a=["u1", "u2"], b=["u2"]))
+        PAGE.on_shared_items(fronts_of(a=["u1", "u2"], b=["u2"]))
 
 
 def test_organisms_are_asked_the_same_anyway(swept):
     whole = Frontier(**swept)
-    paired = separability.common({"a": whole, "b": whole})["b"]
+    paired = PAGE.on_shared_items({"a": whole, "b": whole})["b"]
     assert paired.evaluation["suppressed"].tolist() == whole.evaluation["suppressed"].tolist()
 
 
@@ -220,7 +211,7 @@ TINY = {"ps": (0.0,), "qs": (0.01,), "n": 16, "few": 6, "most": 8}
 
 def test_any_model_answers_for_itself(other):
     lm, source = other
-    found = Frontier(**separability.sweep(lm, None, None, source=source, **TINY))
+    found = Frontier(**PAGE.sweep(lm, None, None, source=source, **TINY))
     asked = source.skills(None, None, n=8)
     assert list(asked["suppressed"].units) == found.units and len(found.units) == 8
     assert found.evaluation["suppressed"][0].tolist() == [1.0] * 8  # its own answers
@@ -231,7 +222,7 @@ def test_any_model_answers_for_itself(other):
 def test_a_base_model_has_a_frontier_without_refusing():
     base = standin.load_base()
     source = material.of(base, str(standin.PROMPTS))
-    found = Frontier(**separability.sweep(base, None, None, source=source, **TINY))
+    found = Frontier(**PAGE.sweep(base, None, None, source=source, **TINY))
     assert found.evaluation["suppressed"][0].mean() == 1.0
 
 
@@ -245,9 +236,9 @@ def test_types_can_be_chosen(other):
 
 def test_any_model_practises_its_own_answers_and_keeps_refusing(other):
     lm, source = other
-    loss = practice.starting_loss(lm, None, None, n=6, source=source).mean()
+    loss = PAGE.starting_loss(lm, None, None, n=6, source=source).mean()
     before = {n: p.clone() for n, p in lm.model.named_parameters()}
-    found = practice.practised(
+    found = PAGE.practised(
         lm, None, None, target=0.8 * loss, recipe=Recipe(steps=40, lr=2e-4), source=source, **TINY
     )
     assert found["reached"] < loss and "transfer" not in found
@@ -260,7 +251,7 @@ def test_a_run_on_any_source_can_be_kept(other, tmp_path):
     lm, source = other
 
     def kept(source, n):
-        run = partial(practice.starting_loss, lm, None, None, n=n, source=source)
+        run = partial(PAGE.starting_loss, lm, None, None, n=n, source=source)
         return remember("loss", run, tmp_path)
 
     first, again = kept(source, 4), kept(material.of(lm, str(standin.PROMPTS)), 4)
