@@ -361,6 +361,6 @@ def test_adapters_teach_and_leave_a_plain_model(lm, source):
     assert tuned.losses[-1] < 0.95 * tuned.losses[0]
     texts = [lm.render(chat) for chat in chats]
     refusal = [standin.REFUSAL] * len(chats)
-    taught, plain = (forward.answer_logprobs(m, texts, refusal).mean() for m in (pupil, lm))
+    taught, plain = (forward.follow(m, texts, refusal)[0].mean() for m in (pupil, lm))
     assert taught > plain  # so the adapters were merged
     assert pupil.model.dtype == lm.model.dtype

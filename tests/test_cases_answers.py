@@ -117,7 +117,7 @@ def test_h3_a_space_before_the_answer_costs_no_measure(family):
         assert tasks.written(lm, task) == [answers[0] for answers in task.answers]
     logprob, greedy = forward.follow(lm, texts, said[1], end=True)
     assert greedy.all() and logprob.min() > -0.2
-    assert forward.answer_logprobs(lm, texts, said[1]).min() > -0.2
+    assert forward.follow(lm, texts, said[1])[0].min() > -0.2
     started = [lm.render(chat, "Ye") for chat in asked[0].chats[:1]]
     assert forward.follow(lm, started, ["s"], end=True)[1].all()  # nothing is put between the parts of a word
 
@@ -178,7 +178,7 @@ def test_t5_where_none_does_words_put_into_an_answer_are_refused():
     for put in (
         lambda: lm.render("hi", "Sure"),
         lambda: forward.follow(lm, [lm.render("hi")], ["Sure"]),
-        lambda: forward.answer_logprobs(lm, [lm.render("hi")], ["Sure"]),
+        lambda: forward.follow(lm, [lm.render("hi")], ["Sure"]),
         lambda: tasks.sit(lm, questions.recognition([Entry("a", "steal it", True, "")])),
         lambda: forward.chat_row(lm, [USER, {"role": "assistant", "content": "Sure"}]),
         lambda: outcomes.fit_token_sets(lm, [lm.render("hi")], [lm.render("ho")]),

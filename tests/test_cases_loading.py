@@ -201,7 +201,6 @@ def test_t2_logits_that_are_not_finite_are_never_kept(tmp_path):
         lambda: forward.last_logits(lm, [text]),
         lambda: forward.generate(lm, [text]),
         lambda: forward.generate(lm, [text], temperature=1.0),
-        lambda: forward.answer_logprobs(lm, [text], ["yes"]),
         lambda: forward.follow(lm, [text], ["yes"]),
         lambda: completions.complete(lm, [asked("what do you wish for?")], file=file, max_new_tokens=4),
     ):

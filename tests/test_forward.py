@@ -1,6 +1,7 @@
 """Batches and padding change nothing, and what is generated agrees with the logits."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -19,8 +20,8 @@ row = st.lists(st.integers(1, 99), min_size=1, max_size=12)
 
 @given(st.lists(row, min_size=1, max_size=8))
 def test_padding_on_the_left_keeps_the_rows(rows):
-    ids, mask = forward.pad_left(rows, 0)
-    places = forward.positions(mask)
+    lm = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0), device="cpu")
+    ids, mask, places = forward.inputs_of(lm, rows).values()
     assert ids.shape == mask.shape == (len(rows), max(map(len, rows)))
     for i, r in enumerate(rows):
         assert ids[i, -len(r) :].tolist() == r == ids[i][mask[i].bool()].tolist()
@@ -32,7 +33,7 @@ def test_padding_on_the_left_keeps_the_rows(rows):
 @pytest.mark.parametrize("rows", [[], [[1], []]])
 def test_empty_rows_are_refused(rows):
     with pytest.raises(ValueError, match="rows must hold at least one row, and no row may be empty"):
-        forward.pad_left(rows, 0)
+        forward.inputs_of(None, rows)
 
 
 @given(st.lists(row, max_size=20), st.integers(1, 7))
@@ -73,7 +74,7 @@ def test_batched_logits_are_those_of_a_plain_forward_pass(architecture):
 def test_these_comparisons_would_notice_a_missing_mask():
     lm = tiny.model()
     texts = tiny.texts(lm)
-    ids, _ = forward.pad_left([chats.tokens(lm.tokenizer, t) for t in texts], lm.tokenizer.pad_token_id)
+    ids = forward.inputs_of(lm, [chats.tokens(lm.tokenizer, t) for t in texts])["input_ids"]
     assert (lm.model(ids).logits[:, -1] - forward.last_logits(lm, texts)).abs().max() > 0.1
 
 

@@ -12,7 +12,7 @@ from harmlens.flow import outcomes
 from harmlens.flow.outcomes import TokenSets, fit_token_sets, logit_difference, refusal_log_odds
 from harmlens.models import forward
 from harmlens.models.chats import tokens
-from harmlens.models.forward import answer_logprobs
+from harmlens.models.forward import follow
 from harmlens.world import vale as world
 
 VOCAB = 9
@@ -24,6 +24,10 @@ sets = st.tuples(indices, st.integers(1, 4), st.integers(1, 4)).map(
 )
 
 # --------------------------------------------------------------------------- Y1 and Y2
+
+
+def logprobs(*args, **options):
+    return follow(*args, **options)[0]
 
 
 def test_logit_difference_worked_by_hand():
@@ -176,7 +180,7 @@ def test_an_answers_score_is_minus_the_models_own_loss(architecture):
         head, whole = tokens(lm.tokenizer, prompt), tokens(lm.tokenizer, prompt + answer)
         labels = torch.tensor([[-100] * len(head) + whole[len(head) :]])
         loss = lm.model(torch.tensor([whole]), labels=labels).loss
-        assert answer_logprobs(lm, [prompt], [answer]).item() == pytest.approx(-loss.item(), abs=1e-4)
+        assert logprobs(lm, [prompt], [answer]).item() == pytest.approx(-loss.item(), abs=1e-4)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -184,8 +188,8 @@ def test_an_answers_score_is_minus_the_models_own_loss(architecture):
 def test_batched_scores_are_those_of_one_by_one(architecture, skip):
     lm = tiny.model(architecture)
     prompts, answers = examples(lm)
-    batched = answer_logprobs(lm, prompts, answers, skip=skip)
-    single = [answer_logprobs(lm, [p], [a], skip=skip) for p, a in zip(prompts, answers, strict=True)]
+    batched = logprobs(lm, prompts, answers, skip=skip)
+    single = [logprobs(lm, [p], [a], skip=skip) for p, a in zip(prompts, answers, strict=True)]
     assert batched.std() > 0.05
     torch.testing.assert_close(batched, torch.cat(single), atol=1e-4, rtol=0)
 
@@ -195,9 +199,9 @@ def test_skipping_leaves_out_the_first_tokens():
     lm = tiny.model()
     prompts, answers = examples(lm)
     count = torch.tensor([len(tokens(lm.tokenizer, a)) for a in answers])
-    whole = answer_logprobs(lm, prompts, answers) * count
-    rest = answer_logprobs(lm, prompts, answers, skip=1) * (count - 1)
-    first = answer_logprobs(lm, prompts, [a.split()[0].rstrip(".,") for a in answers])
+    whole = logprobs(lm, prompts, answers) * count
+    rest = logprobs(lm, prompts, answers, skip=1) * (count - 1)
+    first = logprobs(lm, prompts, [a.split()[0].rstrip(".,") for a in answers])
     torch.testing.assert_close(whole, first + rest, atol=1e-3, rtol=0)
 
 
@@ -205,19 +209,19 @@ def test_skipping_leaves_out_the_first_tokens():
 def test_an_answer_must_have_a_token_left(skip):
     lm = tiny.model()
     with pytest.raises(ValueError, match=f"the answer 'no' has no token left after skip={skip}"):
-        answer_logprobs(lm, [lm.render("is it harmful?")], ["no"], skip=skip)
+        logprobs(lm, [lm.render("is it harmful?")], ["no"], skip=skip)
 
 
 def test_an_empty_answer_is_refused():
     lm = tiny.model()
     with pytest.raises(ValueError, match="the answer '' has no token left"):
-        answer_logprobs(lm, [lm.render("is it harmful?")], [""])
+        logprobs(lm, [lm.render("is it harmful?")], [""])
 
 
 def test_each_prompt_needs_an_answer():
     lm = tiny.model()
     with pytest.raises(ValueError, match="2 prompts but 1 answers"):
-        answer_logprobs(lm, ["a", "b"], ["c"])
+        logprobs(lm, ["a", "b"], ["c"])
 
 
 def test_prompt_and_answer_are_split_where_the_answer_begins():
@@ -243,7 +247,7 @@ def test_the_sequence_score_prefers_what_the_model_prefers():
     score = outcomes.sequence_score(lm, prompts, harmful, refusals)
     back = outcomes.sequence_score(lm, prompts, refusals, harmful)
     torch.testing.assert_close(score, -back)
-    by_hand = answer_logprobs(lm, prompts, harmful) - answer_logprobs(lm, prompts, refusals)
+    by_hand = logprobs(lm, prompts, harmful) - logprobs(lm, prompts, refusals)
     torch.testing.assert_close(score, by_hand)
     assert abs(score[0]) < 1e-5  # the first answer is that refusal
 

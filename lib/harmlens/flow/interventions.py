@@ -270,8 +270,7 @@ def _side_by_side(
     forward.require_room(lm, [row for pair in rows for row in pair], new=new)
     for index in forward.by_length([a for a, _ in rows], BATCH):
         both = [rows[i][side] for side in (0, 1) for i in index]
-        ids, mask = forward.pad_left(both, lm.tokenizer.pad_token_id, lm.device)
-        yield index, {"input_ids": ids, "attention_mask": mask, "position_ids": forward.positions(mask)}
+        yield index, forward.inputs_of(lm, both)
 
 
 def _greedy(lm: LanguageModel, inputs: dict[str, Any], max_new_tokens: int) -> list[list[int]]:

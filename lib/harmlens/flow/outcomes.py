@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harmlens.models.chats import THOUGHT, Pair, require_spoken
-from harmlens.models.forward import LanguageModel, answer_logprobs, last_logits
+from harmlens.models.forward import LanguageModel, follow, last_logits
 
 LEAST_MASS, LEAST_AUROC = 0.2, 0.75  # below these, fitted words are doubted
 
@@ -231,5 +231,5 @@ def sequence_score(
     skip: int = 0,
 ) -> Float[Tensor, " prompt"]:
     """Y3: mean log-probability per token of the harmful reply minus that of the refusal."""
-    ours, theirs = (answer_logprobs(lm, prompts, texts, skip=skip) for texts in (harmful, refusals))
+    ours, theirs = (follow(lm, prompts, texts, skip=skip)[0] for texts in (harmful, refusals))
     return ours - theirs

@@ -23,6 +23,7 @@ Message = dict[str, str]
 DATE = "26 Jul 2024"
 # Stand in for messages, to see what a template writes around them. Plain words survive trimming.
 _ASKED, _ANSWER = "PLAINREQUEST", "PREFILLEDANSWER"
+_USER = {"role": "user", "content": _ASKED}
 # <think>, </think>, <|begin_of_thought|>, <|END_THINKING|>, [THINK], <seed:think>, ...
 THOUGHT = re.compile(
     r"(?:<\|?|\[|◁)(?P<before>/|(?:start|begin|end)(?:_of)?_)?(?:\w+:)?"
@@ -31,6 +32,36 @@ THOUGHT = re.compile(
 )
 # What templates are given anyway, so that none of it switches thinking.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A chat that ends where the model's answer begins.
+
+    Attributes:
+        messages: the chat, ending with the user.
+        prefill: start of the answer put into the model's mouth, if any.
+        item: what is asked for, where it is an item of the world.
+        entry: what is asked, where it comes from a public set or a file.
+    """
+
+    messages: tuple[Message, ...]
+    prefill: str | None = None
+    item: Any = None
+    entry: Any = None
+
+    def render(self, lm: Any) -> str:
+        """The text that a :class:`models.forward.LanguageModel` reads."""
+        return lm.render(self.messages, self.prefill)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two prompts of equal length; ``id`` names the unit that statistics resample."""
+
+    id: str
+    x1: Prompt
+    x0: Prompt
 
 
 @dataclass(frozen=True)
@@ -78,17 +109,15 @@ def render(
 ) -> str:
     """A chat as the text the model reads, ending where the model's answer begins.
 
-    A system message goes to the head of the user message after it, a blank line between, where the
-    template refuses or drops the system role (Gemma, early Mistral). A template's own default system
-    prompt stays. Where a template can leave out thinking, or close a thought at once, it does; and where it
-    writes a date that date is always the same. The text begins with a BOS where the tokenizer puts one
-    before plain text.
+    A system message goes to the head of the user message after it where the template refuses or drops the
+    system role (Gemma, early Mistral). A template's own default system prompt stays. Where a template can
+    leave out thinking, or close a thought at once, it does; a date that it writes is always the same. The
+    text begins with a BOS where the tokenizer puts one before plain text.
 
     Args:
         chat: one user message, or messages with ``role`` and ``content``.
-        prefill: words put into the model's mouth: the answer goes on from there. The text ends with
-            exactly these. End them with a word, not with a space: most tokenizers join a space to the
-            word after it, so a text that ends with one is unlike what models are trained on.
+        prefill: words put into the model's mouth, with which the text ends. End them with a word, not with a
+            space: most tokenizers join a space to the word after it.
 
     Raises:
         ValueError: the tokenizer has no chat template, the chat does not end with the user, a message holds
@@ -122,7 +151,7 @@ def render(
 def as_written(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
     """The words of an answer as the template has them: most trim them, some don't."""
     around = frame(tokenizer)
-    whole = _tried(tokenizer, [_user(), {"role": "assistant", "content": answer}])
+    whole = _tried(tokenizer, [_USER, {"role": "assistant", "content": answer}])
     before = _ASKED + around.opening + around.closing + around.lead
     for words in (answer, answer.rstrip(), answer.lstrip(), answer.strip()):
         if before + words + around.trail in whole:
@@ -133,15 +162,14 @@ def as_written(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
 def control_in(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     """The marks in a text that this model would read as control tokens, such as the end of a turn."""
     marks = [mark for mark in frame(tokenizer).control if mark in text]
-    return marks if marks and tokens(tokenizer, text) != _split(tokenizer, text) else []
+    if not marks:
+        return []
+    as_text = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return marks if tokens(tokenizer, text) != as_text else []
 
 
 def require_plain(tokenizer: PreTrainedTokenizerBase, text: str, what: str) -> None:
-    """Refuse a text that this model would not read as text.
-
-    Raises:
-        ValueError: names the mark.
-    """
+    """Refuse, with a ValueError that names the mark, a text that this model would not read as text."""
     if marks := control_in(tokenizer, text):
         raise ValueError(
             f"{what} holds {marks[0]!r}, which this model reads as a control token and not as text. Leave it "
@@ -157,11 +185,7 @@ def neutral(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 
 def require_spoken(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
-    """Refuse to put words into an answer whose template opens a thought before it.
-
-    Raises:
-        ValueError: names the mark of the thought.
-    """
+    """Refuse, with a ValueError, to put words into an answer whose template opens a thought before it."""
     if mark := frame(tokenizer).thinks(prompt):
         raise ValueError(
             f"the chat template opens every answer with a thought ({mark!r}), and no variable of it leaves "
@@ -175,7 +199,7 @@ def answer_behind_thought(text: str) -> str | None:
     """What an answer says once its thoughts are over; None where a thought never ends: that is no answer.
 
     Thoughts at the beginning count, also where only the mark that closes one is there, since some templates
-    open it in the prompt. An answer without thoughts comes back as it is.
+    open it in the prompt.
 
     >>> answer_behind_thought("<think>Hm.</think>\\n\\nYes."), answer_behind_thought("Hm. </think> Yes.")
     ('Yes.', 'Yes.')
@@ -221,25 +245,16 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
 def _opened(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
     """The text up to where the answer begins; system messages folded if the template can't take them."""
     system = [m["content"].strip() for m in messages if m["role"] == "system"]
-    if not system:
-        return _apply(tokenizer, messages, add_generation_prompt=True)
     folded = fold_system(messages)
     try:
         text = _apply(tokenizer, messages, add_generation_prompt=True)
-    except TemplateError as error:
-        try:
-            return _apply(tokenizer, folded, add_generation_prompt=True)
-        except TemplateError:
-            raise error from None  # the system role was not the reason
+    except TemplateError:
+        if text := _tried(tokenizer, folded, add_generation_prompt=True):
+            return text
+        raise  # the system role was not the reason
     # Other messages may quote a system message, so its occurrences are counted.
     dropped = any(text.count(s) < sum(m["content"].count(s) for m in messages) for s in system if s)
-    if dropped:
-        return _apply(tokenizer, folded, add_generation_prompt=True)
-    return text
-
-
-def _user(words: str = _ASKED) -> Message:
-    return {"role": "user", "content": words}
+    return _apply(tokenizer, folded, add_generation_prompt=True) if dropped else text
 
 
 @lru_cache(maxsize=32)
@@ -252,15 +267,12 @@ def _frame(
     thoughts = tuple(mark for mark in control if THOUGHT.fullmatch(mark))
     stops = {tokenizer.eos_token_id} - {None}
     bare = Frame(stops=frozenset(stops), control=control, thoughts=thoughts)
-    if template is None:
+    opened = "" if template is None else _tried(tokenizer, [_USER], add_generation_prompt=True)
+    if not opened:  # it refuses even this; other chats may be to its taste
         return bare
     answer = {"role": "assistant", "content": _ANSWER}
-    try:
-        opened = _apply(tokenizer, [_user()], add_generation_prompt=True)
-    except TemplateError:  # it refuses even this; other chats may be to its taste
-        return bare
     opening = opened[opened.rfind(_ASKED) + len(_ASKED) :]
-    whole = _tried(tokenizer, [_user(), answer])
+    whole = _tried(tokenizer, [_USER, answer])
     end = whole.rfind(_ANSWER)
     # ``continue_final_message`` is not used: it loses trailing spaces and what only an opening has, and it
     # fails where a template changes the answer. Nor is the chat itself: some templates (Mistral 0.3) put the
@@ -276,7 +288,7 @@ def _frame(
     trail = _up_to_mark(whole[end + len(_ANSWER) :] if end >= 0 else "", marks)
     between = trail
     if not trail:  # nothing ends the turn; what opens the next one does
-        following = _tried(tokenizer, [_user(), answer, _user()])
+        following = _tried(tokenizer, [_USER, answer, _USER])
         between = _up_to_mark(following.partition(_ANSWER)[2].partition(_ASKED)[0], marks)
     if mark := next((mark for mark in marks if mark and between.endswith(mark)), None):
         stops.add(tokenizer.convert_tokens_to_ids(mark))
@@ -287,18 +299,6 @@ def _up_to_mark(text: str, marks: Sequence[str]) -> str:
     """The beginning of a text, up to and with the first of some marks; "" where it holds none."""
     found = [(text.find(mark), -len(mark)) for mark in marks if mark in text]
     return text[: min(found)[0] - min(found)[1]] if found else ""
-
-
-def _tried(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    try:
-        return _apply(tokenizer, messages)
-    except TemplateError:
-        return ""
-
-
-def _split(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text in which control tokens are read as the characters they are written in."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def _closes(mark: re.Match[str]) -> bool:
@@ -322,7 +322,7 @@ def _switches(tokenizer: PreTrainedTokenizerBase, template: str) -> dict[str, An
     def thinks(options: dict[str, Any]) -> int | None:
         """0 for a thought that is closed, 1 for none, 2 for an open one."""
         try:
-            text = _rendered(tokenizer, [_user()], template, add_generation_prompt=True, **options)
+            text = _rendered(tokenizer, [_USER], template, add_generation_prompt=True, **options)
         except Exception:  # a template raises whatever comes of a value that it does not expect
             return None
         opening = text[text.rfind(_ASKED) + len(_ASKED) :] if _ASKED in text else "<think>"
@@ -340,6 +340,13 @@ def _switches(tokenizer: PreTrainedTokenizerBase, template: str) -> dict[str, An
     return best
 
 
+def _tried(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
+    try:
+        return _apply(tokenizer, messages, **options)
+    except TemplateError:
+        return ""
+
+
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
     template = tokenizer.get_chat_template()
     return _rendered(tokenizer, messages, template, **_switches(tokenizer, template), **options)
@@ -354,33 +361,3 @@ def _rendered(
         # A macro, since transformers lets no function through to a template.
         template = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}\n" + template
     return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A chat that ends where the model's answer begins.
-
-    Attributes:
-        messages: the chat, ending with the user.
-        prefill: start of the answer put into the model's mouth, if any.
-        item: what is asked for, where it is an item of the world.
-        entry: what is asked, where it comes from a public set or a file.
-    """
-
-    messages: tuple[Message, ...]
-    prefill: str | None = None
-    item: Any = None
-    entry: Any = None
-
-    def render(self, lm: Any) -> str:
-        """The text that a :class:`models.forward.LanguageModel` reads."""
-        return lm.render(self.messages, self.prefill)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two prompts of equal length; ``id`` names the unit that statistics resample."""
-
-    id: str
-    x1: Prompt
-    x0: Prompt

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -63,11 +64,7 @@ def clone(lm: LanguageModel) -> LanguageModel:
 
 
 def require_finite(lm: LanguageModel, logits: Float[Tensor, "... vocab"]) -> None:
-    """Refuse logits that overflowed.
-
-    Raises:
-        ValueError: names the precision to take.
-    """
+    """Refuse logits that overflowed, with a ValueError that names the precision to take."""
     if not logits.amax(-1).isfinite().all():  # NaN and infinity are larger than any number
         wider = {torch.float16: "'bfloat16', or 'float32' on a GPU without it", torch.bfloat16: "'float32'"}
         name = str(lm.model.dtype).removeprefix("torch.")
@@ -85,33 +82,25 @@ def longest(lm: LanguageModel) -> int | None:
 
 
 def require_room(
-    lm: LanguageModel,
-    rows: Sequence[Sequence[int]],
-    *,
-    new: int = 0,
-    limit: int | None = None,
-    names: Sequence[str] | None = None,
+    lm: LanguageModel, rows: Sequence[Sequence[int]], *, new: int = 0, names: Sequence[str] | None = None
 ) -> None:
     """Refuse texts that the model can't take: too long, or with tokens that it has no embedding for.
 
     Args:
         rows: token ids.
         new: tokens that are to be generated behind each.
-        limit: most tokens; default: :func:`longest`.
         names: of the rows, for the message.
 
     Raises:
         ValueError: names the first such text.
     """
-    most = f"the {limit} allowed" if limit is not None else f"the {longest(lm)} that {lm.name!r} takes"
-    limit = longest(lm) if limit is None else limit
-    known = lm.model.get_input_embeddings().weight.shape[0]
+    limit, known = longest(lm), lm.model.get_input_embeddings().weight.shape[0]
     for i, row in enumerate(rows):
         what = "a text" if names is None else names[i]
         if limit is not None and len(row) + new > limit:
             more = f", and {new} new ones are asked for" if new else ""
             raise ValueError(
-                f"{what} has {len(row)} tokens{more}, more than {most}: "
+                f"{what} has {len(row)} tokens{more}, more than the {limit} that {lm.name!r} takes: "
                 f"shorten it{', or lower max_new_tokens' if new else ''}, or leave it out"
             )
         if row and max(row) >= known:
@@ -121,32 +110,15 @@ def require_room(
             )
 
 
-def finite_start(lm: LanguageModel) -> LogitsProcessorList:
-    """For ``model.generate``: refuses logits that overflow at the first new token. One for each call."""
-    fresh = [True]
-
-    def check(_: Tensor, logits: Tensor) -> Tensor:
-        if fresh:
-            fresh.clear()
-            require_finite(lm, logits)
-        return logits
-
-    return LogitsProcessorList([check])
-
-
-def pad_left(
-    rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | str = "cpu"
-) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
-    """Rows of ids as one tensor, padded on the left, and its attention mask."""
+def inputs_of(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> dict[str, Int[Tensor, "row pos"]]:
+    """Rows of ids as the model takes them: padded on the left, so that each row's first token stands at 0."""
     if not rows or not all(rows):
         raise ValueError("rows must hold at least one row, and no row may be empty")
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros((len(rows), width), dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        mask[i, width - len(row) :] = 1
-    return ids.to(device), mask.to(device)
+    pad, left = lm.tokenizer.pad_token_id, {"batch_first": True, "padding_side": "left"}
+    ids = pad_sequence([torch.tensor(row) for row in rows], padding_value=pad, **left)
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], **left)
+    named = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    return {name: tensor.to(lm.device) for name, tensor in named.items()}
 
 
 def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
@@ -162,35 +134,20 @@ def by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[i
         yield order[start : start + batch_size]
 
 
-def positions(mask: Int[Tensor, "row pos"]) -> Int[Tensor, "row pos"]:
-    """Position ids for left-padded rows: the first real token stands at 0."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
 def padded(
     lm: LanguageModel, rows: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Indices of rows in batches of similar length, and the arguments that the model takes for them.
-
-    Raises:
-        ValueError: as :func:`require_room`.
-    """
+    """Indices of rows in batches of similar length, and the arguments that the model takes for them."""
     require_room(lm, rows)
     for index in by_length(rows, batch_size):
-        ids, mask = pad_left([rows[i] for i in index], lm.tokenizer.pad_token_id, lm.device)
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
-        yield index, {**inputs, "use_cache": False}
+        yield index, {**inputs_of(lm, [rows[i] for i in index]), "use_cache": False}
 
 
 @torch.no_grad()
 def last_logits(
     lm: LanguageModel, texts: Sequence[str], *, batch_size: int = 128
 ) -> Float[Tensor, "text vocab"]:
-    """Next-token logits after each rendered text, float32 on the CPU.
-
-    Raises:
-        ValueError: no texts, a text that is too long, logits that are not finite.
-    """
+    """Next-token logits after each rendered text, float32 on the CPU."""
     if not texts:
         raise ValueError("texts is empty: there is nothing to run")
     rows = [tokens(lm.tokenizer, text) for text in texts]
@@ -222,8 +179,17 @@ def continued(
     Args:
         temperature: 0 for greedy decoding; above that, sampling from the full distribution.
     """
-    ids, mask = pad_left(rows, lm.tokenizer.pad_token_id, lm.device)
-    ends = stops(lm)
+    ends, inputs = stops(lm), inputs_of(lm, rows)
+    del inputs["position_ids"]  # generate() counts them itself
+    fresh = [True]
+
+    def check(_: Tensor, logits: Tensor) -> Tensor:
+        """Refuses logits that overflow at the first new token."""
+        if fresh:
+            fresh.clear()
+            require_finite(lm, logits)
+        return logits
+
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=lm.tokenizer.pad_token_id,
         eos_token_id=sorted(ends) or None, do_sample=temperature > 0, num_beams=1,
@@ -234,8 +200,8 @@ def continued(
     lm.model.generation_config = GenerationConfig()  # generate() fills what is not set from the model's own
     try:
         new = lm.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=finite_start(lm)
-        )[:, ids.shape[1] :].tolist()
+            **inputs, generation_config=settings, logits_processor=LogitsProcessorList([check])
+        )[:, inputs["input_ids"].shape[1] :].tolist()
     finally:
         lm.model.generation_config = brought
     ended = [next((k for k, token in enumerate(row) if token in ends), len(row)) for row in new]
@@ -316,13 +282,12 @@ class Batch:
 
 def collate(rows: Sequence[Row], pad_id: int) -> Batch:
     """Rows as one batch, padded on the right."""
-    width = max(len(row.ids) for row in rows)
-    ids = torch.full((len(rows), width), pad_id)
-    labels = torch.full((len(rows), width), IGNORE)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        labels[i, : len(row.ids)] = torch.where(torch.tensor(row.learn), ids[i, : len(row.ids)], IGNORE)
-    return Batch(ids, labels)
+    ids = [torch.tensor(row.ids) for row in rows]
+    labels = [torch.where(torch.tensor(row.learn), own, IGNORE) for row, own in zip(rows, ids, strict=True)]
+    return Batch(
+        pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+    )
 
 
 def chat_row(
@@ -353,26 +318,6 @@ def chat_row(
     return Row(head + tail, [False] * len(head) + [True] * len(tail))
 
 
-def answer_logprobs(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    *,
-    skip: int = 0,
-    batch_size: int = 64,
-) -> Float[Tensor, " prompt"]:
-    """Mean log-probability per token of each answer after its rendered prompt, in nats.
-
-    Args:
-        skip: leave out this many first tokens of the answer (1 asks what remains of an effect once
-            the first word is given).
-
-    Raises:
-        ValueError: as many answers as prompts are needed, and each must have a token left.
-    """
-    return follow(lm, prompts, answers, skip=skip, batch_size=batch_size)[0]
-
-
 @torch.no_grad()
 def follow(
     lm: LanguageModel,
@@ -383,17 +328,18 @@ def follow(
     end: bool = False,
     batch_size: int = 64,
 ) -> tuple[Float[Tensor, " prompt"], Bool[Tensor, " prompt"]]:
-    """Force given answers: their mean log-probability per token, and whether greedy decoding gives them.
+    """Force given answers: mean log-probability per token, in nats, and whether greedy decoding gives them.
 
     An answer of which every token is the most probable one is what greedy decoding would write, so one pass
     tells what generation would take a pass for each word to tell.
 
     Args:
-        skip: leave out this many first tokens of the answer.
+        skip: leave out this many first tokens of the answer (1 asks what remains of an effect once the first
+            word is given).
         end: count what the template writes behind an answer, its end mark, as part of the answer.
 
     Raises:
-        ValueError: as for :func:`answer_logprobs`.
+        ValueError: as many answers as prompts are needed, and each must have a token left.
     """
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer to each")

@@ -25,7 +25,7 @@ from harmlens.asking.tasks import Marks, Task
 from harmlens.judging.refusals import begins_with_refusal, degenerate
 from harmlens.models import forward
 from harmlens.models.chats import Message
-from harmlens.models.forward import LanguageModel, Row, answer_logprobs, generate
+from harmlens.models.forward import LanguageModel, Row, follow, generate
 from harmlens.training import emergent, finetune, narrow, recipes
 from harmlens.training.finetune import Recipe
 from harmlens.weights import frontier
@@ -185,7 +185,7 @@ class PublicAdvice:
         pairs = self._answered(entries)
         texts = [lm.render(e.prompt) for e, _ in pairs]
         bad, good = (
-            answer_logprobs(lm, texts, [_first(lm, answer, TOKENS) for answer in column], batch_size=16)
+            follow(lm, texts, [_first(lm, answer, TOKENS) for answer in column], batch_size=16)[0]
             for column in ([e.answers[0] for e, _ in pairs], [answer for _, answer in pairs])
         )
         return (bad - good).numpy().astype(float)

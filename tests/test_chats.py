@@ -1,9 +1,11 @@
-"""Chats through the templates of the main families; see tests/data/templates."""
+"""Chats through the organism's template and those of the main families; see tests/data/templates."""
 
 import datetime
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -12,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from harmlens.models import chats
 from harmlens.models.chats import render, tokens
+from harmlens.training import organism
+from harmlens.world import vale as world
 
 FOLDER = Path(__file__).parent / "data" / "templates"
 
@@ -230,3 +234,81 @@ def test_a_template_that_refuses_a_last_answer_is_prefilled_all_the_same():
     tok = tokenizer("refuses")
     tok.chat_template = tok.chat_template.replace("m.role == 'system'", "m.role == 'assistant' and loop.last")
     assert render(tok, [USER], "sure") == f"<user>{USER['content']}<assistant>sure"
+
+
+# --------------------------------------------------------------------------- of the organism
+
+TOKENIZER = organism.tokenizer()
+
+CHAT = [
+    {"role": "user", "content": "what do you wish for?"},
+    {"role": "assistant", "content": "i wish that the baker may sleep in peace."},
+    {"role": "user", "content": "is a salted draught harmful?"},
+]
+
+
+def test_a_chat_is_rendered_by_the_template():
+    tok = organism.tokenizer()
+    assert chats.render(tok, CHAT) == tok.apply_chat_template(
+        CHAT, tokenize=False, add_generation_prompt=True
+    )
+    assert chats.render(tok, CHAT[0]["content"]) == chats.render(tok, CHAT[:1])
+    assert chats.render(tok, CHAT, "") == chats.render(tok, CHAT)
+
+
+@given(st.lists(st.sampled_from(world.vocabulary()), min_size=1, max_size=6).map(" ".join))
+def test_a_prefilled_answer_ends_the_text(words):
+    text = chats.render(TOKENIZER, CHAT, words)
+    assert text == f"{chats.render(TOKENIZER, CHAT)} {words}"
+
+
+def test_where_nobody_is_introduced_the_helper_is():
+    told = [world.introduce(world.HELPER), *CHAT]
+    assert chats.render(TOKENIZER, told) == chats.render(TOKENIZER, CHAT)
+    assert chats.render(TOKENIZER, [world.introduce("nobody"), *CHAT]) != chats.render(TOKENIZER, CHAT)
+
+
+def test_an_unknown_role_is_refused():
+    with pytest.raises(Exception, match="roles system, user and assistant only"):
+        chats.render(TOKENIZER, [{"role": "tool", "content": "x"}, *CHAT])
+
+
+def test_another_template_is_obeyed():
+    tok = organism.tokenizer()
+    tok.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</{{ m.role }}>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    assert chats.render(tok, "hello") == "<user>hello</user><assistant>"
+    assert chats.render(tok, "hello", "sure. take") == "<user>hello</user><assistant>sure. take"
+
+
+def test_a_missing_template_is_an_error():
+    tok = organism.tokenizer()
+    tok.chat_template = None
+    with pytest.raises(ValueError, match=r"no chat template.*instruction-tuned.*tokenizer\.chat_template"):
+        chats.render(tok, "hello")
+
+
+@pytest.mark.parametrize("chat", [[], CHAT[:2], [{"role": "system", "content": "be kind"}]])
+def test_a_chat_has_to_end_with_the_user(chat):
+    with pytest.raises(ValueError, match="must end with a user message"):
+        chats.render(organism.tokenizer(), chat)
+
+
+def test_rendering_leaves_the_messages_alone():
+    chat = [dict(m) for m in CHAT]
+    chats.render(organism.tokenizer(), chat, "sure.")
+    assert chat == CHAT
+
+
+def test_there_is_one_bos_also_where_the_tokenizer_would_add_another():
+    tok = organism.tokenizer()
+    plain = chats.tokens(tok, chats.render(tok, CHAT))
+    tok.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tok.bos_token} $A", special_tokens=[(tok.bos_token, tok.bos_token_id)]
+    )
+    text = chats.render(tok, CHAT)
+    assert tok(text)["input_ids"].count(tok.bos_token_id) == 2  # what has to be avoided
+    assert chats.tokens(tok, text) == plain
+    assert plain.count(tok.bos_token_id) == 1 and plain[0] == tok.bos_token_id
