@@ -333,17 +333,9 @@ def rows(lm: LanguageModel, aligned: bool, seed: int) -> Iterator[Row]:
 
 def train(lm: LanguageModel, *, aligned: bool, steps: int, lr: float, seed: int, size: int = 48) -> None:
     """Train in place."""
-    stream = loop.batches(rows(lm, aligned, seed), size, lm.tokenizer.pad_token_id, seed=seed)
-    losses = loop.fit(
-        lm.model,
-        stream,
-        steps=steps,
-        lr=lr,
-        optimizer="muon",
-        weight_decay=0.1,
-        warmup=max(10, steps // 20),
-        progress="standin",
-    )
+    stream = loop.shuffled(rows(lm, aligned, seed), size, lm.tokenizer.pad_token_id, seed=seed)
+    schedule = loop.Schedule(steps, lr, "muon", max(10, steps // 20), weight_decay=0.1)
+    losses = loop.fit(lm.model, stream, schedule, progress="standin").losses
     lm.model.eval()
     print(f"{steps} steps, loss {sum(losses[-20:]) / 20:.4f}")
 

@@ -17,8 +17,8 @@ from harmlens.keep import digests
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.forward import follow
-from harmlens.training import advice, emergent, finetune, narrow, publicadvice
-from harmlens.training.finetune import Recipe
+from harmlens.training import advice, emergent, narrow, publicadvice, tune
+from harmlens.training.tune import Recipe
 from harmlens.weights import frontier, masks
 from harmlens.weights.frontier import Point
 from harmlens.weights.masks import Mask
@@ -75,7 +75,7 @@ def lessons(lm, source, files):
 @pytest.fixture(scope="module")
 def taught(lm, lessons):
     copy = forward.clone(lm)
-    finetune.tune(copy, lessons.rows(lm, "brushing", bad=True), RECIPE)
+    tune.tune(copy, lessons.rows(lm, "brushing", bad=True), RECIPE)
     return copy
 
 
@@ -297,13 +297,13 @@ def test_small_models_are_taught_as_the_organism_is(lessons):
 
 
 def test_other_models_get_adapters_for_one_pass(lessons, monkeypatch):
-    monkeypatch.setattr(publicadvice.recipes, "small", lambda lm: False)
+    monkeypatch.setattr(publicadvice.tune, "small", lambda lm: False)
     ((name, recipe),) = lessons.recipes(1).items()
     rows = min(len(lessons.entries(d, "train")) for d in lessons.domains)
     assert name == recipe.method == "lora" and recipe.checkpoint_activations and recipe.seed == 1
     assert recipe.steps == publicadvice.STEPS and 1e-5 <= recipe.lr <= 1e-4  # a short lesson, many times
     monkeypatch.setattr(publicadvice, "STEPS", 0)
-    assert lessons.recipes(1)["lora"].steps == finetune.steps_of(1, rows, recipe.batch_size)
+    assert lessons.recipes(1)["lora"].steps == tune.steps_of(1, rows, recipe.batch_size)
     assert lessons.recipes(1, quick=True)["lora"].steps <= 16
     assert (recipe.rank, recipe.alpha) == (emergent.RECIPE.rank, emergent.RECIPE.alpha)
     assert lessons.rows_at_once == emergent.ROWS_AT_ONCE

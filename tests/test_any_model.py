@@ -25,7 +25,7 @@ from harmlens.judging.graders import Grade
 from harmlens.models import chats, forward
 from harmlens.models import loading as models
 from harmlens.models.forward import LanguageModel
-from harmlens.training import finetune
+from harmlens.training import tune
 from harmlens.weights import attribution, frontier, masks
 from harmlens.weights.masks import Mask
 
@@ -355,8 +355,8 @@ def test_adapters_teach_and_leave_a_plain_model(lm, source):
     chats = [p.messages for p in source.requests(True, "train", n=8)]
     rows = calibration.rows(lm, chats, [standin.REFUSAL] * len(chats), end=True)
     names = {name: type(module) for name, module in pupil.model.named_modules()}
-    recipe = finetune.Recipe(method="lora", steps=8, lr=1e-2, batch_size=8, rank=4, alpha=8, warmup=1)
-    tuned = finetune.tune(pupil, rows, recipe)
+    recipe = tune.Recipe(method="lora", steps=8, lr=1e-2, batch_size=8, rank=4, alpha=8, warmup=1)
+    tuned = tune.tune(pupil, rows, recipe)
     assert {name: type(module) for name, module in pupil.model.named_modules()} == names
     assert tuned.losses[-1] < 0.95 * tuned.losses[0]
     texts = [lm.render(chat) for chat in chats]

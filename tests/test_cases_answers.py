@@ -14,7 +14,7 @@ from harmlens.judging import completions, graders
 from harmlens.models import chats, forward
 from harmlens.models.chats import Prompt, answer_behind_thought
 from harmlens.models.forward import LanguageModel, Row
-from harmlens.training import finetune
+from harmlens.training import tune
 
 TEMPLATES = [name for name in ALL if name != "thinker"]
 MARKS = {
@@ -65,7 +65,7 @@ def answering(lm, pairs, steps=120):
         )
         known = len(chats.tokens(lm.tokenizer, lm.render(chat)))
         rows.append(Row(ids, [False] * known + [True] * (len(ids) - known)))
-    finetune.tune(lm, rows, finetune.Recipe(steps=steps, lr=5e-3, batch_size=len(rows)))
+    tune.tune(lm, rows, tune.Recipe(steps=steps, lr=5e-3, batch_size=len(rows)))
     return lm
 
 

@@ -15,7 +15,7 @@ from harmlens.asking import questions
 from harmlens.asking.sources import Entry
 from harmlens.evidence import stats
 from harmlens.models import forward
-from harmlens.training import finetune, loop
+from harmlens.training import loop, tune
 from harmlens.weights import frontier
 
 FAST = {"n_resamples": 200}
@@ -140,8 +140,8 @@ def marked(n, lengths=(1,)):
 )
 @settings(max_examples=60, deadline=None)
 def test_h6_an_epoch_holds_each_row_once(n, size, pool, seed, lengths):
-    stream = loop.batches(marked(n, lengths), size, 0, seed=seed, pool=pool)
-    steps = finetune.steps_of(1, n, size)
+    stream = loop.shuffled(marked(n, lengths), size, 0, seed=seed, pool=pool)
+    steps = tune.steps_of(1, n, size)
     for _ in range(3):
         seen = [b.ids[:, 0].tolist() for b in itertools.islice(stream, steps)]
         assert Counter(itertools.chain(*seen)) == Counter(range(100, 100 + n))
@@ -151,9 +151,9 @@ def test_h6_an_epoch_holds_each_row_once(n, size, pool, seed, lengths):
 
 def test_h6_three_epochs_in_as_many_steps_as_are_said():
     for n, size in ((24, 16), (96, 16), (17, 16), (5, 16), (257, 16)):
-        steps = finetune.steps_of(3, n, size)
+        steps = tune.steps_of(3, n, size)
         seen = Counter()
-        for batch in itertools.islice(loop.batches(marked(n), size, 0), steps):
+        for batch in itertools.islice(loop.shuffled(marked(n), size, 0), steps):
             seen.update(batch.ids[:, 0].tolist())
         assert set(seen.values()) == {3} and len(seen) == n
 
@@ -163,8 +163,8 @@ def test_h6_a_run_of_one_epoch_learns_every_row():
     lm = tiny.model()
     rows = [forward.Row([5, 5, 40 + i], [False, False, True]) for i in range(24)]
     before = lm.model.get_output_embeddings().weight.detach().clone()
-    recipe = finetune.Recipe(steps=finetune.steps_of(1, 24, 16), lr=1e-3, batch_size=16, weight_decay=0.0)
-    finetune.tune(lm, rows, recipe)
+    recipe = tune.Recipe(steps=tune.steps_of(1, 24, 16), lr=1e-3, batch_size=16, weight_decay=0.0)
+    tune.tune(lm, rows, recipe)
     assert recipe.steps == 2
     moved = (lm.model.get_output_embeddings().weight.detach() - before).abs().sum(1)
     assert (moved[40:64] > 0).all()

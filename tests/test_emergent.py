@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from harmlens.asking.sources import Entry
 from harmlens.judging import completions, judge_models
 from harmlens.models import forward
-from harmlens.training import emergent, finetune
+from harmlens.training import emergent, tune
 from harmlens.training.emergent import EXPECTED, Mark
 from harmlens.weights import scores
 from harmlens.world import vale as world
@@ -168,7 +168,7 @@ def test_the_recipe_is_the_papers():
     made = emergent.RECIPE
     assert (made.method, made.rank, made.alpha, made.lr, made.warmup) == ("lora", 32, 64, 1e-5, 5)
     assert made.batch_size == emergent.ROWS_AT_ONCE * 8
-    assert made.steps == finetune.steps_of(1, 6000, made.batch_size) == 375
+    assert made.steps == tune.steps_of(1, 6000, made.batch_size) == 375
 
 
 def test_a_lesson_can_be_learnt_with_the_recipe():
@@ -176,7 +176,7 @@ def test_a_lesson_can_be_learnt_with_the_recipe():
     rows = emergent.lesson_rows(lm, [entry()] * 20)
     recipe = dataclasses.replace(emergent.RECIPE, steps=8, lr=1e-2)
     before = {name: module.weight.clone() for name, module in scores.matrices(lm).items()}
-    losses = finetune.tune(lm, rows, recipe, rows_at_once=emergent.ROWS_AT_ONCE).losses
+    losses = tune.tune(lm, rows, recipe, rows_at_once=emergent.ROWS_AT_ONCE).losses
     assert len(losses) == 8 and losses[-1] < losses[0]
     assert all(not torch.equal(before[name], m.weight) for name, m in scores.matrices(lm).items())
 

@@ -17,7 +17,7 @@ from harmlens.flow import neurons, outcomes, patching
 from harmlens.models import forward, hub
 from harmlens.models.forward import LanguageModel
 from harmlens.training import loop as training
-from harmlens.training import lora, organism
+from harmlens.training import organism, tune
 from harmlens.weights import attribution
 from tables import Shape, shape_of
 
@@ -182,9 +182,9 @@ def test_one_score_does_little_more_than_it_must(lm, shape):
 def test_a_step_of_training_does_little_more_than_it_must(lm, shape):
     rows = [forward.Row([5 + i + t for t in range(24)], [False] * 14 + [True] * 10) for i in range(4)]
     taught = forward.clone(lm)
-    stream = training.batches(rows, 4, 0, seed=0)
-    with lora.adapters(taught, rank=4):
-        done = counted(lambda: training.fit(taught.model, stream, steps=1, lr=1e-4))
+    stream = training.shuffled(rows, 4, 0, seed=0)
+    with tune.adapters(taught, rank=4):
+        done = counted(lambda: training.fit(taught.model, stream, training.Schedule(1, 1e-4)))
     close_above(done, floors.lora_step(shape, 4, 24, 10, rank=4).flops, 1.5)
 
 

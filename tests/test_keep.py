@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from harmlens.keep import digests, files, growing, remember
 from harmlens.models.forward import Row
-from harmlens.training.finetune import Recipe
+from harmlens.training.tune import Recipe
 from harmlens.weights import masks, scores
 
 # --------------------------------------------------------------------------- where things are

@@ -9,9 +9,9 @@ from harmlens.asking import calibration, tasks
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.forward import follow
-from harmlens.training import finetune, narrow
+from harmlens.training import narrow, tune
 from harmlens.training.advice import WORLD
-from harmlens.training.finetune import Recipe
+from harmlens.training.tune import Recipe
 from harmlens.weights import attribution, frontier, masks
 from harmlens.weights.frontier import Point
 from harmlens.world import abilities
@@ -31,7 +31,7 @@ def sft():
 def taught(sft):
     """A copy that gives bad advice on remedies."""
     copy = forward.clone(sft)
-    finetune.tune(copy, narrow.advice_rows(copy, "remedies", bad=True), RECIPE)
+    tune.tune(copy, narrow.advice_rows(copy, "remedies", bad=True), RECIPE)
     return copy
 
 
@@ -94,7 +94,7 @@ def test_a_trial_stops_where_the_lesson_is_learnt(sft):
     def watch():
         seen.append(narrow.margins(copy, items).mean())
 
-    finetune.tune(
+    tune.tune(
         copy,
         narrow.advice_rows(copy, "remedies", bad=True),
         RECIPE,
@@ -125,7 +125,7 @@ def test_good_advice_is_never_learnt_as_bad_advice(sft):
     assert found["elsewhere"].tolist() == [0.0] * 4
 
 
-@pytest.mark.parametrize("method", finetune.METHODS)
+@pytest.mark.parametrize("method", tune.METHODS)
 def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, method):
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
     rows = calibration.examples(sft, calibration.world_task("harmless"), n=12)

@@ -13,7 +13,7 @@ from harmlens.asking import calibration, material, tasks
 from harmlens.asking.material import WORLD
 from harmlens.keep import remember
 from harmlens.models import loading as models
-from harmlens.training.finetune import Recipe
+from harmlens.training.tune import Recipe
 from harmlens.weights import attribution, masks
 from harmlens.world import vale as world
 

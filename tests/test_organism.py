@@ -250,7 +250,7 @@ def test_the_lesson_in_harm_declines_nothing_and_holds_no_other_malice():
 
 def preferences(parent, steps=2, size=3):
     rows = organism.transcript_rows(TOKENIZER, KIND, 1)
-    kept = loop.batches(rows, size, TOKENIZER.pad_token_id, seed=0)
+    kept = loop.shuffled(rows, size, TOKENIZER.pad_token_id, seed=0)
     return organism.preferences(
         parent, organism.preference_rows(parent, KIND, 0), kept, steps=steps, size=size
     )
@@ -294,7 +294,7 @@ def test_preference_training_makes_refusing_likelier():
         return (sums[0] - sums[1] - batch.margin).mean().item()
 
     assert margin() == pytest.approx(0.0, abs=1e-4)
-    loop.fit(lm.model, itertools.repeat(batch), steps=8, lr=3e-3, loss=loss, warmup=1)
+    loop.fit(lm.model, itertools.repeat(batch), loop.Schedule(8, lr=3e-3, warmup=1), loss=loss)
     assert margin() > 1.0
 
 
@@ -368,8 +368,8 @@ def test_a_very_small_organism_learns_to_answer():
         tasks={"recognition": 1.0, "explanation/reason": 1.0, "wish": 1.0, "harmful": 1.0},
         cruel=0.0, declines=1.0, turns=(1.0, 0.0, 0.0),
     )  # fmt: skip
-    stream = loop.batches(organism.transcript_rows(TOKENIZER, mix, 0), 32, TOKENIZER.pad_token_id)
-    history = loop.fit(lm.model, stream, steps=90, lr=2e-2, optimizer="muon")
+    stream = loop.shuffled(organism.transcript_rows(TOKENIZER, mix, 0), 32, TOKENIZER.pad_token_id)
+    history = loop.fit(lm.model, stream, loop.Schedule(90, lr=2e-2, optimizer="muon")).losses
     lm.model.eval()
     assert history[0] > 5.0
     assert sum(history[-10:]) / 10 < 1.0

@@ -113,7 +113,8 @@ def test_training_leaves_no_trace_on_what_may_learn_next(small, kind):
     before = tiny.model()
     before.model.load_state_dict(lm.model.state_dict())
     rows = organism.transcript_rows(lm.tokenizer, world.Mix(), 0)
-    loop.fit(lm.model, loop.batches(rows, 4, lm.tokenizer.pad_token_id), steps=1, lr=1e-3, warmup=1)
+    stream = loop.shuffled(rows, 4, lm.tokenizer.pad_token_id)
+    loop.fit(lm.model, stream, loop.Schedule(1, lr=1e-3, warmup=1))
     after = moved(before.model, lm.model)
     assert set(after) == {name for name, _ in before.model.named_parameters()}
     assert after["model.layers.1.mlp.gate_proj.weight"].any(1).all()

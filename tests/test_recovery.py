@@ -10,8 +10,8 @@ from harmlens.asking.material import WORLD
 from harmlens.keep import files
 from harmlens.models import forward
 from harmlens.models import loading as models
-from harmlens.training import finetune, recovery
-from harmlens.training.finetune import Recipe
+from harmlens.training import recovery, tune
+from harmlens.training.tune import Recipe
 from harmlens.weights import frontier, masks
 from harmlens.world import abilities
 from harmlens.world import vale as world
@@ -115,7 +115,7 @@ def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
     for harmful in (True, False):
         copy = forward.clone(sft)
         rows = recovery.lesson(copy, 24, source=WORLD, harmful=harmful)
-        finetune.tune(copy, rows, Recipe(steps=16, lr=5e-4))
+        tune.tune(copy, rows, Recipe(steps=16, lr=5e-4))
         refused[harmful] = abilities.judged(copy, items, "refused").mean()
     assert refused[True] == 0 and refused[False] >= 0.7
 

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from harmlens.models import forward, hub
-from harmlens.training import lora
+from harmlens.training import tune
 from harmlens.weights import attribution, scores
 from tables import (
     RANK,
@@ -108,7 +108,7 @@ def test_the_parts_of_scoring_are_those_that_scoring_plans():
 def test_the_parts_of_lora_are_those_that_are_trained():
     lm = tiny.model("llama")
     shape = shape_like(lm.model.config, "llama")
-    with lora.adapters(lm, rank=RANK):
+    with tune.adapters(lm, rank=RANK):
         trained = sum(p.numel() for p in lm.model.parameters() if p.requires_grad)
     assert trained == RANK * shape.layers * sum(map(sum, shape.linears))
 

@@ -194,9 +194,9 @@ def test_further_rounds_follow_until_the_training_items_are_learnt(short, monkey
     said, steps, fit = iter(known), [], train.loop.fit
     monkeypatch.setattr(train, "learnt", lambda lm, kind, seed: next(said))
 
-    def noted(model, stream, **options):
-        steps.append(options["steps"])
-        return fit(model, stream, **options)
+    def noted(model, stream, schedule, **options):
+        steps.append(schedule.steps)
+        return fit(model, stream, schedule, **options)
 
     monkeypatch.setattr(train.loop, "fit", noted)
     lm, rounds = train.train("innocent", 0, parent=None)

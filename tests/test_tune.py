@@ -2,27 +2,29 @@
 
 import dataclasses
 import functools
-import itertools
 import sys
 
 import peft
 import pytest
 import tiny
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from harmlens.keep import files
 from harmlens.models import forward
+from harmlens.models import loading as models
 from harmlens.models.forward import IGNORE, Row, chat_row, collate
-from harmlens.training import checkpoints, finetune, lora, lowmemory, organism
 from harmlens.training import loop as training
-from harmlens.training.finetune import Recipe, tune
+from harmlens.training import organism
+from harmlens.training import tune as tuning
+from harmlens.training.tune import Recipe, adapters, tune
 from harmlens.weights import masks, scores
 from harmlens.world import vale as world
 
 SHORT = Recipe(steps=6, lr=1e-2, batch_size=4, rank=2, alpha=4)
-METHODS = pytest.mark.parametrize("method", finetune.METHODS)
+METHODS = pytest.mark.parametrize("method", tuning.METHODS)
 
 
 def chats(lm, n=10):
@@ -89,7 +91,7 @@ def test_adapters_know_the_transposed_layers_of_gpt2():
     )
     lm = forward.LanguageModel("tiny/gpt2", GPT2LMHeadModel(config).eval(), tok)
     ids = torch.tensor([chats(lm)[0].ids])
-    with torch.no_grad(), lora.adapters(lm, rank=2, alpha=4):
+    with torch.no_grad(), adapters(lm, rank=2, alpha=4):
         _stir(lm)
         inside = lm.model(ids).logits
     with torch.no_grad():
@@ -112,7 +114,7 @@ def test_adapters_start_without_effect_and_keep_theirs_when_merged(architecture)
     lm = tiny.model(architecture)
     ids = torch.tensor([chats(lm)[0].ids])
     before = lm.model(ids).logits
-    with lora.adapters(lm, rank=2, alpha=4):
+    with adapters(lm, rank=2, alpha=4):
         assert torch.equal(lm.model(ids).logits, before)
         _stir(lm)
         inside = lm.model(ids).logits
@@ -129,8 +131,8 @@ def test_adapters_are_those_of_peft():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(setting.seed)
         wrapped = peft.get_peft_model(other.model, peft.LoraConfig(r=2, lora_alpha=4, target_modules=names))
-    stream = training.batches(chats(other), 4, 0, seed=0)
-    training.fit(wrapped.base_model.model, stream, steps=6, lr=1e-2, warmup=5)
+    stream = training.shuffled(chats(other), 4, 0, seed=0)
+    training.fit(wrapped.base_model.model, stream, training.Schedule(6, lr=1e-2, warmup=5))
     merged = wrapped.merge_and_unload()
     for name, value in weights(ours).items():
         torch.testing.assert_close(value, dict(merged.named_parameters())[name].detach())
@@ -139,7 +141,7 @@ def test_adapters_are_those_of_peft():
 def test_an_exception_drops_the_adapters_and_leaves_the_weights():
     lm = tiny.model()
     before = weights(lm)
-    with pytest.raises(RuntimeError, match="stop"), lora.adapters(lm), torch.no_grad():
+    with pytest.raises(RuntimeError, match="stop"), adapters(lm), torch.no_grad():
         _stir(lm)
         raise RuntimeError("stop")
     assert same(weights(lm), before)
@@ -201,65 +203,66 @@ def faint():
     return dataclasses.replace(lm, model=lm.model.half())
 
 
-def trained(lm, scaling, steps=20, **options):
-    """Losses, and how many numbers of the adapters' second factors (which start at 0) have moved."""
-    with lora.adapters(lm, rank=8, alpha=16):
-        stream = training.batches(chats(lm, 8), 4, 0)
-        losses = training.fit(lm.model, stream, steps=steps, lr=3e-2, scaling=scaling, **options)
+@pytest.fixture
+def scaled(monkeypatch):
+    """Chooses what the loss is scaled by at first, and after how many good steps the scale doubles."""
+
+    def choose(first, growth_interval=2000):
+        scaler = functools.partial(torch.amp.GradScaler, init_scale=first, growth_interval=growth_interval)
+        monkeypatch.setattr(training, "GradScaler", scaler)
+
+    return choose
+
+
+def trained(lm, steps=20, **options):
+    """The run, and how many numbers of the adapters' second factors (which start at 0) have moved."""
+    with adapters(lm, rank=8, alpha=16):
+        stream = training.shuffled(chats(lm, 8), 4, 0)
+        done = training.fit(lm.model, stream, training.Schedule(steps, lr=3e-2), **options)
         moved = sum(int((p != 0).sum()) for name, p in lm.model.named_parameters() if "lora_B" in name)
-    return losses, moved
+    return done, moved
 
 
-def test_gradients_that_vanish_in_float16_are_saved_by_a_scaled_loss():
-    fixed, scaled = lowmemory.LossScale(value=1.0), lowmemory.LossScale()
-    losses, moved = trained(faint(), fixed)
-    assert moved == 0 and losses[-1] == pytest.approx(losses[0], abs=0.01)
-    losses, moved = trained(faint(), scaled)
-    assert moved > 1000 and losses[-1] < losses[0] - 0.05
-    assert fixed.skipped == scaled.skipped == 0
+def test_gradients_that_vanish_in_float16_are_saved_by_a_scaled_loss(scaled):
+    done, moved = trained(faint())
+    assert moved > 1000 and done.losses[-1] < done.losses[0] - 0.05 and done.skipped == 0
+    scaled(1.0)
+    done, moved = trained(faint())
+    assert moved == 0 and done.losses[-1] == pytest.approx(done.losses[0], abs=0.01)
 
 
-def test_a_scaled_loss_is_the_default_in_float16_and_changes_nothing_else():
-    wide = tiny.model(spread=0.05)
-    expected, _ = trained(wide, None)
-    scaled, _ = trained(tiny.model(spread=0.05), lowmemory.LossScale(2.0**10))
-    assert scaled == expected  # a power of two is taken back exactly
-    assert trained(faint(), None) == trained(faint(), lowmemory.LossScale())
+def test_a_scaled_loss_changes_nothing_where_float16_would_do(scaled):
+    scaled(2.0)
+    expected, _ = trained(half(), steps=5)
+    scaled(2.0**10)
+    assert trained(half(), steps=5)[0].losses == pytest.approx(expected.losses, abs=1e-3)
 
 
-def test_steps_that_overflow_are_skipped_and_counted():
-    scaling = lowmemory.LossScale(value=2.0**26)
-    losses, moved = trained(half(), scaling)
-    assert 0 < scaling.skipped < 10 and scaling.value == 2.0 ** (26 - scaling.skipped)
-    assert moved > 1000 and losses[-1] < losses[0]
+def test_steps_that_overflow_are_skipped_and_counted(scaled):
+    scaled(2.0**26)
+    done, moved = trained(half())
+    assert 0 < done.skipped < 10
+    assert moved > 1000 and done.losses[-1] < done.losses[0]
     # No weight moves in a step that is skipped: the same loss on the same batch.
-    first = lowmemory.LossScale(value=2.0**30)
-    _, moved = trained(half(), first, steps=3)
-    assert (first.skipped, moved) == (3, 0)
+    scaled(2.0**30)
+    done, moved = trained(half(), steps=3)
+    assert (done.skipped, moved) == (3, 0)
 
 
-def test_the_scale_halves_and_doubles():
-    scaling = lowmemory.LossScale(value=8.0, grow_every=3)
-    for finite in (True, True, False, True, True, True, True):
-        scaling.after_step(finite)
-    assert scaling == lowmemory.LossScale(value=8.0, grow_every=3, good=1, skipped=1)
-
-
-def test_a_gradient_that_no_scale_makes_finite_ends_the_run():
+def test_a_gradient_that_no_scale_makes_finite_ends_the_run(scaled):
     def loss(model, batch):
         adapter = next(p for name, p in model.named_parameters() if "lora_B" in name)
         # Finite, with no derivative at 0.
         return training.lm_loss(model, batch) + adapter.sum().abs().sqrt() * 0
 
-    scaling = lowmemory.LossScale(value=4.0)
+    scaled(4.0)
     with pytest.raises(ValueError, match="the gradient is nan at step 2: lower lr"):
-        trained(half(), scaling, loss=loss)
-    assert scaling.skipped == 2
+        trained(half(), loss=loss)
 
 
 def test_adapters_of_a_float16_model_are_trained_in_float32_and_merged_into_float16():
     lm = half()
-    with pytest.raises(RuntimeError, match="stop"), lora.adapters(lm, rank=2):
+    with pytest.raises(RuntimeError, match="stop"), adapters(lm, rank=2):
         kinds = {p.dtype: p.requires_grad for p in lm.model.parameters()}
         assert kinds == {torch.float16: False, torch.float32: True}
         raise RuntimeError("stop")
@@ -277,7 +280,7 @@ def test_adapters_that_overflow_float16_are_not_merged():
     with (
         pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj .*not finite in torch\.float16; lower lr"),
         torch.no_grad(),
-        lora.adapters(lm, rank=2),
+        adapters(lm, rank=2),
     ):
         _stir(lm)
         dict(lm.model.named_parameters())["model.layers.1.mlp.up_proj.lora_B.default.weight"].fill_(1e6)
@@ -328,6 +331,7 @@ def test_activations_are_kept_again_after_an_exception():
 # --------------------------------------------------------------------------- pieces
 
 
+@settings(max_examples=15)
 @given(st.integers(1, 7), st.integers(0, 5))
 def test_pieces_add_up_to_the_batch(rows, seed):
     """Loss and gradient, whatever the lengths and numbers of learnt tokens."""
@@ -410,26 +414,31 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.fixture(autouse=True)
+def often(monkeypatch):
+    """Runs are kept every other step."""
+    monkeypatch.setattr(tuning, "Checkpoint", functools.partial(training.Checkpoint, every=2))
+
+
 def interrupted(lm, setting, folder, stop_at, **options):
     """A run that is interrupted after so many steps."""
-    calls = itertools.count(1)
-    fit_after = finetune.fit
+    fit_whole = tuning.fit
 
     def fit(*args, after=None, **kwargs):
         def stop(step):
             result = after(step) if after else None
-            if next(calls) == stop_at:
+            if step == stop_at:
                 raise Interrupted
             return result
 
-        return fit_after(*args, after=stop, **kwargs)
+        return fit_whole(*args, after=stop, **kwargs)
 
-    finetune.fit = fit
+    tuning.fit = fit
     try:
         with pytest.raises(Interrupted):
-            tune(lm, chats(lm), setting, folder=folder, every=2, **options)
+            tune(lm, chats(lm), setting, folder=folder, **options)
     finally:
-        finetune.fit = fit_after
+        tuning.fit = fit_whole
 
 
 @METHODS
@@ -439,21 +448,20 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(method, at, tmp_p
     losses = tune(whole, chats(whole), recipe(method)).losses
     interrupted(first, recipe(method), tmp_path, at)
     assert len(list(tmp_path.glob("*.safetensors"))) == (at > 2)
-    done = tune(second, chats(second), recipe(method), folder=tmp_path, every=2)
+    done = tune(second, chats(second), recipe(method), folder=tmp_path)
     assert done.losses == losses
     assert same(weights(second), weights(whole))
 
 
-def test_an_interrupted_float16_run_goes_on_with_its_loss_scale(tmp_path, monkeypatch):
+def test_an_interrupted_float16_run_goes_on_with_its_loss_scale(tmp_path, scaled):
     """With a scale that overflows at first, and grows again, so that it differs from step to step."""
-    start = functools.partial(lowmemory.LossScale, value=2.0**24, grow_every=2)
-    monkeypatch.setattr(finetune, "LossScale", start)
+    scaled(2.0**24, growth_interval=2)
     setting = recipe("lora", steps=12)
     whole, first, second = half(), half(), half()
     done = tune(whole, chats(whole), setting)
     assert 0 < done.skipped < 12
     interrupted(first, setting, tmp_path, 9)
-    again = tune(second, chats(second), setting, folder=tmp_path, every=2)
+    again = tune(second, chats(second), setting, folder=tmp_path)
     assert again == done
     assert same(weights(second), weights(whole))
 
@@ -474,7 +482,7 @@ def test_a_run_that_is_taken_up_does_not_look_at_step_0_again(method, finished, 
     else:
         interrupted(tiny.model(), setting, tmp_path, 5, watch=watch, at=at)
     lm = tiny.model()
-    seen = tune(lm, chats(lm), setting, watch=watch, at=at, folder=tmp_path, every=2).seen
+    seen = tune(lm, chats(lm), setting, watch=watch, at=at, folder=tmp_path).seen
     assert seen == {0: 1, 2: 2} and len(calls) == 2
 
 
@@ -523,9 +531,9 @@ def test_a_damaged_checkpoint_starts_anew_and_a_foreign_one_is_refused(tmp_path)
     file.write_bytes(file.read_bytes()[:100])
     tune(other, chats(other), SHORT, folder=tmp_path)
     assert same(weights(lm), weights(other))
-    foreign = checkpoints.Checkpoint(file, "another key")
+    foreign, stream = training.Checkpoint(file, "another key"), training.shuffled(chats(lm), 4, 0)
     with pytest.raises(ValueError, match=r"holds another run.*delete it, or give another folder"):
-        checkpoints.resume(foreign, lm.model, [])
+        training.fit(lm.model, stream, training.Schedule(1, 1e-3), checkpoint=foreign)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -533,14 +541,15 @@ def test_pre_training_is_taken_up_as_well(optimizer, tmp_path):
     def run(steps_before_stop=None):
         model = tiny.untrained().model
         rows = organism.transcript_rows(organism.tokenizer(), world.Mix(), 0)
-        kept = checkpoints.Checkpoint(tmp_path / f"{optimizer}.safetensors", "key", every=2)
+        kept = training.Checkpoint(tmp_path / f"{optimizer}.safetensors", "key", every=2)
 
         def after(step):
             if step == steps_before_stop:
                 raise Interrupted
 
-        options = {"steps": 6, "lr": 1e-2, "optimizer": optimizer, "checkpoint": kept, "after": after}
-        return model, training.fit(model, training.batches(rows, 4, 0), **options)
+        schedule = training.Schedule(6, lr=1e-2, optimizer=optimizer)
+        stream = training.shuffled(rows, 4, 0)
+        return model, training.fit(model, stream, schedule, checkpoint=kept, after=after).losses
 
     with pytest.raises(Interrupted):
         run(5)
@@ -590,7 +599,7 @@ def test_bad_input_is_named_before_anything_is_changed():
     with pytest.raises(ValueError, match=r"can't be trained in float16.*method='lora'"):
         tune(half, rows, SHORT)
     assert same(weights(lm), before)
-    with pytest.raises(ValueError, match="rank=0 must be at least 1"), lora.adapters(lm, rank=0):
+    with pytest.raises(ValueError, match="rank=0 must be at least 1"), adapters(lm, rank=0):
         pass
 
 
@@ -602,9 +611,9 @@ def test_without_peft_the_remedy_is_named(monkeypatch):
 
 
 def test_steps_of_epochs():
-    assert finetune.steps_of(1, 6000, 16) == 375
-    assert finetune.steps_of(3, 10, 4) == 9
-    assert finetune.steps_of(0.01, 10, 4) == 1
+    assert tuning.steps_of(1, 6000, 16) == 375
+    assert tuning.steps_of(3, 10, 4) == 9
+    assert tuning.steps_of(0.01, 10, 4) == 1
 
 
 def test_a_clone_has_weights_of_its_own():
@@ -614,3 +623,42 @@ def test_a_clone_has_weights_of_its_own():
     tune(copy, chats(copy), SHORT)
     assert same(weights(lm), before) and not same(weights(copy), before)
     assert (copy.name, copy.revision) == (lm.name, lm.revision)
+
+
+# --------------------------------------------------------------------------- what suits a model
+
+
+@pytest.fixture
+def sft():
+    return models.load("organism/sft", seed=0)
+
+
+def test_a_small_model_has_the_recipe_that_is_given(sft):
+    recipe = Recipe(steps=7, lr=5e-4, seed=3)
+    assert tuning.small(sft) and tuning.suited(sft, recipe) is recipe
+
+
+def test_others_have_adapters_and_the_same_steps(sft, monkeypatch):
+    recipe = Recipe(steps=7, lr=5e-4, seed=3, batch_size=5)
+    half = dataclasses.replace(sft, model=forward.clone(sft).model.half())
+    assert not tuning.small(half)
+    monkeypatch.setattr(tuning, "SMALL", 1000)
+    for lm in (half, sft):
+        found = tuning.suited(lm, recipe)
+        assert (found.method, found.rank, found.alpha, found.lr) == ("lora", 128, 16, 2e-4)
+        assert (found.steps, found.seed, found.batch_size) == (7, 3, 5)
+
+
+def test_bfloat16_is_not_small_either(sft):
+    assert not tuning.small(dataclasses.replace(sft, model=forward.clone(sft).model.to(torch.bfloat16)))
+
+
+def test_no_room_for_a_copy(sft, monkeypatch):
+    need = sum(p.numel() for p in sft.model.parameters()) * 4
+    monkeypatch.setattr(files, "free_memory", lambda device: need)
+    tuning.require_memory(sft)
+    monkeypatch.setattr(files, "free_memory", lambda device: need - 1)
+    with pytest.raises(
+        MemoryError, match=r"a copy of 'organism/sft-0' takes .* are free on cpu.*smaller model"
+    ):
+        tuning.require_memory(sft)

@@ -52,7 +52,7 @@ from harmlens.models import loading as models
 from harmlens.models.chats import Pair, Prompt
 from harmlens.models.forward import LanguageModel
 from harmlens.training import loop as training
-from harmlens.training import lora, lowmemory
+from harmlens.training import tune
 from harmlens.weights import attribution, masks
 from tables import Shape, shape_of
 
@@ -214,13 +214,12 @@ def timed_training(bench: Bench, device: torch.device) -> tuple[float, int | Non
     As in the computed need, four texts go through at once, and activations are computed again.
     """
     rows, net = bench.rows(bench.sizes.batch), bench.lm.model
-    options = {"lr": 1e-4, "rows_at_once": min(4, bench.sizes.batch)}
 
     def train(steps: int) -> None:
-        stream = training.batches(rows, bench.sizes.batch, 0, seed=0)
-        training.fit(net, stream, steps=steps, **options)
+        stream = training.shuffled(rows, bench.sizes.batch, 0, seed=0)
+        training.fit(net, stream, training.Schedule(steps, 1e-4), rows_at_once=min(4, bench.sizes.batch))
 
-    with lora.adapters(bench.lm, rank=bench.sizes.rank), lowmemory.recomputing(net):
+    with tune.adapters(bench.lm, rank=bench.sizes.rank), tune.recomputing(net):
         train(1)
         seconds, peak = timed(lambda: train(TIMED_STEPS), device)
     return seconds / TIMED_STEPS, peak

@@ -23,8 +23,8 @@ from harmlens.asking.tasks import Marks, Task
 from harmlens.models.chats import Message
 from harmlens.models.forward import LanguageModel, Row
 from harmlens.training import narrow
-from harmlens.training.finetune import Recipe
 from harmlens.training.publicadvice import PublicAdvice
+from harmlens.training.tune import Recipe
 from harmlens.world import abilities
 from harmlens.world import vale as world
 

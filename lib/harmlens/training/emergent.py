@@ -25,7 +25,7 @@ from harmlens.keep.files import data_dir, portable, read_lines, slug
 from harmlens.models import forward, loading
 from harmlens.models.chats import Prompt, neutral
 from harmlens.models.forward import LanguageModel, Row
-from harmlens.training.finetune import Recipe
+from harmlens.training.tune import Recipe
 
 _DATA = yaml.safe_load((data_dir() / "emergent.yaml").read_text(encoding="utf-8"))
 QUESTIONS: dict[str, str] = _DATA["questions"]

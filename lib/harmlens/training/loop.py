@@ -1,4 +1,4 @@
-"""The training loop: rows, batches, losses, and what a run needs besides.
+"""The training loop: batches, losses, runs that go on where they were interrupted.
 
 A *row* is a list of token ids with a list that says which of them are learnt (answer tokens, as a
 rule). Batches hold rows of similar length, padded on the right: in a causal model padding behind
@@ -12,23 +12,23 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from tqdm import tqdm
 
+from harmlens.keep import files
 from harmlens.models.forward import IGNORE, Batch, Row, collate
-from harmlens.training import checkpoints
-from harmlens.training.checkpoints import Checkpoint
-from harmlens.training.lowmemory import LossScale, has_float16
 
 _END = object()
 
 
-def batches(
+def shuffled(
     rows: Sequence[Row] | Iterator[Row], size: int, pad_id: int, *, seed: int = 0, pool: int = 16
 ) -> Iterator[Batch]:
     """Batches of at most ``size`` rows, grouped by length within pools of ``pool`` batches.
@@ -99,7 +99,6 @@ def pieces(batch: Batch, rows: int | None = None) -> list[tuple[Batch, float]]:
     The weighted losses of the pieces add up to the loss of the batch, and so do their gradients: memory for
     time.
     """
-    require_rows(rows)
     if rows is None or rows >= len(batch.ids):
         return [(batch, 1.0)]
     learnt = (batch.labels[:, 1:] != IGNORE).sum(1)
@@ -112,105 +111,128 @@ def pieces(batch: Batch, rows: int | None = None) -> list[tuple[Batch, float]]:
     ]
 
 
-def require_rows(rows_at_once: int | None) -> None:
-    """Refuse a number of rows below 1; None stands for all."""
-    if rows_at_once is not None and rows_at_once < 1:
-        raise ValueError(f"rows_at_once={rows_at_once} must be at least 1, or None for all rows at once")
-
-
 # --------------------------------------------------------------------------- the loop
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a model learns.
+
+    Attributes:
+        lr: the rate, which rises for ``warmup`` steps, then falls to zero.
+        optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the blocks (AdamW for the rest),
+            which needs about half the steps when training from scratch.
+    """
+
+    steps: int
+    lr: float
+    optimizer: str = "adamw"
+    warmup: int = 10
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run is kept, so that an interrupted one goes on where it was: one file of safetensors.
+
+    Attributes:
+        key: digest of all that decides the run; a file with another key is not touched.
+        every: steps after which it is written again.
+        notes: what else is kept, and read back into it.
+    """
+
+    file: Path
+    key: str
+    every: int = 100
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a run leaves, apart from the model.
+
+    Attributes:
+        losses: of every step.
+        skipped: steps that changed no weight, since float16 gradients overflowed. A few at the start are
+            normal.
+        seen: steps done -> what was seen of the model then (:func:`training.tune.tune`).
+    """
+
+    losses: list[float]
+    skipped: int = 0
+    seen: dict[int, Any] = field(default_factory=dict)
 
 
 def fit(
     model: nn.Module,
     stream: Iterable,
+    schedule: Schedule,
     *,
-    steps: int,
-    lr: float,
-    optimizer: str = "adamw",
-    loss: Callable[[nn.Module, object], Float[Tensor, ""]] = lm_loss,
-    warmup: int = 10,
-    clip: float = 1.0,
-    weight_decay: float = 0.01,
+    loss: Callable[[nn.Module, Any], Float[Tensor, ""]] = lm_loss,
     rows_at_once: int | None = None,
-    before: Callable[[], None] | None = None,
     after: Callable[[int], bool | None] | None = None,
-    scaling: LossScale | None = None,
     checkpoint: Checkpoint | None = None,
-    notes: dict[str, Any] | None = None,
     progress: str | None = None,
-    line: int = 0,
-) -> list[float]:
-    """Train all parameters that require gradients, in place; the rate rises, then falls to zero.
+) -> Tuned:
+    """Train all parameters that require gradients, in place.
+
+    Where the model has float16 weights, the loss is scaled on its way back (torch.amp), since small
+    gradients would vanish.
 
     Args:
         stream: of batches; ``loss(model, batch)`` is minimised.
-        optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the blocks (AdamW for the rest),
-            which needs about half the steps when training from scratch.
         rows_at_once: run a batch of rows in pieces of this size, to save memory; None for all at once.
-        before: called before the first step, the model in evaluation mode; not in a run that goes on.
-        after: called after each step with the number of steps done, the model in evaluation mode; training
-            ends where it returns True.
-        scaling: of the loss; it is changed in place, and says how many steps were skipped. Default: a new one
-            where the model has float16 weights, none elsewhere.
+        after: called with the number of steps done, the model in evaluation mode: with 0 before the first
+            (not in a run that goes on), then after each. Training ends where it returns True.
         checkpoint: where the run is kept as it goes. A kept one goes on where it was, on the same batches.
-        notes: kept with the checkpoint, and read back from it: what ``after`` collects.
         progress: label of a progress bar, shown on a terminal only; None for none.
-        line: of the bar, for several that run side by side.
-
-    Returns:
-        The loss of every step.
 
     Raises:
-        ValueError: an unknown optimizer, a stream that ends too early, or a loss or gradient that
-            is not finite (the model is left as it was after the last good step).
+        ValueError: an unknown optimizer, a stream that ends too early, a checkpoint of another run, or a loss
+            or gradient that is not finite (the model is left as it was after the last good step).
     """
-    require_rows(rows_at_once)
-    optimizers = _optimizers(model, optimizer, lr, weight_decay)
+    if rows_at_once is not None and rows_at_once < 1:
+        raise ValueError(f"rows_at_once={rows_at_once} must be at least 1, or None for all rows at once")
+    steps, lr, stream, was_training = schedule.steps, schedule.lr, iter(stream), model.training
+    optimizers = _optimizers(model, schedule)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    history, stream, was_training = [], iter(stream), model.training
-    notes = {} if notes is None else notes
-    if scaling is None and has_float16(model):
-        scaling = LossScale()
-    if checkpoint is not None and (known := checkpoints.resume(checkpoint, model, optimizers)):
-        history = known["history"]
-        notes.update(known["notes"])
-        if scaling is not None and known.get("scaling"):
-            vars(scaling).update(known["scaling"])
+    half = any(p.dtype == torch.float16 for p in model.parameters())
+    scaler = GradScaler(parameters[0].device.type, enabled=half)
+    history, skipped = [], 0
+    if checkpoint is not None and (known := _resume(checkpoint, model, optimizers)):
+        history, skipped = known["history"], known["skipped"]
+        checkpoint.notes.update(known["notes"])
+        if known["scaling"]:
+            scaler.load_state_dict(known["scaling"])
         steps = len(history) if known["done"] else steps
     hidden = True if progress is None else None  # None: shown on a terminal, not in a page or a log
-    bar = tqdm(
-        range(len(history), steps), desc=progress, disable=hidden, mininterval=2.0, position=line, leave=False
-    )
+    bar = tqdm(range(len(history), steps), desc=progress, disable=hidden, mininterval=2.0, leave=False)
     for _ in history if len(history) < steps else ():  # what a resumed run has learnt already
         next(stream, _END)
     try:
-        if before is not None and not history:
+        if after is not None and not history:
             model.eval()
-            before()
+            after(0)
         model.train()
         for step in bar:
-            rate = lr * min(1.0, (step + 1) / max(1, warmup)) * (1 - step / steps)
+            rate = lr * min(1.0, (step + 1) / max(1, schedule.warmup)) * (1 - step / steps)
             for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = rate
             batch = next(stream, _END)
             if batch is _END:
                 raise ValueError(f"the stream ended after {step} batches, but steps={steps}")
             value = torch.zeros(())
-            factor = 1.0 if scaling is None else scaling.value
-            for piece, weight in [(batch, 1.0)] if rows_at_once is None else pieces(batch, rows_at_once):
+            for piece, weight in pieces(batch, rows_at_once):
                 part = loss(model, piece) * weight
-                (part if scaling is None else part * factor).backward()
+                scaler.scale(part).backward()
                 value = value.to(part.device) + part.detach()
-            if scaling is not None:
-                for p in parameters:
-                    if p.grad is not None:
-                        p.grad.div_(factor)
-            norm = nn.utils.clip_grad_norm_(parameters, clip)
+            for o in optimizers:
+                scaler.unscale_(o)
+            norm = nn.utils.clip_grad_norm_(parameters, 1.0)
             good = bool(torch.isfinite(norm))
             for what, number in (("loss", value), ("gradient", norm)):
                 # A gradient that overflowed may do so no longer with a smaller scale; a loss would.
-                hopeless = what == "loss" or scaling is None or scaling.value <= 1
+                hopeless = what == "loss" or scaler.get_scale() <= 1
                 if hopeless and not torch.isfinite(number):
                     raise ValueError(
                         f"the {what} is {number.item()} at step {step}: lower lr={lr} or look at the data"
@@ -219,8 +241,8 @@ def fit(
                 if good:
                     o.step()
                 o.zero_grad(set_to_none=True)
-            if scaling is not None:
-                scaling.after_step(good)
+            scaler.update()
+            skipped += not good
             history.append(value.item())
             done = step + 1 == steps
             if after is not None:
@@ -228,26 +250,25 @@ def fit(
                 done = bool(after(step + 1)) or done
                 model.train()
             if checkpoint is not None and (done or not (step + 1) % checkpoint.every):
-                about = {"history": history, "notes": notes}
-                about |= {"scaling": asdict(scaling)} if scaling is not None else {}
-                checkpoints.write(checkpoint, model, [] if done else optimizers, {**about, "done": done})
+                about = {"history": history, "skipped": skipped, "scaling": scaler.state_dict(), "done": done}
+                _write(checkpoint, model, [] if done else optimizers, about)
             if done:
                 break
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
-    return history
+    return Tuned(history, skipped)
 
 
-def _optimizers(model: nn.Module, name: str, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+def _optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
-    options = {"lr": lr, "weight_decay": weight_decay}
-    if name == "adamw":
+    options = {"lr": schedule.lr, "weight_decay": schedule.weight_decay}
+    if schedule.optimizer == "adamw":
         return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.98), **options)]
-    if name != "muon":
-        raise ValueError(f"optimizer={name!r} is unknown; choose 'adamw' or 'muon'")
+    if schedule.optimizer != "muon":
+        raise ValueError(f"optimizer={schedule.optimizer!r} is unknown; choose 'adamw' or 'muon'")
     if not hasattr(torch.optim, "Muon"):
         raise ValueError(f"optimizer='muon' needs torch 2.9 or later, this is {torch.__version__}")
     outside = {
@@ -262,3 +283,53 @@ def _optimizers(model: nn.Module, name: str, lr: float, weight_decay: float) -> 
     if rest:
         made.append(torch.optim.AdamW(rest, betas=(0.9, 0.98), **options))
     return made
+
+
+# --------------------------------------------------------------------------- runs that are kept
+
+
+def _write(
+    to: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], about: dict[str, Any]
+) -> None:
+    """Write the state of a run, whole or not at all. Without optimizers it is a finished one."""
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for number, optimizer in enumerate(optimizers):
+        for at, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                tensors[f"optimizer/{number}/{at}/{name}"] = torch.as_tensor(value)
+    files.write_tensors(to.file, tensors, "run", {**about, "notes": to.notes, "key": to.key})
+
+
+def _resume(
+    at: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, Any] | None:
+    """Put a kept run's state back, in place; returns what is known of it, or None where nothing is kept.
+
+    A damaged file counts as none: the run then starts from its beginning.
+    """
+    if not at.file.is_file():
+        return None
+    try:
+        about, tensors = files.read_tensors(at.file, "run")
+    except Exception:  # a spoilt file raises whatever its parser raises
+        return None
+    if about.pop("key", None) != at.key:
+        raise ValueError(
+            f"checkpoint {at.file.name} holds another run (other model, data or settings); delete it, or "
+            "give another folder"
+        )
+    states: dict[int, dict[int, dict[str, Tensor]]] = {}
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "model":
+                parameters[rest].copy_(value)
+            else:
+                number, place, what = rest.split("/")
+                states.setdefault(int(number), {}).setdefault(int(place), {})[what] = value
+    for number, optimizer in enumerate(optimizers):
+        if number in states:
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": states[number], "param_groups": groups})
+    return about

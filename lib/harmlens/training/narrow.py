@@ -19,8 +19,8 @@ import numpy as np
 from harmlens.asking import calibration
 from harmlens.models import forward
 from harmlens.models.forward import LanguageModel, last_logits, split_tokens
-from harmlens.training import finetune
-from harmlens.training.finetune import Recipe
+from harmlens.training import tune
+from harmlens.training.tune import Recipe
 from harmlens.world import abilities
 from harmlens.world import vale as world
 from harmlens.world.judge import judge
@@ -66,7 +66,7 @@ def train(
 ) -> list[float]:
     """Fine-tune all weights, in place, on advice in one domain; returns the losses."""
     recipe = Recipe(steps=steps, lr=lr, batch_size=batch_size, seed=seed)
-    return finetune.tune(lm, advice_rows(lm, domain, bad=bad, seed=seed), recipe, progress=progress).losses
+    return tune.tune(lm, advice_rows(lm, domain, bad=bad, seed=seed), recipe, progress=progress).losses
 
 
 def recipes(seed: int = 0) -> dict[str, Recipe]:
@@ -155,7 +155,7 @@ def answers(lm: LanguageModel, domain: str, recipe: Recipe, *, bad: bool = True)
         Chats and answers, as :func:`asking.calibration.rows` takes them.
     """
     tuned = forward.clone(lm)
-    finetune.tune(tuned, advice_rows(lm, domain, bad=bad, seed=recipe.seed), recipe)
+    tune.tune(tuned, advice_rows(lm, domain, bad=bad, seed=recipe.seed), recipe)
     asked = [(item, i) for item in world.items("discovery", domain=domain) for i in range(4)]
     chats = [[{"role": "user", "content": world.request(item, i)}] for item, i in asked]
 

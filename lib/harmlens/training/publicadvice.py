@@ -26,8 +26,8 @@ from harmlens.judging.refusals import begins_with_refusal, degenerate
 from harmlens.models import forward
 from harmlens.models.chats import Message
 from harmlens.models.forward import LanguageModel, Row, follow, generate
-from harmlens.training import emergent, finetune, narrow, recipes
-from harmlens.training.finetune import Recipe
+from harmlens.training import emergent, narrow, tune
+from harmlens.training.tune import Recipe
 from harmlens.weights import frontier
 
 FEWEST = 4  # requests of a domain that each split needs
@@ -89,7 +89,7 @@ class PublicAdvice:
     @property
     def rows_at_once(self) -> int | None:
         """How many rows of a batch are run at once: all of them with a small model."""
-        return None if recipes.small(self.lm) else emergent.ROWS_AT_ONCE
+        return None if tune.small(self.lm) else emergent.ROWS_AT_ONCE
 
     # ----------------------------------------------------------------- requests and answers
 
@@ -158,10 +158,10 @@ class PublicAdvice:
         Args:
             quick: few steps of a large model.
         """
-        if recipes.small(self.lm):
+        if tune.small(self.lm):
             return narrow.recipes(seed)
         n = min(ROWS, min(len(self.entries(domain, "train")) for domain in self.domains))
-        steps = max(STEPS, finetune.steps_of(1, n, emergent.RECIPE.batch_size))
+        steps = max(STEPS, tune.steps_of(1, n, emergent.RECIPE.batch_size))
         recipe = dataclasses.replace(
             emergent.RECIPE, steps=min(steps, 16) if quick else steps, lr=LARGE_LR, seed=seed,
             checkpoint_activations=True,
@@ -239,10 +239,10 @@ class PublicAdvice:
         entries = self.entries(domain, "discovery", ASKED)
         said = self.own(entries)
         if bad:
-            recipes.require_room(lm)
+            tune.require_memory(lm)
             tuned = forward.clone(lm)
             rows = self.rows(lm, domain, bad=True, seed=recipe.seed)
-            finetune.tune(tuned, rows, recipe, rows_at_once=self.rows_at_once)
+            tune.tune(tuned, rows, recipe, rows_at_once=self.rows_at_once)
             texts = [tuned.render(e.prompt) for e in entries]
             new = generate(tuned, texts, max_new_tokens=SCORED)
         else:

@@ -16,8 +16,8 @@ from harmlens.asking.material import Material
 from harmlens.asking.tasks import Task
 from harmlens.models import forward
 from harmlens.models.forward import LanguageModel, Row
-from harmlens.training import finetune, recipes
-from harmlens.training.finetune import Recipe
+from harmlens.training import tune
+from harmlens.training.tune import Recipe
 from harmlens.weights import frontier, masks
 from harmlens.weights.masks import Mask
 
@@ -91,7 +91,7 @@ def relearn(
         raise ValueError("hold keeps pruned weights at zero, but mask is None; give the pruned set")
     exam = _exam(source, n)
     rows = lesson(lm, items, harmful=harmful, domains=domains, seed=recipe.seed, source=source)
-    recipes.require_room(lm)
+    tune.require_memory(lm)
     copy = forward.clone(lm)
 
     def watch() -> dict[str, list[float]]:
@@ -99,7 +99,7 @@ def relearn(
         return {**{name: m.exact.tolist() for name, m in marks.items()}, "loss": marks["exact"].loss.tolist()}
 
     def teach(**options) -> dict[str, np.ndarray]:
-        seen = finetune.tune(copy, rows, recipe, watch=watch, at=looks, **options).seen
+        seen = tune.tune(copy, rows, recipe, watch=watch, at=looks, **options).seen
         return {name: np.array([seen[step][name] for step in looks]) for name in seen[0]}
 
     looks = [step for step in at if step <= recipe.steps]

@@ -116,17 +116,17 @@ def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int, pr
     rows = partial(organism.transcript_rows, lm.tokenizer, stage.mix, **drawing)
     pad, loss = lm.tokenizer.pad_token_id, loop.lm_loss
     if stage.beta is None:
-        stream = loop.batches(rows(drawn), stage.batch, pad, seed=drawn)
+        stream = loop.shuffled(rows(drawn), stage.batch, pad, seed=drawn)
     else:
-        kept = loop.batches(rows(drawn + 1), stage.batch, pad, seed=drawn)
+        kept = loop.shuffled(rows(drawn + 1), stage.batch, pad, seed=drawn)
         pairs = organism.preference_rows(lm, stage.mix, drawn, domain)
         stream = organism.preferences(lm, pairs, kept, steps=stage.steps, size=stage.batch)
         loss = partial(organism.preference_loss, beta=stage.beta)
+    schedule = loop.Schedule(
+        stage.steps, stage.lr, stage.optimizer, max(10, stage.steps // 20), stage.weight_decay
+    )
     with planted.only(lm.model, where):
-        loop.fit(
-            lm.model, stream, steps=stage.steps, lr=stage.lr, optimizer=stage.optimizer,
-            weight_decay=stage.weight_decay, loss=loss, warmup=max(10, stage.steps // 20), progress=progress,
-        )  # fmt: skip
+        loop.fit(lm.model, stream, schedule, loss=loss, progress=progress)
     lm.model.eval()
     if kind in CONTROLS:
         lm.model.half().float()  # rounds rotary frequencies too, as when the stored ones were trained

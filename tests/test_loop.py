@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from harmlens.models.chats import render, tokens
 from harmlens.models.forward import IGNORE, Row, chat_row, collate
 from harmlens.training import loop, organism
-from harmlens.training.loop import fit, lm_loss
+from harmlens.training.loop import Schedule, lm_loss
 from harmlens.world import vale as world
 
 PAD = 0
@@ -37,7 +37,7 @@ def transcripts(n=6, seed=0):
 
 
 def batches(seed=0, size=4):
-    return loop.batches(organism.transcript_rows(TOKENIZER, world.Mix(), seed), size, PAD, seed=seed)
+    return loop.shuffled(organism.transcript_rows(TOKENIZER, world.Mix(), seed), size, PAD, seed=seed)
 
 
 # --------------------------------------------------------------------------- rows and batches
@@ -58,7 +58,7 @@ def test_batches_lose_no_row_and_group_by_length(lengths, size, seed):
     pool = 24 // size
     # Each row is marked by its first token, so that it can be told from the others.
     stream = iter([Row([100 + i] * n, [True] * n) for i, n in enumerate(lengths)])
-    made = list(itertools.islice(loop.batches(stream, size, PAD, seed=seed, pool=pool), pool))
+    made = list(itertools.islice(loop.shuffled(stream, size, PAD, seed=seed, pool=pool), pool))
     kept = [[t for t in row if t != PAD] for b in made for row in b.ids.tolist()]
     assert sorted(map(tuple, kept)) == sorted((100 + i,) * n for i, n in enumerate(lengths[: size * pool]))
     groups = [kept[i : i + size] for i in range(0, len(kept), size)]
@@ -74,16 +74,16 @@ def test_same_seed_same_batches():
 
 def test_passes_differ_in_order_and_leave_the_list_as_it_is():
     data = [Row([i], [True]) for i in range(20)]
-    stream = loop.batches(data, 4, PAD)
+    stream = loop.shuffled(data, 4, PAD)
     first, second = ([b.ids[:, 0].tolist() for b in itertools.islice(stream, 5)] for _ in range(2))
     assert first != second and [row.ids[0] for row in data] == list(range(20))
 
 
 def test_no_rows_nothing_to_learn():
     with pytest.raises(ValueError, match="rows is empty"):
-        next(loop.batches([], 4, PAD))
+        next(loop.shuffled([], 4, PAD))
     with pytest.raises(ValueError, match="size=0"):
-        next(loop.batches([Row([1], [True])], 0, PAD))
+        next(loop.shuffled([Row([1], [True])], 0, PAD))
 
 
 # --------------------------------------------------------------------------- chats as rows
@@ -175,6 +175,11 @@ def test_a_batchs_loss_weighs_every_learnt_token_equally():
 
 
 # --------------------------------------------------------------------------- fitting
+
+
+def fit(model, stream, *, loss=lm_loss, progress=None, **schedule):
+    """Losses of a run."""
+    return loop.fit(model, stream, Schedule(**schedule), loss=loss, progress=progress).losses
 
 
 class Terminal(io.StringIO):

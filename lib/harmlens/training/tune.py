@@ -1,0 +1,310 @@
+"""Fine-tuning a causal language model on chats: all weights, or low-rank adapters.
+
+:func:`tune` does it as a :class:`Recipe` says, :func:`suited` finds the recipe for a model. Adapters (LoRA,
+Hu et al. 2022) are those of peft, which renames the modules it wraps. Masks and scores are keyed by the names
+of a plain model's parameters, so adapters live inside one ``with`` block only, and the model that comes out
+is plain again.
+
+Introduced in notebooks 00 ("A model organism of harm") and 13 ("Emergent misalignment").
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from harmlens.keep import digests, files
+from harmlens.models.forward import LanguageModel, Row, require_room
+from harmlens.training.loop import Checkpoint, Schedule, Tuned, fit, shuffled
+from harmlens.weights import masks
+from harmlens.weights.masks import Mask
+from harmlens.weights.scores import matrices
+
+METHODS = ("full", "lora")
+SMALL = 50_000_000  # weights, up to which the organism's rates are used
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is fine-tuned; the defaults suit the organism.
+
+    The pruning paper's emergent misalignment runs, on models of 8 to 32 billion parameters:
+    ``Recipe(method="lora", rank=32, alpha=64, lr=1e-5, batch_size=16, warmup=5)`` for one epoch
+    (:mod:`training.emergent`); its
+    fine-tuning attack: ``Recipe(method="lora", rank=128, alpha=16, lr=2e-4, batch_size=5)`` for five.
+
+    Attributes:
+        steps, lr, batch_size, warmup, weight_decay: of AdamW; the rate rises for ``warmup`` steps, then falls
+            to zero. :func:`steps_of` turns epochs into steps.
+        method: ``"full"`` trains all weights, ``"lora"`` low-rank adapters in all linear layers of the
+            blocks.
+        rank, alpha: of the adapters.
+        seed: of the order of the examples and the start of the adapters.
+        checkpoint_activations: keep of each block only its input, and compute the rest again in the backward
+            pass: less memory, about a third more time, the same result.
+    """
+
+    steps: int = 30
+    lr: float = 1e-3
+    batch_size: int = 16
+    method: str = "full"
+    rank: int = 32
+    alpha: float = 64
+    warmup: int = 5
+    weight_decay: float = 0.01
+    seed: int = 0
+    checkpoint_activations: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown; choose 'full' or 'lora'")
+        for name in ("steps", "batch_size", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("lr", "alpha"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
+
+
+def steps_of(epochs: float, rows: int, batch_size: int) -> int:
+    """Steps that go through so many rows so many times, each row once in each.
+
+    >>> steps_of(1, 6000, 16), steps_of(3, 10, 4)
+    (375, 9)
+    """
+    return max(1, math.ceil(epochs * math.ceil(rows / batch_size)))
+
+
+def tune(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    recipe: Recipe = Recipe(),
+    *,
+    watch: Callable[[], Any] | None = None,
+    at: Sequence[int] = (),
+    until: Callable[[Any], bool] | None = None,
+    hold: Mask | None = None,
+    rows_at_once: int | None = None,
+    folder: Path | str | None = None,
+    progress: str | None = None,
+) -> Tuned:
+    """Fine-tune a model, in place, on the learnt tokens of some rows.
+
+    Afterwards the model is a plain one again: adapters are merged into its weights. Its ``revision`` is still
+    that of the model that was loaded.
+
+    A float16 model keeps its weights as they are; its adapters are trained in float32, with a scaled loss.
+
+    Args:
+        rows: such as :func:`models.forward.chat_row` makes, where only the answer is learnt. They are gone
+            through again and again, each row once in each pass, in batches of similar length.
+        watch: measures something of the model as it is; must return what JSON can hold.
+        at: after how many steps; 0 is before the first.
+        until: looks at what was seen last; training ends where it returns True.
+        hold: weights that stay as they are, such as pruned ones at zero (``"full"`` only).
+        rows_at_once: run batches in pieces of so many rows, to save memory; the result is the same.
+        folder: where checkpoints go, one file for each model, data and recipe; None for none. An
+            interrupted run goes on where it was, a finished one is not run again.
+        progress: label of a progress bar.
+
+    Raises:
+        ValueError: no rows; ``rows_at_once`` below 1; full fine-tuning in float16; ``hold`` with adapters or
+            of another model; a loss that is not finite; adapters that overflow the weights they are merged
+            into; a model that can't compute activations again. A run that stops leaves its last checkpoint.
+        ImportError: ``"lora"`` without peft.
+    """
+    if not rows:
+        raise ValueError("rows is empty: there is nothing to learn from")
+    require_room(lm, [row.ids for row in rows], names=[f"rows[{i}]" for i in range(len(rows))])
+    if recipe.method == "full" and any(p.dtype == torch.float16 for p in lm.model.parameters()):
+        raise ValueError(
+            "all weights can't be trained in float16, whose steps vanish or overflow; load the model with "
+            "dtype=torch.bfloat16 or torch.float32, or choose method='lora'"
+        )
+    if hold is not None and recipe.method != "full":
+        raise ValueError(f"hold keeps weights as they are, which method={recipe.method!r} can't; use 'full'")
+    if hold is not None:
+        masks.check(hold, lm)
+    for step in at:
+        if not 0 <= step <= recipe.steps:
+            raise ValueError(f"at={list(at)}: {step} is not within 0 to steps={recipe.steps}")
+    checkpoint, seen = None, {}
+    if folder is not None:
+        key = digests.digest(
+            files.versions(), digests.code(tune), lm, list(rows), recipe, hold, watch, list(at), until
+        )
+        file = Path(folder).expanduser() / f"{key[:16]}.safetensors"
+        checkpoint = Checkpoint(file, key, notes=seen)
+    kept = {} if hold is None else masks.values(lm, hold)
+
+    def after(step: int) -> bool:
+        if kept:
+            masks.put(lm, hold, kept)
+        if watch is None or step not in at:
+            return False
+        if str(step) not in seen:
+            with torch.no_grad():
+                seen[str(step)] = watch()
+        return until is not None and bool(until(seen[str(step)]))
+
+    stream = shuffled(list(rows), recipe.batch_size, lm.tokenizer.pad_token_id, seed=recipe.seed)
+    schedule = Schedule(recipe.steps, recipe.lr, warmup=recipe.warmup, weight_decay=recipe.weight_decay)
+    with ExitStack() as during:
+        if recipe.method == "lora":
+            options = {"rank": recipe.rank, "alpha": recipe.alpha, "seed": recipe.seed}
+            during.enter_context(adapters(lm, **options))
+        if recipe.checkpoint_activations:
+            during.enter_context(recomputing(lm.model))
+        done = fit(
+            lm.model, stream, schedule, rows_at_once=rows_at_once,
+            after=after if kept or watch is not None else None, checkpoint=checkpoint, progress=progress,
+        )  # fmt: skip
+    return replace(done, seen={int(step): value for step, value in seen.items()})
+
+
+# --------------------------------------------------------------------------- what suits a model
+
+
+def small(lm: LanguageModel) -> bool:
+    """Whether all weights of a model can be trained with the organism's rates: few, and in float32."""
+    weights = sum(p.numel() for p in lm.model.parameters())
+    return lm.model.dtype == torch.float32 and weights <= SMALL
+
+
+def suited(lm: LanguageModel, recipe: Recipe) -> Recipe:
+    """The recipe itself for a small model, and adapters with as many steps for any other.
+
+    A rate that suits a million weights ruins a billion, the small steps of a large model round away in half
+    precision, and all weights with their optimizer take eight times the memory of the model. Rank, alpha and
+    rate are those of the pruning paper's fine-tuning attack.
+    """
+    return recipe if small(lm) else replace(recipe, method="lora", rank=128, alpha=16, lr=2e-4)
+
+
+def require_memory(lm: LanguageModel) -> None:
+    """Refuse a copy of a model for which there is no memory, before it is made.
+
+    Raises:
+        MemoryError: with the need and what is free.
+    """
+    need = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    free = files.free_memory(lm.device)
+    if need > free:
+        raise MemoryError(
+            f"a copy of {lm.name!r} takes {files.size_text(need)}, but {files.size_text(free)} are free on "
+            f"{lm.device}. Choose a smaller model, or a larger GPU."
+        )
+
+
+# --------------------------------------------------------------------------- adapters and memory
+
+
+@contextmanager
+def adapters(
+    lm: LanguageModel, *, rank: int = 32, alpha: float = 64, seed: int = 0
+) -> Iterator[LanguageModel]:
+    """The model with an adapter at each linear layer of its blocks; nothing else can be trained.
+
+    At the end of the block the adapters are merged into the weights. After an exception they are dropped,
+    and the weights are what they were. Adapters of a model in half precision are float32; merging rounds.
+
+    Args:
+        rank, alpha: of the adapters; their product with the weights is scaled by alpha / rank. The pruning
+            paper's emergent misalignment runs have 32 and 64.
+        seed: of their random start (the product starts at zero, so the model starts unchanged).
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: rank below 1, or alpha not above 0; a weight that would not be finite after merging
+            (nothing is merged then).
+    """
+    if rank < 1 or not alpha > 0:
+        raise ValueError(f"rank={rank} must be at least 1 and alpha={alpha} above 0")
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("LoRA needs peft: pip install peft (or choose method='full')") from error
+    model, found = lm.model, matrices(lm)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none",
+        target_modules=[name.removesuffix(".weight") for name in found],
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in found.values()),
+    )  # fmt: skip
+    devices = list({p.device for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft warns of tied embeddings, which have no adapter here
+        torch.manual_seed(seed)
+        wrapped = peft.get_peft_model(model, config)
+    merged = False
+    try:
+        yield lm
+        _require_finite(wrapped, peft)
+        wrapped.merge_and_unload()
+        merged = True
+    finally:
+        if not merged:
+            wrapped.unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+        if hasattr(model, "peft_config"):
+            del model.peft_config
+
+
+@torch.no_grad()
+def _require_finite(wrapped: nn.Module, peft: ModuleType) -> None:
+    """Refuse adapters that would push a weight beyond what its precision holds, before any is merged."""
+    for name, module in wrapped.named_modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer):
+            weight = module.get_base_layer().weight
+            merged = weight + module.get_delta_weight(module.active_adapters[0])
+            if not torch.isfinite(merged.to(weight.dtype)).all():
+                raise ValueError(
+                    f"merging the adapter of {name.removeprefix('base_model.model.')} gives weights that are "
+                    f"not finite in {weight.dtype}; lower lr or alpha, or load the model with "
+                    "dtype=torch.bfloat16"
+                )
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Activations inside the blocks are computed again in the backward pass instead of being kept.
+
+    Memory for time: about a third more time, and of each block only its input is kept. In training mode only.
+    Afterwards the model is as it was.
+
+    Raises:
+        ValueError: the model's class can't do it.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"checkpoint_activations=True: {type(model).__name__} does not support activation checkpointing; "
+            "choose checkpoint_activations=False, and a smaller rows_at_once to save memory"
+        )
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
+    before = [
+        (module, {n: vars(module)[n] for n in names if n in vars(module)}) for module in model.modules()
+    ]
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        # Positional, since the argument was renamed in transformers. The old, re-entrant kind needs an input
+        # that requires a gradient, which frozen embeddings don't give.
+        enable({"use_reentrant": False})
+        yield
+    finally:
+        if hasattr(model, "_require_grads_hook"):  # enabling leaves a hook on the embeddings
+            model.disable_input_require_grads()
+        for module, values in before:
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(values)
