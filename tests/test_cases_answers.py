@@ -4,7 +4,7 @@ import datetime
 
 import pytest
 import torch
-from test_templates import ALL, OTHERS, TURNS, USER, tokenizer
+from test_chats import ALL, OTHERS, TURNS, USER, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harmlens.asking import calibration, public, questions, sources, tasks
