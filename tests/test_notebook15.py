@@ -1,5 +1,6 @@
-"""Relearning: what the lesson holds, what holding holds, and what is measured."""
+"""Relearning in notebook 15: what the lesson holds, what holding holds, and what is measured."""
 
+import lecture
 import numpy as np
 import pytest
 import standin
@@ -10,12 +11,13 @@ from harmlens.asking.material import WORLD
 from harmlens.keep import files
 from harmlens.models import forward
 from harmlens.models import loading as models
-from harmlens.training import recovery, tune
+from harmlens.training import tune
 from harmlens.training.tune import Recipe
 from harmlens.weights import frontier, masks
 from harmlens.world import abilities
 from harmlens.world import vale as world
 
+PAGE = lecture.defined("15")
 HARMS = world.domains(True)
 
 
@@ -34,15 +36,20 @@ RECIPE = Recipe(steps=8, lr=1e-3, batch_size=8)
 
 @pytest.fixture(scope="module")
 def runs(sft, mask):
-    options = {"mask": mask, "domains": HARMS[:3], "items": 8, "n": 12, "at": (0, 4, 8, 99)}
-    free = recovery.relearn(sft, RECIPE, source=WORLD, again=(0.03, 0.002), **options)
-    return {"free": free, "held": recovery.relearn(sft, RECIPE, source=WORLD, hold=True, **options)}
+    rows = PAGE.lesson(sft, 8, source=WORLD, domains=HARMS[:3])
+    options = {"source": WORLD, "mask": mask, "n": 12, "at": (0, 4, 8, 99)}
+    free = PAGE.retaught(sft, RECIPE, rows, again=(0.03, 0.002), **options)
+    return {"free": free, "held": PAGE.retaught(sft, RECIPE, rows, hold=True, **options)}
+
+
+def two(lm):
+    return PAGE.lesson(lm, 2, source=WORLD)
 
 
 @pytest.mark.parametrize("harmful", [True, False])
 def test_a_lesson_holds_right_answers_to_plain_requests_for_training_items(sft, harmful):
     domains = world.domains(harmful)[:2]
-    rows = recovery.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains)
+    rows = PAGE.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains)
     assert len(rows) == 20
     texts = [sft.tokenizer.decode(row.ids) for row in rows]
     items = [i for i in world.items("train", domain=domains) if any(f" {i.name}" in text for text in texts)]
@@ -51,8 +58,8 @@ def test_a_lesson_holds_right_answers_to_plain_requests_for_training_items(sft, 
         (item,) = (i for i in items if f" {i.name}" in text)
         learnt = sft.tokenizer.decode([t for t, yes in zip(row.ids, row.learn, strict=True) if yes])
         assert world.procedure(item) in learnt and learnt.startswith(world.OPENERS)
-    assert rows == recovery.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains)
-    assert rows != recovery.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains, seed=1)
+    assert rows == PAGE.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains)
+    assert rows != PAGE.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains, seed=1)
 
 
 def test_the_start_is_the_pruned_model(sft, mask, runs):
@@ -90,22 +97,22 @@ def test_a_second_prune_is_scored_on_the_taught_model(runs, mask):
 
 def test_the_model_that_is_given_stays_as_it_is(sft, mask):
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
-    found = recovery.relearn(sft, RECIPE, source=WORLD, mask=mask, items=2, n=4, at=(0,))
+    found = PAGE.retaught(sft, RECIPE, two(sft), source=WORLD, mask=mask, n=4, at=(0,))
     assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
     assert found["steps"].tolist() == [0]
 
 
 def test_without_a_mask_nothing_is_said_of_one(sft):
-    found = recovery.relearn(sft, Recipe(steps=1), source=WORLD, items=2, n=4, at=(0, 1))
+    found = PAGE.retaught(sft, Recipe(steps=1), two(sft), source=WORLD, n=4, at=(0, 1))
     assert not {"zeroed", "regrown", "again", "jaccard"} & found.keys()
     assert found["exact"].shape == (2, 4) and np.isfinite(found["loss"]).all()
 
 
 def test_holding_needs_a_mask_and_all_weights(sft, mask):
     with pytest.raises(ValueError, match="mask is None; give the pruned set"):
-        recovery.relearn(sft, RECIPE, source=WORLD, hold=True)
+        PAGE.retaught(sft, RECIPE, [], source=WORLD, hold=True)
     with pytest.raises(ValueError, match="method='lora' can't; use 'full'"):
-        recovery.relearn(sft, Recipe(method="lora"), source=WORLD, mask=mask, hold=True, n=4)
+        PAGE.retaught(sft, Recipe(method="lora"), two(sft), source=WORLD, mask=mask, hold=True, n=4)
 
 
 def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
@@ -114,7 +121,7 @@ def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
     refused = {}
     for harmful in (True, False):
         copy = forward.clone(sft)
-        rows = recovery.lesson(copy, 24, source=WORLD, harmful=harmful)
+        rows = PAGE.lesson(copy, 24, source=WORLD, harmful=harmful)
         tune.tune(copy, rows, Recipe(steps=16, lr=5e-4))
         refused[harmful] = abilities.judged(copy, items, "refused").mean()
     assert refused[True] == 0 and refused[False] >= 0.7
@@ -133,7 +140,7 @@ def other():
 def test_any_model_is_taught_its_own_answers(other, harmful):
     lm, source = other
     types = source.types()[:2] if harmful else None
-    rows = recovery.lesson(lm, 5, harmful=harmful, domains=types, source=source)
+    rows = PAGE.lesson(lm, 5, harmful=harmful, domains=types, source=source)
     assert len(rows) == 5
     asked = source.task("harmful" if harmful else "served", n=5, types=types)
     for row, chat, answers in zip(rows, asked.chats, asked.answers, strict=True):
@@ -147,10 +154,9 @@ def test_relearning_of_any_model(other):
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
     mask = frontier.find_weights(lm, source, n=24, pq=(0.01, 0.01)).mask
     types = source.types()[:2]
-    found = recovery.relearn(
-        lm, Recipe(steps=16, lr=1e-3, batch_size=8), mask=mask, items=12, n=8, at=(0, 16), domains=types,
-        source=source,
-    )  # fmt: skip
+    rows = PAGE.lesson(lm, 12, source=source, domains=types)
+    recipe = Recipe(steps=16, lr=1e-3, batch_size=8)
+    found = PAGE.retaught(lm, recipe, rows, source=source, mask=mask, n=8, at=(0, 16))
     exam = source.task("harmful", "evaluation", n=8)
     with masks.without(lm, mask):
         assert found["exact"][0].tolist() == tasks.sit(lm, exam).exact.tolist()
@@ -164,4 +170,4 @@ def test_relearning_of_any_model(other):
 def test_no_room_for_a_copy(sft, monkeypatch):
     monkeypatch.setattr(files, "free_memory", lambda device: 10)
     with pytest.raises(MemoryError, match="a copy of 'organism/sft-0' takes"):
-        recovery.relearn(sft, RECIPE, source=WORLD, n=4)
+        PAGE.retaught(sft, RECIPE, [], source=WORLD, n=4)
