@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -22,11 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from harmlens.models.forward import LanguageModel
 
 _ATTENTION = ("self_attn", "attention", "attn", "self_attention")
-
-
 _MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-
-
 _PROJECTION = (
     "o_proj", "out_proj", "dense", "c_proj", "wo", "down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2",
 )  # fmt: skip
@@ -34,7 +30,14 @@ _PROJECTION = (
 
 @dataclass(frozen=True)
 class Stack:
-    """The parts of a decoder: see :func:`stack`."""
+    """The parts of a decoder.
+
+    Attributes:
+        base: the module that holds the blocks.
+        norm: of the stream behind the last block, if there is one.
+        soft_cap: of the logits, if they have one.
+        plain_head: whether rows of ``head`` give the logits of their words, nothing else done to them.
+    """
 
     model: nn.Module
     base: nn.Module
@@ -66,20 +69,18 @@ def stack(lm: LanguageModel) -> Stack:
             f"{lm.name!r} was loaded with attn_implementation={kind!r}, which takes no full mask, so blocks "
             "can't be run in part; load it with attn_implementation='sdpa' or 'eager'"
         )
-    base, found = body(lm), blocks(lm)
-    width = lm.model.get_input_embeddings().weight.shape[1]
+    base, width = body(lm), lm.model.get_input_embeddings().weight.shape[1]
     norms = [m for m in base.children() if "norm" in type(m).__name__.lower()]
     norms = [m for m in norms if all(p.shape == (width,) for p in m.parameters())]  # of the stream
     head = lm.model.get_output_embeddings()
     cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
-    found = Stack(lm.model, base, found, norms[-1] if norms else None, head, cap, True)
+    found = Stack(lm.model, base, blocks(lm), norms[-1] if norms else None, head, cap, True)
     # A few rows of the head are cheaper than all of it, where the head is all that there is.
     with torch.no_grad():
-        probe = torch.randn(1, found.width, generator=torch.Generator().manual_seed(0))
+        probe = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
         probe = probe.to(head.weight.device, head.weight.dtype)
         few, whole = readout(found, probe, ids=(0, 1)), readout(found, probe)[:, :2]
-    plain = torch.allclose(few, whole, atol=1e-3, rtol=1e-2)
-    return found if plain else Stack(*[getattr(found, f) for f in Stack.__dataclass_fields__][:-1], False)
+    return replace(found, plain_head=torch.allclose(few, whole, atol=1e-3, rtol=1e-2))
 
 
 def body(lm: LanguageModel) -> nn.Module:
@@ -96,11 +97,7 @@ def body(lm: LanguageModel) -> nn.Module:
 
 
 def blocks(lm: LanguageModel) -> tuple[nn.Module, ...]:
-    """The decoder blocks of a model.
-
-    Raises:
-        ValueError: the model has no list of blocks.
-    """
+    """The decoder blocks of a model."""
     depth = lm.model.config.get_text_config().num_hidden_layers
     lists = [child for child in body(lm).children() if isinstance(child, nn.ModuleList)]
     return tuple(next(child for child in lists if len(child) == depth))
@@ -120,14 +117,11 @@ class Unpatchable(ValueError):
 
 
 def refuse(model: nn.Module, block: nn.Module, why: str, at: int = 0) -> NoReturn:
-    """Say that blocks can't be patched: in the same words wherever it is found.
+    """Raise :class:`Unpatchable`: in the same words wherever it is found.
 
     Args:
         why: what is in the way, after "blocks of this model".
         at: number of the block.
-
-    Raises:
-        Unpatchable: always.
     """
     standing = hooks(model)
     if standing:
@@ -144,11 +138,7 @@ def refuse(model: nn.Module, block: nn.Module, why: str, at: int = 0) -> NoRetur
 
 
 def require_one_stream(model: nn.Module, stream: Tensor) -> None:
-    """Refuse what is not one residual stream [row, pos, width], but several side by side.
-
-    Raises:
-        Unpatchable: names the shape.
-    """
+    """Refuse, as :class:`Unpatchable`, what is not one residual stream [row, pos, width] but several."""
     if stream.ndim != 3:
         raise Unpatchable(
             f"blocks of this model ({type(model).__name__}) carry several streams side by side (shape "
@@ -158,11 +148,7 @@ def require_one_stream(model: nn.Module, stream: Tensor) -> None:
 
 
 def some_layers(parts: Stack, layers: Sequence[int] | None) -> list[int]:
-    """Layers that were asked for, or all of them.
-
-    Raises:
-        ValueError: none, or one that the model does not have.
-    """
+    """Layers that were asked for, which the model has to have; all of them for None."""
     chosen = list(range(parts.depth)) if layers is None else list(layers)
     if not chosen or not set(chosen) <= set(range(parts.depth)):
         raise ValueError(f"layers={layers} must be a non-empty list out of 0 to {parts.depth - 1}")
@@ -190,14 +176,10 @@ def mlp(block: nn.Module) -> nn.Module:
 def projection(module: nn.Module) -> nn.Module:
     """The last linear map of an attention module or an MLP, the one that writes its output.
 
-    Its input is the heads' outputs side by side, or the MLP's hidden units.
-
-    Raises:
-        ValueError: there is none, as in a mixture of experts.
+    Its input is the heads' outputs side by side, or the MLP's hidden units. A mixture of experts has none,
+    which is a ValueError.
     """
-    named = [
-        getattr(module, name) for name in _PROJECTION if isinstance(getattr(module, name, None), nn.Module)
-    ]
+    named = [m for name in _PROJECTION if isinstance(m := getattr(module, name, None), nn.Module)]
     # An unusual name: the last one declared. `record` checks that it does write the module's output. Beside
     # experts it would be their router.
     experts = any(p.ndim > 2 for p in module.parameters()) or any(
@@ -215,9 +197,7 @@ def projection(module: nn.Module) -> nn.Module:
 def projection_weight(module: nn.Module) -> Float[Tensor, "width unit"]:
     """Weight of :func:`projection`: column i is what hidden unit i writes."""
     linear = projection(module)
-    return (
-        linear.weight if isinstance(linear, nn.Linear) else linear.weight.T
-    )  # GPT-2's are stored transposed
+    return linear.weight if isinstance(linear, nn.Linear) else linear.weight.T  # GPT-2's are transposed
 
 
 def first(value: Any) -> Tensor:
@@ -230,23 +210,17 @@ def stubbed(module: nn.Module, value: Any, outputs: int = 0) -> Iterator[None]:
     """Let a module give out ``value`` without computing anything.
 
     Args:
-        outputs: length of the tuple in which it gives it out, with None for what else is in it; 0 for no
-            tuple.
-
-    >>> with stubbed(attention(block), zeros, outputs=2):  # doctest: +SKIP
-    ...     block(x)
+        outputs: length of the tuple in which it gives it out, with None for what else is in it; 0 for none.
     """
-    had = "forward" in module.__dict__
-    before = module.__dict__.get("forward")
+    before = module.__dict__.get("forward")  # a stub in a stub
     given = (value, *[None] * (outputs - 1)) if outputs else value
     module.forward = lambda *a, **k: given
     try:
         yield
     finally:
-        if had:
+        del module.forward
+        if before is not None:
             module.forward = before
-        else:
-            del module.forward
 
 
 class _Hidden:
