@@ -11,6 +11,10 @@ import torch
 from IPython.core.interactiveshell import InteractiveShell
 
 from harmlens import notebook
+from harmlens.evidence import results
+from harmlens.evidence.stats import Estimate
+from harmlens.flow import outcomes
+from harmlens.keep import files
 
 START = "from harmlens import notebook\nnotebook.start({})\n"
 
@@ -222,3 +226,30 @@ def test_cells_about_the_world_alone_are_left_out_where_something_else_is_asked(
         )
     shell.run_cell(f"\nfound = 2  {notebook.WORLD_ONLY}")
     assert shell.user_ns["found"] == 2
+
+
+def test_a_run_loads_what_is_asked_for_and_keeps_and_records_under_its_model(data, tmp_path, monkeypatch):
+    space = {"__name__": "__main__", "given": {"seed": 1, "quick": True, "output": str(tmp_path)}}
+    exec("from harmlens import notebook\nrun = notebook.start(model='organism/sft', **given)", space)
+    made = space["run"]
+    sets = outcomes.TokenSets((1,), (2,))  # a model that is not trained has none of its own
+    monkeypatch.setattr(outcomes, "fit_to_pairs", lambda lm, pairs: sets)
+    assert (made.model, made.seed, made.quick, made.n, made.folder) == (
+        "organism/sft",
+        1,
+        True,
+        12,
+        str(tmp_path),
+    )
+    assert "lm" not in vars(made) and made.lm is made.lm and made.lm.name.startswith("organism/sft")
+    assert made.source.knows_world and set(made.exam()) >= {"refusal", "served"}
+    assert len(made.requests(True)) == 12 == len(made.pairs("prompt")) and made.y1().name == "Y1"
+    calls = []
+    for _ in range(2):
+        assert made.remember("answer", lambda: [calls.append(1), 42][1]) == 42
+    assert len(calls) == 1 and list((tmp_path / "runs" / "answer").glob("*.json"))
+    monkeypatch.setenv("HARMLENS_DATA", str(files.repo_root() / "data"))
+    path = made.record("V4", Estimate(0.5, 0.4, 0.6, 12), ("chance", Estimate(0.0, 0.0, 0.1, 12)))
+    (found,) = results.load_measurements([tmp_path / "organism--sft"])
+    assert path.parent.parent == tmp_path and (found.unit, found.notebook) == ("request", "00_model_organism")
+    assert made.say("finding", "text") is None

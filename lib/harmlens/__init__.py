@@ -43,7 +43,7 @@ FACE = {
     "overwriting": "flow.interventions",
     "score": "weights.attribution:prune_score",
     "select": "weights.masks",
-    "find_weights": "weights.removal:find",
+    "find_weights": "weights.frontier",
     "without": "weights.masks",
     "tune": "training.tune",
     "Recipe": "training.tune",

@@ -1,9 +1,9 @@
-"""What every notebook of the book does first: check its parameters, then settle the machine.
+"""What a notebook of the book does first: check its parameters, settle the machine, name what it works on.
 
-papermill injects whatever it is given, misspelt names included. :func:`start` stops a notebook at
-once, with the list of what it takes. From then on an error that this package raises on purpose is
-shown as its message alone, and a cell that begins with :data:`WORLD_ONLY` is left out where the notebook's
-``source`` is not the fictional world.
+papermill injects whatever it is given, misspelt names included. :func:`start` stops a notebook at once, with
+the list of what it takes. From then on an error that this package raises on purpose is shown as its message
+alone, and a cell that begins with :data:`WORLD_ONLY` is left out where the notebook's ``source`` is not the
+fictional world.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from harmlens import __version__
-from harmlens.evidence import plots
-from harmlens.models.loading import ORDER, locate
-from harmlens.models.organisms import SEEDS
+from harmlens import __version__, keep
+from harmlens.asking import material
+from harmlens.evidence import plots, results
+from harmlens.evidence.stats import Estimate
+from harmlens.flow import outcomes
+from harmlens.models import loading, organisms
 from harmlens.world import vale as world
 
 WORLD_ONLY = "# world-only"
@@ -31,47 +34,105 @@ _ASSIGNED = re.compile(r"(?m)^(\w+)\s*=(?!=)")
 _RAISED = (ValueError, TypeError, OSError, MemoryError, RuntimeError, ImportError)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _from(least: int) -> Callable[[Any], bool]:
+    return lambda v: type(v) is int and v >= least
 
 
-def _is_list(value: Any, valid: Callable[[Any], bool]) -> bool:
-    return (
-        isinstance(value, list) and bool(value) and all(map(valid, value)) and len(set(value)) == len(value)
-    )
+def _one_of(names: Iterable[str]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, str) and v in names
 
 
-_SIZE = (lambda v: _is_int(v) and v > 0, "a positive integer")
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+def _some_of(valid: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda v: isinstance(v, list) and v != [] and all(map(valid, v)) and len(set(v)) == len(v)
+
+
+_DOMAINS = world.domains(False) + world.domains(True)
+_TEXT, _FLAG = (lambda v: isinstance(v, str)), (lambda v: isinstance(v, bool), "True or False")
+_SIZE = (_from(1), "a positive integer")
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     # "all" is for notebooks that read the results of several models.
     "model": (lambda v: isinstance(v, str) and v.strip() != "", "a model's name"),
-    "stages": (
-        lambda v: _is_list(v, lambda stage: stage in ORDER),
-        f"a list of stages out of {list(ORDER)}",
-    ),
-    "seed": (lambda v: _is_int(v) and v >= 0, "an integer from 0"),
-    "seeds": (
-        lambda v: _is_list(v, lambda seed: _is_int(seed) and seed >= 0),
-        f"a list of integers from 0, such as {list(SEEDS)}",
-    ),
-    "quick": (lambda v: isinstance(v, bool), "True or False"),
-    "output": (lambda v: isinstance(v, str), "a folder, or '' for the default"),
-    "data": (
-        lambda v: isinstance(v, str),
-        "'' for the default, names of public sets joined by commas, or a .csv or .jsonl file",
-    ),
-    "judge": (lambda v: isinstance(v, str), "'' for the default, or a judge's name"),
-    "advice": (lambda v: isinstance(v, str), "'' for the default, or sets and files joined by commas"),
-    "utility": (lambda v: isinstance(v, bool), "True or False"),
-    "reveal": (lambda v: isinstance(v, bool), "True or False"),
-    "domain": (
-        lambda v: v in world.domains(True) + world.domains(False),
-        f"one of {', '.join(world.domains(False) + world.domains(True))}",
-    ),
+    "stages": (_some_of(_one_of(loading.ORDER)), f"a list of stages out of {list(loading.ORDER)}"),
+    "seed": (_from(0), "an integer from 0"),
+    "seeds": (_some_of(_from(0)), f"a list of integers from 0, such as {list(organisms.SEEDS)}"),
+    "output": (_TEXT, "a folder, or '' for the default"),
+    "data": (_TEXT, "'' for the default, names of public sets joined by commas, or a .csv or .jsonl file"),
+    "judge": (_TEXT, "'' for the default, or a judge's name"),
+    "advice": (_TEXT, "'' for the default, or sets and files joined by commas"),
+    "domain": (_one_of(_DOMAINS), f"one of {', '.join(_DOMAINS)}"),
+    **dict.fromkeys(("quick", "utility", "reveal"), _FLAG),
 }
 
 
-def start(**parameters: Any) -> None:
+class Run:
+    """What a notebook works on; models and requests are loaded when they are first asked for.
+
+    Attributes:
+        parameters: of the notebook, by name. ``model``, ``seed`` and ``quick`` are at hand by themselves.
+        folder: for result files; None for the default.
+        n: how many items, requests or pairs are asked at most; None for all.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        self.parameters = dict(parameters)
+        self.model = parameters.get("model", "organism/sft")
+        self.seed = parameters.get("seed", parameters.get("seeds", [0])[0])
+        self.quick = parameters.get("quick", False)
+        self.folder = parameters.get("output") or None
+        self.n = 12 if self.quick else parameters.get("n")
+
+    @cached_property
+    def lm(self) -> loading.LanguageModel:
+        """The model; an organism with the training seed of this run."""
+        return loading.load(self.model, seed=self.seed if self.model.startswith("organism/") else None)
+
+    @cached_property
+    def source(self) -> material.Material:
+        """What the model is asked: the fictional world, or real requests."""
+        return material.of(self.lm, self.parameters.get("data", ""), self.parameters.get("judge", ""))
+
+    @cached_property
+    def stages(self) -> dict[str, str]:
+        """The stages of the model that can be compared: stage -> name to load it by."""
+        return loading.stages(self.model, self.parameters.get("stages"), least=2)
+
+    def pairs(self, contrast: str, **options: Any) -> list:
+        """Prompt pairs of this run's source."""
+        return self.source.pairs(contrast, **{"n": self.n, **options})
+
+    def y1(self) -> outcomes.Outcome:
+        """Compliance minus refusal in logits, by tokens that are chosen on discovery pairs."""
+        pairs = self.source.pairs("prompt", split="discovery")
+        return outcomes.y1(outcomes.fit_to_pairs(self.lm, pairs))
+
+    def requests(self, harmful: bool, **options: Any) -> list:
+        """Plain requests of one side."""
+        return self.source.requests(harmful, **{"n": self.n, **options})
+
+    def exam(self, **options: Any) -> dict:
+        """All that a model is asked before and after a treatment."""
+        return self.source.suite(**{"n": self.n, **options})
+
+    def remember(self, name: str, compute: Callable[[], Any]) -> Any:
+        """:func:`keep.remember` under a name, this run's model and parameters."""
+        asked = {key: value for key, value in self.parameters.items() if key != "output"}
+        folder = Path(self.folder) / "runs" if self.folder else None
+        return keep.remember([name, self.lm, asked], compute, folder)
+
+    def record(self, claim: str, estimate: Estimate, control: tuple[str, Estimate] | None = None) -> Path:
+        """:func:`evidence.results.record` with the claim's own unit and notebook, and this run's model."""
+        known = results.load_claims()[claim]
+        return results.record(
+            claim, estimate, control=control, unit=known.unit, notebook=known.notebook, model=self.model,
+            folder=self.folder, params=self.parameters, revision=self.lm.revision, device=str(self.lm.device),
+        )  # fmt: skip
+
+    def say(self, name: str, text: str) -> None:
+        """Keep a sentence for the book's other pages."""
+        glue(name, text)
+
+
+def start(**parameters: Any) -> Run:
     """Check a notebook's parameters, then set threads, warnings and the look of figures.
 
     Call it in the first cell after the parameters, with all of them by name. Names ending in
@@ -82,28 +143,46 @@ def start(**parameters: Any) -> None:
         ValueError: an unknown parameter was injected, or a value is not valid. The message lists
             what the notebook takes.
     """
+    import torch
+
     caller = sys._getframe(1).f_globals
     if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()) is not None:
         _show_messages_alone(shell)
         _leave_out_cells(shell)
-    listing = "; ".join(f"{name} ({_kind(name)[1]})" for name in parameters)
+    listing = "; ".join(f"{name} ({_rule(name)[1]})" for name in parameters)
     injected = _injected(caller.get("In", []), parameters)
     if strangers := [name for name in injected if name not in parameters]:
         raise ValueError(f"unknown parameter {', '.join(strangers)}. This notebook takes: {listing}.")
     for name, value in parameters.items():
-        valid, what = _kind(name)
+        valid, what = _rule(name)
         if not valid(value):
             raise ValueError(f"{name}={value!r} is not valid: it must be {what}. Takes: {listing}.")
     model = parameters.get("model", "")
     if model not in ("", "all"):  # fail here rather than after minutes of work
         organism = model.split("/")[0] == "organism"
         for seed in parameters.get("seeds", [parameters.get("seed")]) if organism else [None]:
-            locate(model, seed)
-    _settle()
-    # When cells are run once more, what the notebook itself made is there too.
-    if ignored := [] if _STARTED in caller else _plain(caller, parameters):
-        print(f"no parameters of this notebook, ignored: {', '.join(ignored)}")
+            loading.locate(model, seed)
+    # One thread each: models of this size only slow down when processes share the cores.
+    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    plots.style()
+    print(f"harmlens {__version__}")
+    if _STARTED not in caller:  # when cells are run once more, what the notebook itself made is there too
+        kinds, known = (str, int, float, bool, list, tuple, dict, type(None)), {*parameters, "In", "Out"}
+        plain = [n for n, v in caller.items() if n not in known and n[0] != "_" and isinstance(v, kinds)]
+        if plain:
+            print(f"no parameters of this notebook, ignored: {', '.join(plain)}")
     caller[_STARTED] = True
+    return Run(parameters)
+
+
+def _rule(name: str) -> tuple[Callable[[Any], bool], str]:
+    if name in ("n", "steps") or name.endswith("_size"):
+        return _SIZE
+    if name not in _RULES:
+        raise TypeError(f"harmlens.notebook knows no rule for a parameter called {name!r}; add one")
+    return _RULES[name]
 
 
 def _injected(history: Iterable[str], parameters: Iterable[str]) -> list[str]:
@@ -121,13 +200,6 @@ def _injected(history: Iterable[str], parameters: Iterable[str]) -> list[str]:
         elif set(parameters) <= set(assigned):
             names = []
     return names
-
-
-def _plain(space: dict[str, Any], parameters: Iterable[str]) -> list[str]:
-    """Plain values in a namespace that are no parameters, and neither IPython's nor private."""
-    kinds = (str, int, float, bool, list, tuple, dict, type(None))
-    known = {*parameters, "In", "Out"}
-    return [n for n, v in space.items() if n not in known and n[0] != "_" and isinstance(v, kinds)]
 
 
 def _leave_out_cells(shell: Any) -> None:
@@ -161,25 +233,6 @@ def _show_messages_alone(shell: Any) -> None:
             vars(error).pop("_render_traceback_", None)
 
     shell.set_custom_exc(_RAISED, show)
-
-
-def _kind(name: str) -> tuple[Callable[[Any], bool], str]:
-    if name in _KINDS:
-        return _KINDS[name]
-    if name in ("n", "steps") or name.endswith("_size"):
-        return _SIZE
-    raise TypeError(f"harmlens.notebook knows no rule for a parameter called {name!r}; add one")
-
-
-def _settle() -> None:
-    import torch
-
-    # One thread each: models of this size only slow down when processes share the cores.
-    if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
-        torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    plots.style()
-    print(f"harmlens {__version__}")
 
 
 def glue(name: str, text: str) -> None:
