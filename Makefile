@@ -64,8 +64,8 @@ book: $(STAMP)
 test: export HF_HUB_OFFLINE := 1
 test: export TQDM_DISABLE := 1
 test: $(STAMP)
-	@$(PY) -m ruff check lib tests tools
-	@$(PY) -m ruff format --check lib tests tools
+	@$(PY) -m ruff check lib tests tools sweep
+	@$(PY) -m ruff format --check lib tests tools sweep
 	@$(PY) -m pytest tests notebooks --nbval --nbval-current-env --nbval-sanitize-with tests/sanitize.cfg \
 	  --nbval-cell-timeout 600 -n $(WORKERS) --dist loadfile $(ARGS)
 
@@ -97,7 +97,7 @@ $(ENGINE_STAMP): sweep/requirements.txt | $(STAMP)
 	@touch $(ENGINE_STAMP)
 
 sweep: $(STAMP) $(ENGINE_STAMP)
-	@$(PY) tools/sweep.py run $(SWEEP) $(ARGS)
+	@$(PY) sweep/sweep.py run $(SWEEP) $(ARGS)
 
 sync: $(STAMP)
 	@$(PY) tools/sync.py $(ARGS)

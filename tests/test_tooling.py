@@ -488,7 +488,7 @@ def test_wheel_carries_the_data_and_works_from_an_empty_environment(tmp_path):
 
     Path(where, "others.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
     code = (
-        "import harmlens, harmlens.models.loading, harmlens.keep.paths\n"
+        "import harmlens, harmlens.models.loading, harmlens.keep.files\n"
         "print(harmlens.__file__)\n"
         "print(harmlens.keep.files.data_dir())\n"
         'harmlens.models.loading.load("organism/sft", seed=0)\n'

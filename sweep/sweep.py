@@ -1,0 +1,519 @@
+"""A sweep over models, seeds and notebooks: read its YAML file, run its cells, draw the forest plot.
+
+A cell is one notebook on one model with one training seed. The order, the workers and the cluster are the
+business of Snakemake, which has this file run each cell that is not finished (see the Snakefile). A cell that
+fails stops no other one, and the forest plot is made from what there is. This is `make sweep`; the page
+book/many_machines explains it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "tools"))
+
+import execute  # noqa: E402
+from harmlens.keep import files  # noqa: E402
+from layout import read_notebook  # noqa: E402
+
+FAILED = "FAILED"  # begins the last line of a failed cell's log
+STARTS = 3  # tries to start a kernel: two cells may choose one port
+REMEDIES = {
+    "DeadKernelError": "its kernel died: killed, or out of memory (resources: mem_mb)",
+    "CellTimeoutError": "a code cell took too long (resources: runtime)",
+}
+
+
+class SweepError(ValueError):
+    """The sweep's file is not valid; the message names the file, the key and the remedy."""
+
+
+# --------------------------------------------------------------------------- the file
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        """Text is short for a mapping with this name; a key without a value is as good as none."""
+        if isinstance(value, str) and "name" in cls.model_fields:
+            return {"name": value}
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
+
+
+class Needs(_Entry):
+    """What a cell asks for: GPUs, megabytes of memory, minutes, processor cores."""
+
+    gpu: int = Field(0, ge=0)
+    mem_mb: int = Field(4000, ge=1)
+    runtime: int = Field(60, ge=1)
+    threads: int = Field(1, ge=1)
+
+
+class Model(_Entry):
+    name: str = Field(min_length=1)
+    stages: dict[str, str] = Field(default_factory=dict)
+    resources: Needs = Needs()
+
+    def labels(self) -> dict[str, str]:
+        """Label in figures -> name of the model."""
+        return {f"{self.name}, {stage}": model for stage, model in self.stages.items()} or {
+            self.name: self.name
+        }
+
+
+class Notebook(_Entry):
+    name: str = Field(min_length=1)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    resources: Needs = Needs()
+
+
+class Rule(_Entry):
+    notebook: str | None = None
+    model: str | None = None
+    seed: int | None = None
+
+    def matches(self, cell: Cell) -> bool:
+        stem = cell.notebook.stem
+        known = {"notebook": (stem, stem[:2]), "model": (cell.model, cell.label), "seed": (cell.seed,)}
+        return all(value in known[key] for key, value in self.model_dump(exclude_unset=True).items())
+
+
+def _once(values: list) -> list:
+    named = [getattr(value, "name", value) for value in values]
+    if twice := [value for value, times in Counter(named).items() if times > 1]:
+        raise ValueError(f"{twice[0]} occurs twice; keep one of them")
+    return values
+
+
+class File(_Entry):
+    """What a sweep's file may hold."""
+
+    models: list[Model] = Field(min_length=1)
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_once)] = [0]
+    notebooks: Annotated[list[Notebook], Field(min_length=1), AfterValidator(_once)]
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    exclude: list[Rule] = Field(default_factory=list)
+    resources: Needs = Needs()
+    output: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One notebook on one model with one seed (None where it has none).
+
+    Attributes:
+        key: digest of all that the outcome depends on.
+        folder: holds what it makes; named after the key, so that other code gets another folder.
+    """
+
+    id: str
+    notebook: Path
+    model: str
+    label: str
+    seed: int | None
+    parameters: dict[str, Any]
+    resources: dict[str, int]
+    key: str
+    folder: Path
+
+    @property
+    def done(self) -> Path:
+        """Written last, in one step: a cell with this file is finished."""
+        return self.folder / "done.json"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A valid sweep: where it is described, where its output goes, its cells in the order of the file."""
+
+    source: Path
+    output: Path
+    cells: list[Cell]
+
+
+def read(path: str | Path) -> Sweep:
+    """Read, check and expand the YAML file of a sweep. Loads no model.
+
+    Raises:
+        SweepError: anything that is wrong in it; the message names the key and the remedy.
+    """
+    path = Path(path).expanduser().resolve()
+    if not path.is_file():
+        raise SweepError(f"no such file: {path.name}. Copy sweep/sweep.yaml and change it.")
+    try:
+        return _expand(File.model_validate(files.read_yaml(path)), path)
+    except ValidationError as error:
+        told = [
+            f"{': '.join(map(str, e['loc'])) or 'file'}: {e['msg'].removeprefix('Value error, ')}, "
+            f"got {e['input']!r}"
+            for e in error.errors()[:3]
+        ]
+        raise SweepError(f"{path.name}: {'; '.join(told)}. sweep/sweep.yaml shows every key") from None
+    except (SweepError, yaml.YAMLError) as error:
+        raise SweepError(f"{path.name}: {error}") from None
+
+
+def _expand(file: File, path: Path) -> Sweep:
+    models: dict[str, tuple[str, Needs]] = {}
+    for entry in file.models:
+        for label, model in entry.labels().items():
+            name = _model(model, file.seeds, path.parent)
+            if name in models:
+                raise SweepError(f"models: {model} occurs twice; keep one of them")
+            models[name] = (label, entry.resources)
+    # A relative path is meant from the file's own folder: the same wherever the command is typed.
+    own = path.parent / Path(file.output).expanduser()
+    output = (own if file.output else files.build_dir() / "sweep" / path.stem).resolve()
+    notebooks = [_notebook(entry.name, path.parent) for entry in file.notebooks]
+    cells = []
+    for entry, common in zip(file.notebooks, _parameters(notebooks, file.parameters), strict=True):
+        notebook, takes = common.source, execute.parameter_names(common.source)
+        if "model" not in takes:
+            raise SweepError(
+                f"notebooks: {entry.name} takes no parameter 'model', so it gives the same for every model. "
+                "Remove it here; make notebooks runs it"
+            )
+        [alone] = _parameters([notebook], entry.parameters)
+        for name, (label, needs) in models.items():
+            # A large model and a demanding notebook: the larger of the two needs.
+            asked = [n.model_dump(exclude_unset=True) for n in (entry.resources, needs)]
+            default = file.resources.model_dump()
+            resources = {k: max([a[k] for a in asked if k in a] or [v]) for k, v in default.items()}
+            for seed in file.seeds if name.startswith("organism/") else [None]:
+                given = {**common.parameters, **alone.parameters, "model": name}
+                if seed is not None:
+                    given |= {k: v for k, v in (("seeds", [seed]), ("seed", seed)) if k in takes}
+                key, run = _key(notebook, name, given), "single" if seed is None else f"seed-{seed}"
+                cell = f"{notebook.stem}/{files.slug(name)}/{run}"
+                folder = output / "cells" / f"{cell}-{key[:12]}"
+                cells.append(Cell(cell, notebook, name, label, seed, given, resources, key, folder))
+    for rule in file.exclude:
+        if not rule.model_fields_set or not any(map(rule.matches, cells)):
+            raise SweepError(f"exclude: {rule!r} matches no cell. Correct it, or remove it")
+    kept = [cell for cell in cells if not any(rule.matches(cell) for rule in file.exclude)]
+    if not kept:
+        raise SweepError("exclude: leaves no cell at all. Remove some of it")
+    return Sweep(path, output, kept)
+
+
+def _model(name: str, seeds: list[int], folder: Path) -> str:
+    """The model's name as the notebooks take it: organism, absolute folder or Hugging Face id."""
+    kind, _, stage = name.partition("/")
+    if kind == "organism":
+        trained: dict[str, list[int]] = {}  # read from disk: this stays without torch
+        for found in sorted((files.data_dir() / "organisms").glob("*-[0-9]*/")):
+            of, _, seed = found.name.rpartition("-")
+            trained.setdefault(of, []).append(int(seed))
+        if stage not in trained:
+            raise SweepError(f"models: {name}: unknown stage {stage!r}. Choose one of {', '.join(trained)}")
+        if strange := sorted(set(seeds) - set(trained[stage])):
+            raise SweepError(
+                f"seeds: {name} was not trained with seed {strange[0]}. There are {trained[stage]}"
+            )
+        return name
+    if (local := folder / Path(name).expanduser()).is_dir():
+        return str(local.resolve())
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        raise SweepError(
+            f"models: {name!r} is no organism/<stage>, no folder (from the folder of this file) and no "
+            "Hugging Face id (owner/model). Correct it"
+        )
+    return name
+
+
+def _notebook(name: str, folder: Path) -> Path:
+    own = (folder / Path(name).expanduser()).resolve()
+    if name.endswith(".ipynb") and own.is_file():
+        return own
+    there = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    found = [path for path in there if name in (path.stem, path.stem[:2])]
+    if not found:
+        raise SweepError(
+            f"notebooks: no notebook {name!r}. Choose from {', '.join(p.stem for p in there)}, or give a "
+            "file (paths count from the folder of the sweep's file)"
+        )
+    return found[0]
+
+
+def _parameters(notebooks: list[Path], given: dict[str, Any]) -> list[execute.Run]:
+    """Those parameters that each notebook takes."""
+    if own := sorted({"model", "seed", "seeds", "output"} & set(given)):
+        raise SweepError(f"parameters: {own[0]} is set by the sweep (models, seeds, output). Remove it")
+    try:
+        return execute.plan(notebooks, given)
+    except execute.ParameterError as error:
+        raise SweepError(f"parameters: {error}") from None
+
+
+def _key(notebook: Path, model: str, parameters: dict[str, Any]) -> str:
+    """Digest of code cells, parameters, library, data, and files of a local model by size and time."""
+    code = [cell.source for cell in read_notebook(notebook).cells if cell.cell_type == "code"]
+    folder = Path(model)  # a Hugging Face id has no files here
+    local = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in execute.files(folder, "*")]
+    text = [code, sorted(parameters.items()), _library(), local if folder.is_absolute() else []]
+    return hashlib.sha256(json.dumps(text, default=str).encode()).hexdigest()
+
+
+@cache
+def _library() -> str:
+    return execute.environment_digest(ROOT)
+
+
+# --------------------------------------------------------------------------- cells
+
+
+def state(cell: Cell) -> tuple[str, str]:
+    """One of "finished", "failed", "not run"; and the reason in one line, empty for a finished cell."""
+    try:
+        record = json.loads(cell.done.read_text(encoding="utf-8"))
+        if record["key"] == cell.key and all((cell.folder / name).is_file() for name in record["results"]):
+            return "finished", ""
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    log = cell.folder / "log.txt"
+    if not log.is_file():
+        return "not run", "not started yet"
+    # A dying kernel may still have written something behind the line that counts.
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    killed = "ended without a message: killed, out of memory or out of time, or still running"
+    return "failed", [killed, *(line for line in lines if line.startswith(FAILED))][-1]
+
+
+def find(sweep: Sweep, name: str) -> Cell:
+    """The cell of a name such as ``05_neurons/organism--sft/seed-0-<key>``, as its folder is called.
+
+    Raises:
+        SweepError: no such cell, or one with another key.
+    """
+    for cell in sweep.cells:
+        if cell.folder == sweep.output / "cells" / name:
+            return cell
+        if cell.id == name.rpartition("-")[0]:
+            raise SweepError(
+                f"cell {name} was planned with other code, data or parameters than there are on this machine "
+                f"(here its key is {cell.key[:12]}). Bring both to the same version of the repository"
+            )
+    raise SweepError(f"no cell {name}. sweep.py cells lists them")
+
+
+def run_cell(cell: Cell) -> bool:
+    """Run one cell with papermill in this process, from nothing; returns whether it finished.
+
+    The last line of a failed cell's log begins with FAILED and names the cell.
+    """
+    results, partial, begun = cell.folder / "results", cell.folder / "partial.ipynb", time.monotonic()
+    shutil.rmtree(results, ignore_errors=True)
+    cell.done.unlink(missing_ok=True)
+    results.mkdir(parents=True)
+    os.environ |= {
+        "OMP_NUM_THREADS": str(cell.resources["threads"]), "HARMLENS_RESULTS": str(results),
+        "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "disabled",
+        "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }  # fmt: skip
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by a signal"))
+    parameters = dict(cell.parameters)
+    if "output" in execute.parameter_names(cell.notebook):
+        parameters["output"] = str(results)
+    print(f"{cell.id}: started, process {os.getpid()}", flush=True)
+    try:
+        _execute(cell, partial, parameters)
+    except BaseException as error:  # a signal too: the log must say which cell it was
+        print(files.portable(str(error)))
+        told = REMEDIES.get(type(error).__name__, f"{type(error).__name__}: {_line(error)}")
+        if hasattr(error, "ename"):  # of a code cell
+            begins = next((line.strip() for line in error.source.splitlines() if line.strip()), "")
+            told = f"in the code cell that begins with '{begins[:80]}': {error.ename}: {_line(error.evalue)}"
+        print(f"{FAILED} {cell.id}: {told}", flush=True)
+        return False
+    os.replace(partial, cell.folder / "notebook.ipynb")
+    seconds, seeds = time.monotonic() - begun, [] if cell.seed is None else [cell.seed]
+    about = files.provenance(cell.model, seeds=seeds, params=cell.parameters, wall_s=seconds)
+    written = sorted(p.relative_to(cell.folder).as_posix() for p in results.rglob("*.json"))
+    files.write_json(cell.done, {"key": cell.key, "cell": cell.id, "results": written, "provenance": about})
+    print(f"{cell.id}: finished", flush=True)
+    return True
+
+
+def _execute(cell: Cell, notebook: Path, parameters: dict) -> None:
+    """Run the notebook; a kernel that does not come up is started again."""
+    import papermill
+
+    for left in reversed(range(STARTS)):
+        try:
+            papermill.execute_notebook(
+                cell.notebook, notebook, parameters=parameters, kernel_name="python3", cwd=ROOT,
+                progress_bar=False, log_output=False, start_timeout=300,
+                execution_timeout=60 * cell.resources["runtime"],
+            )  # fmt: skip
+            return
+        except RuntimeError as error:  # what Jupyter raises before the first cell
+            if not left or not str(error).startswith(("Kernel died before", "Kernel didn't respond")):
+                raise
+            print(f"{cell.id}: {_line(error)}; started again", flush=True)
+
+
+def _line(text: Any) -> str:
+    return str(files.portable(" ".join(str(text).split())))[:400]
+
+
+# --------------------------------------------------------------------------- the forest plot
+
+
+def write_forest(sweep: Sweep) -> dict[str, Any]:
+    """Write ``forest.json`` and, if a claim was measured, ``forest.png``: finished cells and missing ones."""
+    from harmlens.evidence.results import ResultFileWarning, load_claims, load_measurements
+
+    known, claims, missing, unreadable = load_claims(), {}, [], []
+    for cell in sweep.cells:
+        status, reason = state(cell)
+        name = {"cell": cell.id, "notebook": cell.notebook.stem, "model": cell.label, "seed": cell.seed}
+        if status != "finished":
+            missing.append({**name, "state": status, "reason": reason})
+            continue
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ResultFileWarning)
+            measured = load_measurements([cell.folder / "results"])
+        unreadable += [f"{cell.id}: {w.message}" for w in caught]
+        for one in measured:
+            claim, control = known[one.claim], one.control and asdict(one.control)
+            row = {**name, "value": one.value, "ci": one.ci, "n": one.n, "unit": one.unit, "control": control}
+            about = {
+                "statement": claim.statement, "scale": claim.scale, "direction": claim.direction,
+                "threshold": claim.rule.threshold, "rows": [],
+            }  # fmt: skip
+            claims.setdefault(one.claim, about)["rows"].append(row)
+    content = {
+        "cells": len(sweep.cells), "finished": len(sweep.cells) - len(missing), "claims": claims,
+        "models": list(dict.fromkeys(cell.label for cell in sweep.cells)), "missing": missing,
+        "unreadable": unreadable,
+    }  # fmt: skip
+    files.write_json(sweep.output / "forest.json", content)
+    (sweep.output / "forest.png").unlink(missing_ok=True)
+    if claims:
+        import forest
+
+        figure = forest.draw(content)
+        files.write_whole(sweep.output / "forest.png", lambda part: figure.savefig(part, format="png"))
+    return content
+
+
+# --------------------------------------------------------------------------- engine
+
+
+def engine() -> list[str]:
+    """The command that starts Snakemake, in its own environment or as HARMLENS_SNAKEMAKE names it.
+
+    Raises:
+        SweepError: there is none; says how to install it.
+    """
+    own = ROOT / ".venv-sweep" / "bin" / "python"
+    if own.is_file():
+        return [str(own), "-m", "snakemake"]  # as a module: its program breaks in a moved clone
+    if found := shutil.which(os.environ.get("HARMLENS_SNAKEMAKE", "snakemake")):
+        return [found]
+    raise SweepError(
+        "snakemake was not found. In a clone, make sweep installs it; elsewhere put it into an own "
+        "environment (pip install 'snakemake>=9,<10') and name the program in HARMLENS_SNAKEMAKE"
+    )
+
+
+def run(sweep: Sweep, profile: str, options: list[str]) -> int:
+    """Run the cells that are not finished with Snakemake, then always write the forest plot.
+
+    Args:
+        profile: a folder below ``sweep/profiles``, or the path of one of your own.
+        options: passed on to Snakemake, such as ``["--cores", "4"]``; they win over the profile.
+
+    Returns:
+        0 if every cell is finished, else 1.
+    """
+    own = ROOT / "sweep" / "profiles"
+    folder = own / profile if (own / profile).is_dir() else Path(profile)
+    if not (folder / "config.yaml").is_file():
+        there = ", ".join(sorted(p.name for p in own.iterdir()))
+        raise SweepError(f"--profile: no {profile}. Choose one of {there}, or give a folder")
+    sweep.output.mkdir(parents=True, exist_ok=True)
+    # Snakemake hands its sources to other machines only from below its working directory.
+    snakefile = shutil.copyfile(ROOT / "sweep" / "Snakefile", sweep.output / "Snakefile")
+    settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    # Where it assumes no common file system, the output folder is the place that it copies to.
+    storage = settings.get("default-storage-provider") == "fs"
+    command = [
+        *engine(), "--snakefile", str(snakefile), "--profile", str(folder), "--directory", str(sweep.output),
+        *(["--default-storage-prefix", str(sweep.output)] if storage else []), *options,
+        "--config", f"sweep={sweep.source}", f"interpreter={sys.executable}", f"script={__file__}",
+    ]  # fmt: skip
+    before = sum(state(cell)[0] == "finished" for cell in sweep.cells)
+    process = subprocess.Popen(command, cwd=ROOT)
+    while process.returncode is None:
+        try:  # Ctrl-C reaches Snakemake too, which ends its cells; the forest is drawn all the same
+            process.wait()
+        except KeyboardInterrupt:
+            continue
+    content = write_forest(sweep)
+    print(f"\n{content['cells']} cells: {before} were finished before, {content['finished']} are now")
+    for item in content["missing"]:
+        print(f"  {item['state']}: {item['cell']}\n    {item['reason']}")
+    print(f"{len(content['claims'])} claims in {os.path.relpath(sweep.output)}/forest.json")
+    return int(bool(content["missing"]))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check a sweep's file, list its cells, run it, draw its forest plot."""
+    parser = argparse.ArgumentParser(prog="sweep.py", description=main.__doc__)
+    parser.add_argument("command", choices=("check", "cells", "run", "cell", "forest"))
+    parser.add_argument("file", help="the YAML file of the sweep")
+    parser.add_argument("name", nargs="?", default="", help="of cell: its folder below cells/")
+    parser.add_argument("--json", action="store_true", help="of cells: everything, for programs")
+    parser.add_argument("--profile", default="local", help="of run: local, slurm, kubernetes or a folder")
+    options, rest = parser.parse_known_args(arguments)  # what is left goes to Snakemake
+    if rest and options.command != "run":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        sweep = read(options.file)
+        if options.command == "run":
+            return run(sweep, options.profile, rest)
+        if options.command == "cell":
+            return int(not run_cell(find(sweep, options.name)))
+    except SweepError as error:
+        print(f"{FAILED} {options.name}: {error}" if options.name else f"error: {error}", file=sys.stderr)
+        return 2
+    states = {cell.id: state(cell)[0] for cell in sweep.cells}
+    if options.command == "forest":
+        content = write_forest(sweep)
+        print(f"{len(content['claims'])} claims, {len(content['missing'])} cells missing")
+    elif options.command == "check":
+        counts = ", ".join(f"{n} {name}" for name, n in Counter(states.values()).items())
+        print(f"{sweep.source.name}: valid, {len(sweep.cells)} cells ({counts})")
+    elif options.json:
+        cells = [{"id": c.id, "done": str(c.done), "resources": c.resources} for c in sweep.cells]
+        print(json.dumps({"output": str(sweep.output), "cells": cells}))
+    else:
+        print("\n".join(f"{name:<9} {cell}" for cell, name in states.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
