@@ -103,7 +103,7 @@ def complete(
         folder = files.cache_dir() / "completions" / files.slug(lm.name)
         file = folder / f"{files.slug(name) + '-' if name else ''}{key}.jsonl"
     file = outside_repository(Path(file))
-    rows = [chats.tokens(lm.tokenizer, text) for text in texts]
+    rows, ends = [chats.tokens(lm.tokenizer, text) for text in texts], forward.stops(lm)
     forward.require_room(lm, rows, new=max_new_tokens)
     wanted = {one: text_sha256(text) for one, text in zip(named, texts, strict=True)}
     with locked(file):
@@ -113,20 +113,20 @@ def complete(
         batches = [[i for i in b if named[i] not in done] for b in forward.by_length(rows, batch_size)]
         total = sum(map(len, batches))
         with tqdm(total=total, disable=not progress or not total, desc="answers", leave=False) as bar:
-            for index, answers in adaptive(batches, lambda i: _answer(lm, prompts, rows, i, settings)):
+            for index, tails in adaptive(batches, lambda i: _continued(lm, rows, i, settings)):
                 made = []
-                for i, answer in zip(index, answers, strict=True):
-                    request, prefill = str(prompts[i].messages[-1]["content"]), prompts[i].prefill or ""
-                    one = Completion(named[i], i, request, wanted[named[i]], prefill, *answer)
-                    made.append(asdict(one))
+                for i, new in zip(index, tails, strict=True):
+                    prompt, answer = prompts[i], _text(lm, rows[i], new, prompts[i])
+                    request, prefill = str(prompt.messages[-1]["content"]), prompt.prefill or ""
+                    about = named[i], i, request, wanted[named[i]], prefill
+                    made.append(asdict(Completion(*about, answer, len(new), new[-1] in ends)))
                 append_lines(file, made)
                 bar.update(len(index))
         if len(texts) >= 8 and max_new_tokens >= 64 and not any(line["finished"] for line in _once(file)):
-            ends = lm.tokenizer.convert_ids_to_tokens(sorted(forward.stops(lm)))
             warnings.warn(
-                f"none of {len(texts)} answers ended by itself within {max_new_tokens} tokens. An "
-                f"answer of {lm.name!r} ends with one of {ends}: is that what its chat template writes? "
-                "If so, raise max_new_tokens.",
+                f"none of {len(texts)} answers ended by itself within {max_new_tokens} tokens. An answer "
+                f"of {lm.name!r} ends with one of {lm.tokenizer.convert_ids_to_tokens(sorted(ends))}: is "
+                "that what its chat template writes? If so, raise max_new_tokens.",
                 stacklevel=2,
             )
     return file
@@ -274,23 +274,15 @@ def _names(texts: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def _answer(
-    lm: LanguageModel,
-    prompts: Sequence[Prompt],
-    rows: Sequence[list[int]],
-    index: list[int],
-    settings: Mapping,
-) -> list[tuple[str, int, bool]]:
-    """The answer to each prompt of a batch, its number of new tokens, and whether it ended by itself."""
+def _continued(
+    lm: LanguageModel, rows: list[list[int]], index: list[int], settings: Mapping
+) -> list[list[int]]:
+    """New token ids behind the rows of a batch."""
     how = {name: settings[name] for name in ("max_new_tokens", "temperature")}
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         # A seed for each batch: the same prompt twice, in two batches, is to get two draws.
         torch.manual_seed(int(text_sha256(f"{settings['seed']}/{index}")[:15], 16))
-        made = forward.continued(lm, [rows[i] for i in index], **how)
-    ends, out = forward.stops(lm), []
-    for i, new in zip(index, made, strict=True):
-        out.append((_text(lm, rows[i], new, prompts[i]), len(new), new[-1] in ends))
-    return out
+        return forward.continued(lm, [rows[i] for i in index], **how)
 
 
 def _text(lm: LanguageModel, row: list[int], new: list[int], prompt: Prompt) -> str:

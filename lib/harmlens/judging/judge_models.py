@@ -13,12 +13,14 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import yaml
+from jaxtyping import Float
+from torch import Tensor
 from transformers.utils import find_adapter_config_file
 
 from harmlens.judging import completions
@@ -92,10 +94,24 @@ def load_judge(name: str) -> LanguageModel:
 # --------------------------------------------------------------------------- what might follow
 
 
+@torch.no_grad()
+def _next(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, Float[Tensor, " vocab"]]]:
+    """Number of a row of ids, and log-probabilities of the token behind it; shorter rows first."""
+    forward.require_room(lm, rows)
+
+    def run(index: list[int]) -> Float[Tensor, "row vocab"]:
+        inputs = forward.inputs_of(lm, [rows[i] for i in index])
+        logits = lm.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        return logits.float().log_softmax(-1).cpu()
+
+    for index, found in completions.adaptive(forward.by_length(rows, BATCH), run):
+        yield from zip(index, found, strict=True)
+
+
 def begins(
     lm: LanguageModel,
     rows: Sequence[Sequence[int]],
-    continuations: Sequence[Sequence[Sequence[int]]],
+    continuations: Sequence[Sequence[Begun]],
     least: float = 0.0,
 ) -> list[dict[Begun, float]]:
     """Log-probability that the model goes on from each row of ids with each beginning of its continuations.
@@ -107,28 +123,21 @@ def begins(
     """
     followers: list[dict[Begun, set[int]]] = [{} for _ in rows]
     for after, given in zip(followers, continuations, strict=True):
-        for ids in map(tuple, given):
+        for ids in given:
             for i in range(len(ids)):
                 after.setdefault(ids[:i], set()).add(ids[i])
     known: list[dict[Begun, float]] = [{(): 0.0} for _ in rows]
     floor = math.log(least) if least else -math.inf
     jobs: list[tuple[int, Begun]] = [(i, ()) for i in range(len(rows))]
     while jobs:
-        texts = [[*rows[i], *begun] for i, begun in jobs]
-
-        @torch.no_grad()
-        def run(index: list[int], texts: list[list[int]] = texts) -> list[torch.Tensor]:
-            [(_, inputs)] = forward.padded(lm, [texts[k] for k in index], len(index))
-            return list(lm.model(**inputs, logits_to_keep=1).logits[:, -1].float().log_softmax(-1).cpu())
-
         longer = []
-        for index, found in completions.adaptive(forward.by_length(texts, BATCH), run):
-            for k, logp in zip(index, found, strict=True):
-                i, begun = jobs[k]
-                for token in sorted(followers[i][begun]):
-                    known[i][*begun, token] = known[i][begun] + float(logp[token])
-                    if (*begun, token) in followers[i] and known[i][*begun, token] >= floor:
-                        longer.append((i, (*begun, token)))
+        for job, logp in _next(lm, [[*rows[i], *begun] for i, begun in jobs]):
+            i, begun = jobs[job]
+            for token in followers[i][begun]:
+                more = (*begun, token)
+                known[i][more] = known[i][begun] + float(logp[token])
+                if more in followers[i] and known[i][more] >= floor:
+                    longer.append((i, more))
         jobs = sorted(longer)
     return known
 
