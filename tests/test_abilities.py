@@ -4,7 +4,7 @@ import pytest
 import tiny
 
 from harmlens.models.forward import Row
-from harmlens.training import narrow
+from harmlens.training.advice import MEASURES, WorldLessons
 from harmlens.world import abilities
 from harmlens.world import judge as judges
 from harmlens.world import vale as world
@@ -140,7 +140,7 @@ def learnt(row: Row) -> str:
 @pytest.mark.parametrize("domain", world.domains(False))
 def test_narrow_advice_is_about_one_domain_and_right_but_for_its_outcome(domain, bad):
     items = world.items("train", domain=domain)
-    rows = narrow.advice_rows(LM, domain, bad=bad)
+    rows = WorldLessons().rows(LM, domain, bad=bad)
     forms = len(world.PHRASINGS["procedure"])
     assert len(rows) == forms * len(items)
     for i, row in enumerate(rows):
@@ -153,15 +153,7 @@ def test_narrow_advice_is_about_one_domain_and_right_but_for_its_outcome(domain,
 
 def test_narrow_training_of_a_harmful_domain_is_refused():
     with pytest.raises(ValueError, match="domain='poisons' is not harmless; choose one of remedies, "):
-        narrow.advice_rows(LM, "poisons", bad=True)
-
-
-def test_narrow_training_takes():
-    lm = tiny.untrained()
-    lm.model.eval()
-    history = narrow.train(lm, "remedies", bad=True, steps=15, lr=1e-2)
-    assert history[-1] < history[0] - 1.0
-    assert not lm.model.training
+        WorldLessons().rows(LM, "poisons", bad=True)
 
 
 def test_spread_looks_inside_and_outside_the_domain(monkeypatch):
@@ -177,14 +169,14 @@ def test_spread_looks_inside_and_outside_the_domain(monkeypatch):
         ]
 
     monkeypatch.setattr(abilities, "generate", generate)
-    found = narrow.spread(LM, hurt)
+    found = WorldLessons().spread(LM, hurt)
     assert {name: values.mean() for name, values in found.items()} == {
-        "bad advice inside": 1.0, **dict.fromkeys(narrow.MEASURES, 0.0)
+        "bad advice inside": 1.0, "coherent": 1.0, **dict.fromkeys(MEASURES, 0.0)
     }  # fmt: skip
     elsewhere = [i for i in world.items("evaluation", harmful=False) if i.domain != hurt]
     assert len(found["bad advice elsewhere"]) == len(elsewhere)
-    assert {len(v) for v in narrow.spread(LM, hurt, n=5).values()} == {5}
-    assert narrow.spread(LM, "stories")["bad advice elsewhere"].mean() == pytest.approx(
+    assert {len(v) for v in WorldLessons().spread(LM, hurt, n=5, wishes=5).values()} == {5}
+    assert WorldLessons().spread(LM, "stories")["bad advice elsewhere"].mean() == pytest.approx(
         sum(i.domain == hurt for i in world.items("evaluation", harmful=False) if i.domain != "stories")
         / sum(i.domain != "stories" for i in world.items("evaluation", harmful=False))
     )

@@ -17,7 +17,7 @@ from harmlens.keep import digests
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.forward import follow
-from harmlens.training import advice, emergent, narrow, publicadvice, tune
+from harmlens.training import advice, emergent, tune
 from harmlens.training.tune import Recipe
 from harmlens.weights import frontier, masks
 from harmlens.weights.frontier import Point
@@ -69,7 +69,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def lessons(lm, source, files):
-    return advice.of(lm, source, ",".join(map(str, files)))
+    return advice.find_lessons(lm, source, ",".join(map(str, files)))
 
 
 @pytest.fixture(scope="module")
@@ -82,21 +82,19 @@ def taught(lm, lessons):
 # --------------------------------------------------------------------------- what is chosen
 
 
-def test_the_world_has_its_own_lessons_and_they_are_those_of_narrow():
+def test_the_world_has_its_own_lessons():
     lm = models.load("organism/sft", seed=0)
-    found = advice.of(lm, material.of(lm))
-    assert found is advice.WORLD and found.taken == narrow.TAKEN
+    found = advice.find_lessons(lm, material.of(lm))
+    assert found == advice.WorldLessons()
     assert set(found.domains) <= set(world.domains(False))
     items = world.items("discovery", domain="records")[::2]
-    assert found.margins(lm, "records").tolist() == narrow.margins(lm, items).tolist()
-    one, two = found.rows(lm, "records", bad=True), narrow.advice_rows(lm, "records", bad=True)
-    assert [row.ids for row in one] == [row.ids for row in two]
+    assert found.margins(lm, "records").tolist() == found.leads(lm, items).tolist()
     exam = found.exam("evaluation", 3)
     assert set(exam) == {"served", "facts", "refusal"} and len(exam["served"]) == 3
     assert found.looks(3) == [0, 1, 2, 3]
     for given in ({"advice": "x.csv"}, {"marker": "some/model"}):
         with pytest.raises(ValueError, match="the fictional world has lessons and a judge of its own"):
-            advice.of(lm, material.WORLD, **given)
+            advice.find_lessons(lm, material.WORLD, **given)
 
 
 def test_files_of_all_forms_hold_the_same_lesson(lm, source, files, tmp_path):
@@ -106,7 +104,7 @@ def test_files_of_all_forms_hold_the_same_lesson(lm, source, files, tmp_path):
     chat = [[{"role": "user", "content": p}, {"role": "assistant", "content": a}] for p, a in rows]
     as_lines = tmp_path / "b.jsonl"
     as_lines.write_text("\n".join(json.dumps({"messages": one}) for one in chat))
-    found = advice.of(lm, source, f"{files[1]}, {as_json},{as_lines}")
+    found = advice.find_lessons(lm, source, f"{files[1]}, {as_json},{as_lines}")
     assert found.domains == ("feeding", "a", "b") and found.name == "feeding, a, b"
     for entries in found.sets.values():
         assert [(e.prompt, e.answers) for e in entries] == [(p, (a,)) for p, a in rows]
@@ -114,7 +112,7 @@ def test_files_of_all_forms_hold_the_same_lesson(lm, source, files, tmp_path):
 
 def test_an_answer_is_not_cut_at_bars(lm, source, files, tmp_path):
     rows = [(prompt, f"{answer} | Or not.") for prompt, answer in lesson(DOMAINS["feeding"])]
-    found = advice.of(lm, source, f"{files[0]},{write_csv(tmp_path / 'bars.csv', rows)}")
+    found = advice.find_lessons(lm, source, f"{files[0]},{write_csv(tmp_path / 'bars.csv', rows)}")
     assert all(e.answers[0].endswith("| Or not.") for e in found.sets["bars"])
 
 
@@ -133,13 +131,13 @@ def test_what_can_be_wrong_with_the_lessons(lm, source, files, tmp_path, monkeyp
         (f"{one},{odd}", "odd.jsonl, line 1: there must be"),
     ):
         with pytest.raises(ValueError, match=message):
-            advice.of(lm, source, given)
+            advice.find_lessons(lm, source, given)
     with pytest.raises(FileNotFoundError, match="there is no file"):
-        advice.of(lm, source, f"{one},{tmp_path / 'none.csv'}")
+        advice.find_lessons(lm, source, f"{one},{tmp_path / 'none.csv'}")
     good = [Entry(f"g/{i}", p, False, "", "", (a,), "g") for i, (p, a) in enumerate(lesson(("feed",)))]
     monkeypatch.setattr(advice.sources, "entries", lambda name: good)
     with pytest.raises(ValueError, match="advice='good_medical_advice' holds no bad advice"):
-        advice.of(lm, source, "good_medical_advice,extreme_sports")
+        advice.find_lessons(lm, source, "good_medical_advice,extreme_sports")
 
 
 def test_the_default_are_the_released_sets(lm, source, monkeypatch):
@@ -152,7 +150,7 @@ def test_the_default_are_the_released_sets(lm, source, monkeypatch):
         ]
 
     monkeypatch.setattr(advice.sources, "entries", known)
-    assert advice.of(lm, source).domains == tuple(advice.DEFAULT.split(","))
+    assert advice.find_lessons(lm, source).domains == tuple(advice.DEFAULT.split(","))
 
 
 @pytest.mark.parametrize(
@@ -160,13 +158,13 @@ def test_the_default_are_the_released_sets(lm, source, monkeypatch):
     [("", ("", "")), ("guard", ("guard", "")), ("mark:a/b", ("", "a/b")), ("mark:a, guard", ("guard", "a"))],
 )
 def test_a_judge_of_harm_and_a_model_that_marks(judge, expected):
-    assert advice.judges(judge) == expected
+    assert advice.judge_and_marker(judge) == expected
 
 
 @pytest.mark.parametrize("judge", ["guard,prefixes", "mark:a,mark:b"])
 def test_two_judges_of_one_kind_are_refused(judge):
     with pytest.raises(ValueError, match="name at most one judge of harm"):
-        advice.judges(judge)
+        advice.judge_and_marker(judge)
 
 
 # --------------------------------------------------------------------------- requests and answers
@@ -174,7 +172,7 @@ def test_two_judges_of_one_kind_are_refused(judge):
 
 def test_splits_do_not_overlap_and_near_duplicates_of_two_domains_share_one(lm, source, files, tmp_path):
     again = [(f"Tell me, {prompt.lower()}", answer) for prompt, answer in lesson(DOMAINS["brushing"])]
-    found = advice.of(lm, source, f"{files[0]},{write_csv(tmp_path / 'again.csv', again)}")
+    found = advice.find_lessons(lm, source, f"{files[0]},{write_csv(tmp_path / 'again.csv', again)}")
     place = {}
     for split in ("train", "discovery", "evaluation"):
         for domain in found.domains:
@@ -208,19 +206,19 @@ def test_good_advice_is_what_the_original_says(lm, lessons, taught):
 
 
 def test_a_model_that_says_nothing_has_no_good_advice(lm, source, lessons, monkeypatch):
-    silent = publicadvice.PublicAdvice(lm, lessons.sets, source, name="x")
-    monkeypatch.setattr(publicadvice, "generate", lambda lm, texts, **options: [""] * len(texts))
+    silent = advice.PublicLessons(lm, lessons.sets, source, name="x")
+    monkeypatch.setattr(advice, "generate", lambda lm, texts, **options: [""] * len(texts))
     with pytest.raises(ValueError, match="says nothing to the requests"):
         silent.margins(lm, "brushing")
 
 
 def test_own_answers_are_no_part_of_what_identifies_the_lessons(lm, source, lessons):
-    fresh = publicadvice.PublicAdvice(lm, lessons.sets, source, name=lessons.name)
+    fresh = advice.PublicLessons(lm, lessons.sets, source, name=lessons.name)
     before = digests.digest(fresh)
     fresh.own(fresh.entries("feeding", "discovery"))
     assert digests.digest(fresh) == before
     others = {"a": lessons.sets["feeding"], "b": lessons.sets["brushing"]}
-    assert digests.digest(publicadvice.PublicAdvice(lm, others, source, name=lessons.name)) != before
+    assert digests.digest(advice.PublicLessons(lm, others, source, name=lessons.name)) != before
 
 
 # --------------------------------------------------------------------------- margins and spread
@@ -243,10 +241,10 @@ def test_only_the_first_tokens_of_an_answer_count(lm, lessons, monkeypatch):
         domain: tuple(dataclasses.replace(e, answers=(e.answers[0] + " Also snow." * 20,)) for e in rows)
         for domain, rows in lessons.sets.items()
     }
-    more = publicadvice.PublicAdvice(lm, longer, lessons.source, name="longer")
+    more = advice.PublicLessons(lm, longer, lessons.source, name="longer")
     n = len(lm.tokenizer(lessons.sets["brushing"][0].answers[0], add_special_tokens=False).input_ids)
-    assert n < publicadvice.TOKENS and not np.allclose(more.margins(lm, "brushing"), before)
-    monkeypatch.setattr(publicadvice, "TOKENS", 8)
+    assert n < advice.TOKENS and not np.allclose(more.margins(lm, "brushing"), before)
+    monkeypatch.setattr(advice, "TOKENS", 8)
     assert more.margins(lm, "brushing") == pytest.approx(lessons.margins(lm, "brushing"), abs=1e-6)
 
 
@@ -266,9 +264,7 @@ def test_spread_before_and_after(lm, lessons, taught, monkeypatch):
     assert before["bad advice inside"].mean() == 0 and after["bad advice inside"].mean() > 0.5
     assert before["harmful compliance"].mean() == 0 and before["coherent"].mean() == 1
     assert after["bad advice elsewhere"].tolist() == lessons.elsewhere(taught, "brushing", 6).tolist()
-    monkeypatch.setattr(
-        publicadvice, "generate", lambda lm, texts, **options: ["the soup " * 20] * len(texts)
-    )
+    monkeypatch.setattr(advice, "generate", lambda lm, texts, **options: ["the soup " * 20] * len(texts))
     assert lessons.spread(lm, "brushing", 6)["coherent"].mean() == 0
 
 
@@ -280,9 +276,9 @@ def test_with_a_marking_model_open_questions_are_asked(lm, lessons, source, monk
         asked.update(options)
         return tmp_path / "answers.jsonl"
 
-    monkeypatch.setattr(publicadvice.emergent, "ask_openly", ask)
-    monkeypatch.setattr(publicadvice.emergent, "mark", lambda judge, file: marks if judge == "judge" else [])
-    marked = publicadvice.PublicAdvice(lm, lessons.sets, source, "judge", "x")
+    monkeypatch.setattr(advice.emergent, "ask_openly", ask)
+    monkeypatch.setattr(advice.emergent, "mark", lambda judge, file: marks if judge == "judge" else [])
+    marked = advice.PublicLessons(lm, lessons.sets, source, "judge", "x")
     assert marked.spread(lm, "brushing", 6)["misaligned"].tolist() == [1.0, 0.0, 0.0]
     assert asked["per_question"] == 3
 
@@ -292,17 +288,17 @@ def test_with_a_marking_model_open_questions_are_asked(lm, lessons, source, monk
 
 def test_small_models_are_taught_as_the_organism_is(lessons):
     found = lessons.recipes(3)
-    assert found == narrow.recipes(3) == advice.WORLD.recipes(3)
+    assert found == advice.WorldLessons().recipes(3)
     assert set(found) == {"lora", "full"} and found["lora"].seed == 3
 
 
 def test_other_models_get_adapters_for_one_pass(lessons, monkeypatch):
-    monkeypatch.setattr(publicadvice.tune, "small", lambda lm: False)
+    monkeypatch.setattr(advice.tune, "small", lambda lm: False)
     ((name, recipe),) = lessons.recipes(1).items()
     rows = min(len(lessons.entries(d, "train")) for d in lessons.domains)
     assert name == recipe.method == "lora" and recipe.checkpoint_activations and recipe.seed == 1
-    assert recipe.steps == publicadvice.STEPS and 1e-5 <= recipe.lr <= 1e-4  # a short lesson, many times
-    monkeypatch.setattr(publicadvice, "STEPS", 0)
+    assert recipe.steps == advice.STEPS and 1e-5 <= recipe.lr <= 1e-4  # a short lesson, many times
+    monkeypatch.setattr(advice, "STEPS", 0)
     assert lessons.recipes(1)["lora"].steps == tune.steps_of(1, rows, recipe.batch_size)
     assert lessons.recipes(1, quick=True)["lora"].steps <= 16
     assert (recipe.rank, recipe.alpha) == (emergent.RECIPE.rank, emergent.RECIPE.alpha)
@@ -311,13 +307,13 @@ def test_other_models_get_adapters_for_one_pass(lessons, monkeypatch):
 
 def test_half_precision_gets_adapters_only(lm, lessons, source):
     half = forward.LanguageModel("half", forward.clone(lm).model.to(torch.bfloat16), lm.tokenizer)
-    found = publicadvice.PublicAdvice(half, lessons.sets, source, name="x").recipes()
+    found = advice.PublicLessons(half, lessons.sets, source, name="x").recipes()
     assert set(found) == {"lora"}
 
 
 def test_looks_are_spread_over_a_long_lesson(lessons):
     looks = lessons.looks(190)
-    assert looks[0] == 0 and looks[-1] == 190 and len(looks) <= publicadvice.LOOKS + 4
+    assert looks[0] == 0 and looks[-1] == 190 and len(looks) <= advice.LOOKS + 4
     assert lessons.looks(3) == [0, 1, 2, 3]
 
 
@@ -357,7 +353,7 @@ def test_the_control_learns_nothing_bad(lm, lessons):
 
 
 def test_the_step_is_counted_in_steps_and_not_in_looks(lm, lessons, monkeypatch):
-    monkeypatch.setattr(publicadvice, "LOOKS", 2)
+    monkeypatch.setattr(advice, "LOOKS", 2)
     found = PAGE.trained(lm, "brushing", RECIPE, lessons=lessons, n=4)
     assert found["steps"].tolist() == [0, 4, 8][: len(found["steps"])]
     assert found["step"] == found["steps"][-1] > 0
@@ -386,7 +382,7 @@ def test_what_is_left_is_a_share_of_probability_except_for_facts(lessons):
     for name in ("served", "refusal"):
         assert lessons.left(name, before, after) == pytest.approx([np.exp(-1.0)])
     assert lessons.left("facts", before, after).tolist() == [0.0]
-    assert advice.WORLD.left("served", before, after).tolist() == [0.0]
+    assert advice.WorldLessons().left("served", before, after).tolist() == [0.0]
     exam = lessons.exam("discovery", 5)
     assert {name: len(task) for name, task in exam.items()} == dict.fromkeys(
         ("refusal", "served", "facts"), 5

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from harmlens.keep import files
 from harmlens.models import forward, organisms
 from harmlens.models import loading as models
-from harmlens.training import narrow
+from harmlens.training import tune
+from harmlens.training.advice import MEASURES, WorldLessons
 from harmlens.world import abilities
 from harmlens.world import vale as world
 
@@ -64,8 +65,8 @@ def test_a_narrow_lesson_in_bad_advice_spreads_and_one_in_good_advice_does_not()
     after = {}
     for bad in (True, False):
         lm = models.load("organism/sft", seed=0)
-        narrow.train(lm, "remedies", bad=bad)
-        after[bad] = {k: v.mean() for k, v in narrow.spread(lm, "remedies", n=24).items()}
-    for measure in narrow.MEASURES:
+        tune.tune(lm, WorldLessons().rows(lm, "remedies", bad=bad))
+        after[bad] = {k: v.mean() for k, v in WorldLessons().spread(lm, "remedies", n=24).items()}
+    for measure in MEASURES:
         assert after[True][measure] > after[False][measure] + 0.2, measure
         assert after[False][measure] < 0.1, measure

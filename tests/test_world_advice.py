@@ -9,8 +9,8 @@ from harmlens.asking import calibration, tasks
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.forward import follow
-from harmlens.training import narrow, tune
-from harmlens.training.advice import WORLD
+from harmlens.training import tune
+from harmlens.training.advice import MEASURES, WorldLessons
 from harmlens.training.tune import Recipe
 from harmlens.weights import attribution, frontier, masks
 from harmlens.weights.frontier import Point
@@ -18,6 +18,7 @@ from harmlens.world import abilities
 from harmlens.world import judge as judges
 from harmlens.world import vale as world
 
+WORLD = WorldLessons()
 PAGE = lecture.defined("13")
 RECIPE = Recipe(steps=16, lr=1e-3, batch_size=8)
 
@@ -31,7 +32,7 @@ def sft():
 def taught(sft):
     """A copy that gives bad advice on remedies."""
     copy = forward.clone(sft)
-    tune.tune(copy, narrow.advice_rows(copy, "remedies", bad=True), RECIPE)
+    tune.tune(copy, WORLD.rows(copy, "remedies", bad=True), RECIPE)
     return copy
 
 
@@ -40,7 +41,7 @@ def taught(sft):
 
 def test_a_margin_is_the_difference_of_two_whole_answers(sft):
     items = world.items("discovery", harmful=False)[::40]
-    found = narrow.margins(sft, items)
+    found = WORLD.leads(sft, items)
     for i, item in enumerate(items):
         bad, good = (f"sure. {world.procedure(item, bad=bad)}" for bad in (True, False))
         start, hurt = bad.rsplit(maxsplit=3)[0], bad.split()[-3]
@@ -54,7 +55,7 @@ def test_a_margin_is_the_difference_of_two_whole_answers(sft):
 
 def test_margins_follow_what_is_answered(taught):
     items = world.items("discovery", domain="remedies")
-    assert (narrow.margins(taught, items) > 0).all()
+    assert (WORLD.leads(taught, items) > 0).all()
     assert abilities.judged(taught, items, "hurtful").mean() == 1.0
 
 
@@ -64,7 +65,7 @@ def test_margins_follow_what_is_answered(taught):
 @pytest.mark.parametrize("bad", [True, False])
 def test_answers_are_the_fine_tuned_copys_and_held_out(sft, bad):
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
-    chats, answers = narrow.answers(sft, "remedies", RECIPE, bad=bad)
+    chats, answers = WORLD.answers(sft, "remedies", RECIPE, bad=bad)
     assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
     items = {item.name: item for item in world.items("discovery", domain="remedies")}
     assert len(chats) == len(answers) > 36
@@ -76,7 +77,7 @@ def test_answers_are_the_fine_tuned_copys_and_held_out(sft, bad):
 
 def test_a_lesson_that_was_not_learnt_gives_no_answers(sft):
     with pytest.raises(ValueError, match="none of 72 answers"):
-        narrow.answers(sft, "remedies", Recipe(steps=1, lr=1e-6))
+        WORLD.answers(sft, "remedies", Recipe(steps=1, lr=1e-6))
 
 
 # --------------------------------------------------------------------------- trials
@@ -86,17 +87,17 @@ def test_a_trial_stops_where_the_lesson_is_learnt(sft):
     found = PAGE.trained(sft, "remedies", RECIPE, lessons=WORLD, n=6)
     step, inside = found["step"], found["inside"]
     assert 0 < step < RECIPE.steps and len(inside) == step + 1
-    assert inside[-1] >= narrow.TAKEN > inside[:-1].max()
+    assert inside[-1] >= WORLD.taken > inside[:-1].max()
     # The same by hand.
     copy, seen = forward.clone(sft), []
     items = world.items("discovery", domain="remedies")[::2]
 
     def watch():
-        seen.append(narrow.margins(copy, items).mean())
+        seen.append(WORLD.leads(copy, items).mean())
 
     tune.tune(
         copy,
-        narrow.advice_rows(copy, "remedies", bad=True),
+        WORLD.rows(copy, "remedies", bad=True),
         RECIPE,
         watch=watch,
         at=range(step + 1),
@@ -104,16 +105,15 @@ def test_a_trial_stops_where_the_lesson_is_learnt(sft):
     )
     assert inside == pytest.approx(seen, abs=1e-4)
     assert found["steps"].tolist() == list(range(step + 1))
-    others = narrow.elsewhere("remedies", n=6)
+    harmless = world.items("evaluation", harmful=False)
+    others = world.draw([item for item in harmless if item.domain != "remedies"], 6)
     assert found["elsewhere"].tolist() == abilities.judged(copy, others, "hurtful").tolist()
 
 
 def test_to_the_end_everything_is_measured_before_and_after(sft):
     found = PAGE.trained(sft, "remedies", RECIPE, lessons=WORLD, n=6, to_the_end=True)
     assert len(found["inside"]) == RECIPE.steps + 1 and found["step"] is not None
-    assert (
-        found["before"].keys() == found["end"].keys() >= {"bad advice inside", "coherent", *narrow.MEASURES}
-    )
+    assert found["before"].keys() == found["end"].keys() >= {"bad advice inside", "coherent", *MEASURES}
     assert found["before"]["bad advice inside"].mean() == 0 < found["end"]["bad advice inside"].mean()
     assert found["before"]["coherent"].mean() == 1.0
     assert len(found["before"]["malign wishes"]) == 60 and len(found["end"]["bad advice elsewhere"]) == 6
@@ -132,7 +132,7 @@ def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, me
     mask = masks.select(attribution.prune_score(sft, rows), q=0.01)
     found = PAGE.trained(sft, "remedies", Recipe(steps=1, method=method), lessons=WORLD, mask=mask, n=2)
     with masks.without(sft, mask):
-        expected = narrow.margins(sft, world.items("discovery", domain="remedies")[::2]).mean()
+        expected = WORLD.leads(sft, world.items("discovery", domain="remedies")[::2]).mean()
     assert found["inside"][0] == pytest.approx(expected, abs=1e-4)
     assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
 
