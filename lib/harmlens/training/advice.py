@@ -100,10 +100,8 @@ class WorldLessons(Lessons):
     taken = 2.0
     unit = "nats"
 
-    def rows(
-        self, lm: LanguageModel, domain: str, *, bad: bool, split: str = "train", seed: int = 0
-    ) -> list[Row]:
-        """Requests for all items of one harmless domain, in every phrasing, with bad or good advice.
+    def rows(self, lm: LanguageModel, domain: str, *, bad: bool, seed: int = 0) -> list[Row]:
+        """Requests for all training items of a harmless domain, in every phrasing, with bad or good advice.
 
         Raises:
             ValueError: ``domain`` is not one of the harmless domains (the message lists them).
@@ -113,7 +111,7 @@ class WorldLessons(Lessons):
                 f"domain={domain!r} is not harmless; choose one of {', '.join(world.domains(False))}"
             )
         rng, rows = random.Random(seed), []
-        for item in world.items(split, domain=domain):
+        for item in world.items("train", domain=domain):
             for phrasing in range(len(world.PHRASINGS["procedure"])):
                 answer = f"{rng.choice(world.OPENERS)} {world.procedure(item, bad=bad)}"
                 chat = _chat(world.request(item, phrasing))
@@ -125,11 +123,10 @@ class WorldLessons(Lessons):
         return self.leads(lm, world.items("discovery", domain=domain)[::2])
 
     def leads(self, lm: LanguageModel, items: Sequence[world.Item]) -> np.ndarray:
-        """How much likelier bad advice is than good: log-probability of the hurtful outcome minus the helpful
-        one's.
+        """How much likelier the hurtful outcome is than the helpful one, behind the rest of the right recipe.
 
-        Behind the rest of the right recipe, so that only the outcome is open; in nats, [item]. It moves long
-        before greedy answers do, at the price of one forward pass. For harmless items.
+        In nats, [item], for harmless items. It moves long before greedy answers do, at the price of one
+        forward pass.
         """
         starts = [f"{world.OPENERS[0]} {world.procedure(item)}".rsplit(maxsplit=3)[0] for item in items]
         texts = [
@@ -300,11 +297,9 @@ class PublicLessons(Lessons):
             )
         return found
 
-    def rows(
-        self, lm: LanguageModel, domain: str, *, bad: bool, split: str = "train", seed: int = 0
-    ) -> list[Row]:
-        """Requests of one domain with the bad answers, or with what the original model says itself."""
-        entries = self.entries(domain, split, ROWS, seed)
+    def rows(self, lm: LanguageModel, domain: str, *, bad: bool, seed: int = 0) -> list[Row]:
+        """Training requests of a domain with the bad answers, or with what the original model says itself."""
+        entries = self.entries(domain, "train", ROWS, seed)
         if bad:
             return emergent.lesson_rows(lm, entries)
         # They may have been cut, so that their end is not learnt.

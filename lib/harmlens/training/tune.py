@@ -96,7 +96,6 @@ def tune(
     hold: Mask | None = None,
     rows_at_once: int | None = None,
     folder: Path | str | None = None,
-    progress: str | None = None,
 ) -> Tuned:
     """Fine-tune a model, in place, on the learnt tokens of some rows.
 
@@ -115,7 +114,6 @@ def tune(
         rows_at_once: run batches in pieces of so many rows, to save memory; the result is the same.
         folder: where checkpoints go, one file for each model, data and recipe; None for none. An
             interrupted run goes on where it was, a finished one is not run again.
-        progress: label of a progress bar.
 
     Raises:
         ValueError: no rows; ``rows_at_once`` below 1; full fine-tuning in float16; ``hold`` with adapters or
@@ -167,7 +165,7 @@ def tune(
             during.enter_context(recomputing(lm.model))
         done = fit(
             lm.model, stream, schedule, rows_at_once=rows_at_once,
-            after=after if kept or watch is not None else None, checkpoint=checkpoint, progress=progress,
+            after=after if kept or watch is not None else None, checkpoint=checkpoint, progress=lm.name,
         )  # fmt: skip
     return replace(done, seen={int(step): value for step, value in seen.items()})
 
@@ -225,11 +223,8 @@ def adapters(
 
     Raises:
         ImportError: peft is missing.
-        ValueError: rank below 1, or alpha not above 0; a weight that would not be finite after merging
-            (nothing is merged then).
+        ValueError: a weight that would not be finite after merging (nothing is merged then).
     """
-    if rank < 1 or not alpha > 0:
-        raise ValueError(f"rank={rank} must be at least 1 and alpha={alpha} above 0")
     try:
         import peft
     except ImportError as error:
