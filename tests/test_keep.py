@@ -326,7 +326,7 @@ def test_a_function_of_a_notebook_counts_with_what_it_calls():
     def cell(text, names="measured"):
         scope = {"__name__": "__main__"}
         exec(textwrap.dedent(text), scope)
-        return digests.code(scope[names])
+        return digests.digest(scope[names])
 
     one = "dose = 2\ndef inner(x): return x * dose\ndef measured(x): return inner(x)\n"
     assert cell(one) == cell(one + "# words\nother = 3\n")
@@ -338,7 +338,7 @@ def test_a_function_of_a_notebook_counts_with_what_it_calls():
         "from harmlens.weights import masks as scores\ndef measured(x): return scores.magnitude(x)"
     )
     with pytest.raises(TypeError, match=r"source of .* can't be read"):
-        digests.code(max)
+        digests.digest(max)
 
 
 def test_pages_need_no_torch():

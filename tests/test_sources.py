@@ -497,7 +497,7 @@ def test_every_message_on_the_page_is_one_of_the_code():
     for module in (sources, layouts, rows, downloads):
         text = Path(module.__file__).read_text(encoding="utf-8")
         code += re.sub(r"[\"']\n\s*f?[\"']", "", text)  # strings that go on in the next line
-    code = code.replace("{_lock_file()}", downloads.LOCK)
+    code = code.replace("{LOCK}", downloads.LOCK)
     listed = page.split("## When something goes wrong")[1].splitlines()
     first = [line.split("|")[1] for line in listed if line.startswith("|")]
     messages = [message for cell in first for message in re.findall(r"`([^`]+)`", cell)]

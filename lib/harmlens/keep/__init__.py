@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from harmlens.keep.digests import code, digest, is_model
+from harmlens.keep.digests import digest, is_model
 from harmlens.keep.files import (
     append_lines,
     build_dir,
@@ -54,7 +54,7 @@ def remember(key: Any, compute: Callable[[], Any], folder: Path | str | None = N
         key: names what the value depends on: settings, data, models, in lists and mappings of whatever
             :func:`digest` knows. A model counts as it is now (:func:`model_digest`), not by its name.
         compute: returns numbers, text, arrays, tensors, and lists and mappings of them; tuples come back as
-            lists. Its code counts (see :func:`code`), and so do the packages' versions.
+            lists. Its code counts (see :func:`digest`), and so do the packages' versions.
         folder: default: ``runs`` in the build folder.
 
     Raises:
@@ -138,7 +138,7 @@ def _place(key: Any, compute: Callable, folder: Path | str | None, ending: str) 
     name = getattr(getattr(compute, "func", compute), "__name__", "<")
     if "<" in name:
         name = next((part for part in _parts(key).values() if isinstance(part, str)), "values")
-    whole = digest(versions(), code(compute), key)
+    whole = digest(versions(), compute, key)
     home = Path(folder).expanduser() if folder else build_dir() / "runs"
     return home / slug(name) / f"{whole[:24]}{ending}", whole
 

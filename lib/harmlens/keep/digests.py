@@ -36,8 +36,12 @@ _IN_PACKAGE = re.compile(r"-packages|^<@beartype")
 def digest(*things: Any) -> str:
     """sha256 over numbers, text, arrays, tensors, lists, mappings, dataclasses, models and functions.
 
-    Models count as :func:`model_digest` has it, not with their name: a pruned one is another one. Functions
-    count as :func:`code` has it.
+    * A model counts as :func:`model_digest` has it, not with its name: a pruned one is another one.
+    * A function, class or module of the package counts with the contents of its module and of those that it
+      imports, near or far, without comments and docstrings; :mod:`keep`, which only stores, stays out.
+    * A function of a notebook counts with its own code, with the functions that it calls, and with numbers
+      and text that it takes from around it. Lists and models that it takes have to be named beside it.
+    * Installed packages don't count; see :func:`keep.files.versions`.
 
     Raises:
         TypeError: a thing that has no digest; names its type.
@@ -85,7 +89,7 @@ def model_state(lm: Any) -> dict[str, str]:
                 "hook, or say what it does: hook.depends_on = 'direction 3, dose 2'"
             ) from error
     return {
-        "weights": _sum([[name, _Bits(tensor)] for name, tensor in tensors])[:16],
+        "weights": _sum([[name, _bits(tensor)] for name, tensor in tensors])[:16],
         "configuration": _sum(about, modules)[:16],
         "tokenizer": _sum(_tokenizer(lm.tokenizer))[:16],
         "hooks": _sum(hooks)[:16] if hooks else "",
@@ -97,28 +101,22 @@ def is_model(thing: Any) -> bool:
     return hasattr(getattr(thing, "model", None), "named_modules") and hasattr(thing, "tokenizer")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Bits:
-    """A tensor that counts with sums along its rows and columns, not with each number."""
+def _bits(tensor: torch.Tensor) -> str:
+    """A tensor by sums along its rows and columns, not with each number."""
+    import torch
 
-    tensor: torch.Tensor
-
-    def pieces(self) -> Iterator[bytes]:
-        import torch
-
-        tensor, kinds = self.tensor, {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        yield f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-        if tensor.is_meta:  # moved to the disk for lack of memory; not there to be summed
-            return
+    out = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    if not tensor.is_meta:  # moved to the disk for lack of memory; not there to be summed
+        kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         table = tensor.detach()
         table = table.reshape(len(table), -1) if table.dim() > 1 else table.reshape(-1, 1)
         bits = table.contiguous().view(kinds[tensor.element_size()])
         columns: Any = 0
         for part in bits.split(max(1, (1 << 24) // max(1, bits.shape[1]))):  # large as whole numbers
-            whole = part.long()
-            columns = columns + whole.sum(0)
-            yield whole.sum(1).cpu().numpy().tobytes()
-        yield columns.cpu().numpy().tobytes()
+            columns = columns + part.long().sum(0)
+            out.update(part.long().sum(1).cpu().numpy().tobytes())
+        out.update(columns.cpu().numpy().tobytes())
+    return out.hexdigest()
 
 
 def _kind(thing: Any) -> str:
@@ -137,7 +135,7 @@ def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
         if inner or name in common or name in _NOT_THE_MODEL:
             continue
         if isinstance(value, torch.Tensor):
-            out[name] = _Bits(value)
+            out[name] = _bits(value)
         elif _is_plain(value):
             out[name] = repr(value)
     return out
@@ -166,10 +164,8 @@ def _standing(net: torch.nn.Module) -> Iterator[tuple[str, str, Callable]]:
     """What changes a pass: hooks on modules and on all modules, forwards that are not those of a package."""
     modules = dict(net.named_modules())
     places = [(name, module, "_") for name, module in modules.items()]
-    for where, holder, prefix in [
-        *places,
-        ("all modules", sys.modules["torch.nn.modules.module"], "_global_"),
-    ]:
+    places.append(("all modules", sys.modules["torch.nn.modules.module"], "_global_"))
+    for where, holder, prefix in places:
         for kind in _HOOKS:
             for function in getattr(holder, prefix + kind, {}).values():
                 # transformers records hidden states with hooks of its own, which stay.
@@ -205,9 +201,6 @@ def _add(out: Any, thing: Any, own: frozenset[int]) -> None:
         out.update(repr(thing).encode())
     elif is_model(thing):
         out.update(model_digest(thing).encode())
-    elif isinstance(thing, _Bits):
-        for piece in thing.pieces():
-            out.update(piece)
     elif isinstance(thing, np.ndarray):
         out.update(f"{thing.dtype}{thing.shape}".encode() + np.ascontiguousarray(thing).tobytes())
     elif hasattr(thing, "untyped_storage"):  # a tensor
@@ -234,7 +227,7 @@ def _add(out: Any, thing: Any, own: frozenset[int]) -> None:
     elif isinstance(thing, type):
         out.update(f"{thing.__qualname__}{_module_code(thing.__module__, own)}".encode())
     elif hasattr(thing, "named_modules"):
-        _add(out, [[name, _Bits(tensor)] for name, tensor in thing.state_dict().items()], own)
+        _add(out, [[name, _bits(tensor)] for name, tensor in thing.state_dict().items()], own)
         _add(out, [[name, _kind(part)] for name, part in thing.named_modules()], own)
     elif isinstance(thing, types.CodeType):
         _add(out, [thing.co_code, thing.co_consts, thing.co_names, thing.co_varnames], own)
@@ -261,13 +254,14 @@ def _function(out: Any, function: Callable, own: frozenset[int]) -> None:
         _add(out, function.__func__, own)
         _object(out, function.__self__, own)
     elif isinstance(function, types.FunctionType):
-        out.update(_module_code(module, own).encode())
+        written = _module_code(module, own)
         around = [_content(cell) for cell in function.__closure__ or ()]
         if not _installed(module):  # what a package's module holds goes with its version
             around += _globals(function)
         if _HOOK not in own:  # a function that measures may keep notes, and the key names its data
             around = [value for value in around if _counts(value)]
-        _add(out, [function.__code__, around, function.__defaults__, function.__kwdefaults__], own)
+        itself = [function.__qualname__, written] if written else [function.__code__, function.__defaults__]
+        _add(out, [*itself, around, function.__kwdefaults__], own)
     elif isinstance(getattr(function, "__self__", None), type) or (
         _installed(module) and module != "builtins"
     ):
@@ -328,21 +322,6 @@ def _installed(module: str) -> bool:
 # --------------------------------------------------------------------------- the code of a function
 
 
-def code(*things: Callable | types.ModuleType) -> str:
-    """One sum of what functions or modules do, as far as it is written here; see :func:`remember`.
-
-    * A function or module of the package counts with the contents of its module and of those that it
-      imports, near or far, without comments and docstrings; :mod:`keep`, which only stores, stays out.
-    * A function of a notebook counts with its own code, with the functions that it calls, and with numbers
-      and text that it takes from around it. Lists and models it takes have to be named in the key.
-    * Installed packages count with their versions.
-
-    Raises:
-        TypeError: its source can't be read.
-    """
-    return _sum(*things)
-
-
 @cache
 def _written(module: str) -> tuple[str, frozenset[str]]:
     """A sum of what a module says without comments and docstrings, and what it imports of the package."""
@@ -358,10 +337,8 @@ def _written(module: str) -> tuple[str, frozenset[str]]:
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             del body[0]
     inside = {name for name in found if name.startswith("harmlens.") and _file_of(name)}
-    used = {
-        name for name in inside if not name.startswith("harmlens.keep")
-    }  # it stores, and computes nothing
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(used)
+    used = frozenset(name for name in inside if not name.startswith("harmlens.keep"))  # computes nothing
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), used
 
 
 def _file_of(module: str) -> Path | None:

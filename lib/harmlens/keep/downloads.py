@@ -18,10 +18,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmlens.keep.files import cache_dir, write_whole
+import huggingface_hub
+from huggingface_hub import errors as hub
 
-_TIMEOUT = 60  # seconds without an answer
+from harmlens.keep.files import cache_dir, write_json, write_whole
+
 LOCK = "sources.lock.json"
+_TIMEOUT = 60  # seconds without an answer
+# A connection that breaks half-way is no OSError in the library that the hub uses.
+_BROKEN = (
+    OSError, http.client.HTTPException, hub.HfHubHTTPError, *(
+        getattr(hub, name) for name in ("HTTPError", "XetDownloadError") if hasattr(hub, name)
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,11 +61,6 @@ class Remote:
         return f"https://huggingface.co/datasets/{self.repository}/resolve/{self.revision}/{self.path}"
 
     @property
-    def key(self) -> str:
-        """Its name in the lock file."""
-        return f"{self.repository}@{self.revision}/{self.path}"
-
-    @property
     def cached(self) -> Path:
         """Where it is kept; it need not be there yet."""
         folder = cache_dir() / "sources" / self.repository.replace("/", "--")
@@ -78,68 +82,59 @@ def obtain(
         ValueError: the checksum is another one; says which and how to accept it.
         ConnectionError, PermissionError: what ``fetch`` raises.
     """
+
+    def fill(part: Path) -> None:
+        fetch(remote, part)
+        _compare(part, remote, sha256)  # before it takes its place
+
+    file = remote.cached
     if folder is not None:
-        choices = [folder / remote.path, folder / Path(remote.path).name]
-        file = next((choice for choice in choices if choice.is_file()), None)
+        name = Path(remote.path).name
+        file = next((f for f in (folder / remote.path, folder / name) if f.is_file()), None)
         if file is None:
             raise FileNotFoundError(
-                f"folder={str(folder)!r} has no file {choices[1].name}. Put it there, or leave it out"
+                f"folder={str(folder)!r} has no file {name}. Put it there, or leave it out"
             )
-    else:
-        file = remote.cached
-        if not file.is_file():
-
-            def fill(part: Path) -> None:
-                try:
-                    fetch(remote, part)
-                    _compare(part, remote, sha256)  # before it takes its place
-                except BaseException:
-                    part.unlink(missing_ok=True)
-                    raise
-
-            write_whole(file, fill)
-    seen = _compare(file, remote, sha256)
-    if sha256 is None and remote.key not in _lock():
-        lock = _lock() | {remote.key: seen}
-        text = json.dumps(dict(sorted(lock.items())), indent=2) + "\n"
-        write_whole(_lock_file(), lambda part: part.write_text(text, encoding="utf-8"))
+    elif not file.is_file():
+        write_whole(file, fill)
+    seen, lock = _compare(file, remote, sha256), _lock()
+    if sha256 is None and _key(remote) not in lock:
+        write_json(cache_dir() / LOCK, dict(sorted({**lock, _key(remote): seen}.items())))
     return file
 
 
-def _lock_file() -> Path:
-    return cache_dir() / LOCK
+def _key(remote: Remote) -> str:
+    return f"{remote.repository}@{remote.revision}/{remote.path}"
 
 
 def _lock() -> dict[str, str]:
-    if not _lock_file().is_file():
+    file = cache_dir() / LOCK
+    if not file.is_file():
         return {}
     try:
-        return dict(json.loads(_lock_file().read_text(encoding="utf-8")))
+        return dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(
-            f"{_lock_file()} is damaged ({error}). Restore it from a copy, or delete it to trust the files "
-            "as they are"
+            f"{file.parent}/{LOCK} is damaged ({error}). Restore it from a copy, or delete it to trust the "
+            "files as they are"
         ) from None
 
 
 def _compare(file: Path, remote: Remote, sha256: str | None) -> str:
     with file.open("rb") as stream:
         seen = hashlib.file_digest(stream, "sha256").hexdigest()
-    wanted = sha256 or _lock().get(remote.key)
-    if wanted is None or seen == wanted:
+    wanted = sha256 or _lock().get(_key(remote))
+    if wanted in (None, seen):
         return seen
-    if sha256:
-        accept = (
-            "If the change is meant, set its sha256 in data/sources.yaml to the new sum; or load the file "
-            "as your "
-            "own, by its path."
-        )
-    else:
-        accept = f"If the change is meant, delete the entry {remote.key!r} from {_lock_file()}."
+    accept = (
+        "set its sha256 in data/sources.yaml to the new sum; or load the file as your own, by its path"
+        if sha256
+        else f"delete the entry {_key(remote)!r} from {cache_dir() / LOCK}"
+    )
     again = f"Delete {file} to load it again." if file == remote.cached else f"It came from {remote.url}."
     raise ValueError(
         f"the checksum of {Path(remote.path).name} has changed: expected sha256 {wanted}, found {seen}. The "
-        f"file is damaged, or its publisher changed it. {again} {accept}"
+        f"file is damaged, or its publisher changed it. {again} If the change is meant, {accept}."
     )
 
 
@@ -150,84 +145,44 @@ def fetch(remote: Remote, target: Path) -> None:
         ConnectionError: no network, an offline mode, or the host did not answer; says how to bring the file.
         PermissionError: the licence has to be accepted first; says where.
         FileNotFoundError: the host no longer has the file.
-        ImportError: huggingface_hub is missing.
     """
-    offline = [name for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE") if _on(os.environ.get(name, ""))]
-    if offline:
-        raise ConnectionError(_unreachable(remote, f"{offline[0]} is set"))
-    if remote.host == "huggingface":
-        _from_huggingface(remote, target)
-    else:
-        _from_github(remote, target)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):
+            raise _told(remote, f"{name} is set")
+    try:
+        if remote.host == "huggingface":
+            # Into a folder of its own, so that a gated set is kept in one place only: this cache.
+            with tempfile.TemporaryDirectory(dir=target.parent) as passing:
+                found = huggingface_hub.hf_hub_download(
+                    remote.repository, remote.path, repo_type="dataset", revision=remote.revision,
+                    local_dir=passing,
+                )  # fmt: skip
+                shutil.copyfile(found, target)
+        else:
+            with urllib.request.urlopen(remote.url, timeout=_TIMEOUT) as answer, target.open("wb") as out:
+                shutil.copyfileobj(answer, out)
+    except _BROKEN as error:
+        raise _told(remote, error) from None
 
 
-def _on(value: str) -> bool:
-    return value.strip().lower() in ("1", "true", "yes", "on")
-
-
-def _unreachable(remote: Remote, why: object) -> str:
-    return (
+def _told(remote: Remote, why: object) -> Exception:
+    """What kept a file from coming, with the remedy."""
+    status = getattr(getattr(why, "response", None), "status_code", None)
+    # Without a valid token the hub also answers "not found" for sets that it does not show.
+    if isinstance(why, hub.GatedRepoError | hub.RepositoryNotFoundError) or status in (401, 403):
+        return PermissionError(
+            f"{remote.repository} is behind a licence. Read and accept it at {remote.page} (its authors may "
+            "take days to answer), then log in with `hf auth login` or set HF_TOKEN, and run this again"
+        )
+    if isinstance(why, hub.RevisionNotFoundError | hub.RemoteEntryNotFoundError) or (
+        isinstance(why, urllib.error.HTTPError) and why.code == 404
+    ):
+        return FileNotFoundError(
+            f"{remote.url} is not there any more. Look at {remote.page}; if you have a copy of the file, "
+            "give its folder as folder=..., or its path as data=..."
+        )
+    return ConnectionError(
         f"{Path(remote.path).name} of {remote.repository} is not in the cache and could not be downloaded "
         f"({why}). Check the network and that HF_HUB_OFFLINE is not set; or download {remote.url} elsewhere "
         f"and save it as {remote.cached}"
-    )
-
-
-def _gone(remote: Remote) -> str:
-    return (
-        f"{remote.url} is not there any more. Look at {remote.page}; if you have a copy of the file, give "
-        "its folder as folder=..., or its path as data=..."
-    )
-
-
-def _from_github(remote: Remote, target: Path) -> None:
-    try:
-        with urllib.request.urlopen(remote.url, timeout=_TIMEOUT) as answer, target.open("wb") as out:
-            shutil.copyfileobj(answer, out)
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
-            raise FileNotFoundError(_gone(remote)) from None
-        raise ConnectionError(_unreachable(remote, error)) from None
-    except (OSError, http.client.HTTPException) as error:  # URLError, time-out, a connection that breaks
-        raise ConnectionError(_unreachable(remote, error)) from None
-
-
-def _from_huggingface(remote: Remote, target: Path) -> None:
-    try:
-        from huggingface_hub import errors as hub
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ImportError(
-            f"{remote.repository} needs huggingface_hub: pip install huggingface_hub"
-        ) from error
-    # A connection that breaks half-way is no OSError in the library that the hub uses.
-    broken = (OSError, getattr(hub, "HTTPError", OSError), getattr(hub, "XetDownloadError", OSError))
-    # Into a folder of its own, so that a gated set is kept in one place only: this cache.
-    with tempfile.TemporaryDirectory(dir=target.parent) as passing:
-        try:
-            found = hf_hub_download(
-                remote.repository,
-                remote.path,
-                repo_type="dataset",
-                revision=remote.revision,
-                local_dir=passing,
-            )
-        except (hub.GatedRepoError, hub.RepositoryNotFoundError) as error:
-            # Without a valid token the hub also answers "not found" for sets that it does not show.
-            raise PermissionError(_gated(remote)) from error
-        except (hub.RevisionNotFoundError, hub.RemoteEntryNotFoundError):
-            raise FileNotFoundError(_gone(remote)) from None
-        except hub.HfHubHTTPError as error:
-            if getattr(error.response, "status_code", None) in (401, 403):
-                raise PermissionError(_gated(remote)) from error
-            raise ConnectionError(_unreachable(remote, error)) from None
-        except broken as error:  # offline, no such host, time-out
-            raise ConnectionError(_unreachable(remote, error)) from None
-        shutil.copyfile(found, target)
-
-
-def _gated(remote: Remote) -> str:
-    return (
-        f"{remote.repository} is behind a licence. Read and accept it at {remote.page} (its authors may take "
-        "days to answer), then log in with `hf auth login` or set HF_TOKEN, and run this again"
     )

@@ -16,12 +16,13 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import yaml
 from filelock import FileLock, Timeout
 
@@ -122,13 +123,7 @@ def free_memory(device: torch.device | str) -> int:
     if device.type == "cuda":
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + idle
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):  # not Linux
-        import psutil  # comes with Jupyter
-
-        return psutil.virtual_memory().available
+    return psutil.virtual_memory().available
 
 
 def size_text(size: int) -> str:
@@ -389,35 +384,24 @@ def slug(model: str) -> str:
     return name
 
 
-@cache
-def _checksum(path: str, modified: int, size: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256(path: str | Path) -> str:
-    """Checksum of a file; read once per process as long as the file doesn't change."""
-    stat = Path(path).stat()
-    return _checksum(str(path), stat.st_mtime_ns, stat.st_size)
-
-
-def weights_sha256(folder: Path) -> str:
-    """sha256 over the safetensors files of a folder, in the order of their names.
-
-    They are read once per process as long as none of them changes.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    return _joint_checksum(tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+def sha256(*paths: str | Path) -> str:
+    """Checksum of one file, or of several in a row; read once per process as long as none changes."""
+    return _checksum(tuple((str(p), os.stat(p).st_mtime_ns, os.stat(p).st_size) for p in paths))
 
 
 @cache
-def _joint_checksum(files: tuple[tuple[str, int, int], ...]) -> str:
+def _checksum(files: tuple[tuple[str, int, int], ...]) -> str:
     out = hashlib.sha256()
     for path, *_ in files:
         with open(path, "rb") as file:
             while part := file.read(1 << 24):
                 out.update(part)
     return out.hexdigest()
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the safetensors files of a folder, in the order of their names."""
+    return sha256(*sorted(folder.glob("*.safetensors")))
 
 
 def _weights(model: str) -> str | None:
@@ -447,30 +431,24 @@ def model_name(model: str) -> str:
 
 def _git() -> dict[str, Any]:
     """Commit and state of the clone; nothing when the package is installed or git is missing."""
-    root = repo_root()
+    root, found = repo_root(), {"git_commit": None, "dirty": None}
     if root is None or not (root / ".git").exists():
-        return {"git_commit": None, "dirty": None}
-    answers = []
-    for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]):
-        try:
-            done = subprocess.run(
-                ["git", "--no-optional-locks", "-C", str(root), *command],
-                capture_output=True, text=True, timeout=20, check=False,
-            )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired):
-            return {"git_commit": None, "dirty": None}
-        answers.append(done.stdout.strip() if done.returncode == 0 else None)
-    commit, status = answers
-    return {"git_commit": commit, "dirty": None if status is None else bool(status)}
+        return found
+    git = ["git", "--no-optional-locks", "-C", str(root)]
+    told = {"capture_output": True, "text": True, "timeout": 20, "check": True}
+    with suppress(OSError, subprocess.SubprocessError):
+        found["git_commit"] = subprocess.run([*git, "rev-parse", "HEAD"], **told).stdout.strip()
+        status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **told).stdout
+        found["dirty"] = bool(status.strip())
+    return found
 
 
 def versions() -> dict[str, str]:
+    """Those of the packages that numbers depend on, as far as they are installed."""
     found = {}
     for name in PACKAGES:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -487,27 +465,18 @@ def _checkpoints(model: str, seeds: Sequence[int]) -> dict[str, str]:
     return found
 
 
-def _device(device: str) -> str:
-    torch = sys.modules.get("torch")
-    if torch is not None and str(device).startswith("cuda") and torch.cuda.is_available():
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return str(device)
-
-
-def _peak_gb(device: str) -> dict[str, float]:
-    """Largest memory of this process so far, and of the GPU if it was used."""
-    peaks = {}
-    try:
+def _machine(device: str) -> dict[str, Any]:
+    """The device by name, and the largest memory of this process and of the GPU so far."""
+    torch, peaks, name = sys.modules.get("torch"), {}, str(device)
+    with suppress(ImportError):  # Windows
         import resource
-    except ImportError:  # Windows
-        pass
-    else:
+
         unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
         peaks["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
-    torch = sys.modules.get("torch")
-    if torch is not None and str(device).startswith("cuda") and torch.cuda.is_available():
+    if torch is not None and name.startswith("cuda") and torch.cuda.is_available():
         peaks["gpu"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    return peaks
+        name = f"{name} ({torch.cuda.get_device_name(device)})"
+    return {"device": name, "peak_gb": peaks}
 
 
 def provenance(
@@ -529,13 +498,14 @@ def provenance(
     files = [Path(item) for item in inputs]
     if missing := [str(item) for item in files if not item.is_file()]:
         raise FileNotFoundError(f"inputs: no such file: {', '.join(missing)}")
+    machine = _machine(device)
     return {
         "created_utc": datetime.now(UTC).isoformat(timespec="microseconds"),
         **_git(),
         "lib_version": __version__,
         "python": platform.python_version(),
         "packages": versions(),
-        "device": _device(device),
+        "device": machine["device"],
         "dtype": str(dtype).removeprefix("torch."),
         "model": {
             "id": model_name(model), "revision": revision or _weights(model),
@@ -546,5 +516,5 @@ def provenance(
         "params": portable(params or {}),
         "inputs": {str(portable(item.resolve())): sha256(item) for item in files},
         "wall_s": wall_s,
-        "peak_gb": _peak_gb(device),
+        "peak_gb": machine["peak_gb"],
     }  # fmt: skip

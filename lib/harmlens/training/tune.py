@@ -138,9 +138,7 @@ def tune(
             raise ValueError(f"at={list(at)}: {step} is not within 0 to steps={recipe.steps}")
     checkpoint, seen = None, {}
     if folder is not None:
-        key = digests.digest(
-            files.versions(), digests.code(tune), lm, list(rows), recipe, hold, watch, list(at), until
-        )
+        key = digests.digest(files.versions(), tune, lm, list(rows), recipe, hold, watch, list(at), until)
         file = Path(folder).expanduser() / f"{key[:16]}.safetensors"
         checkpoint = Checkpoint(file, key, notes=seen)
     kept = {} if hold is None else masks.values(lm, hold)
