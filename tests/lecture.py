@@ -12,15 +12,19 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def defined(name: str, **given: Any) -> SimpleNamespace:
+def defined(name: str, *, skip: frozenset[str] | set[str] = frozenset(), **given: Any) -> SimpleNamespace:
     """The functions, classes and constants of ``notebooks/<name>_*.ipynb``, nothing of it computed.
 
     Args:
+        skip: tags of cells that are left out, as a run on another model leaves out "world-only".
         given: values of names that the notebook computes, and that its functions look up.
     """
     [file] = (ROOT / "notebooks").glob(f"{name}_*.ipynb")
     cells = json.loads(file.read_text(encoding="utf-8"))["cells"]
-    code = [c for c in cells if c["cell_type"] == "code" and "setup" not in c["metadata"].get("tags", [])]
+    left_out = {"setup", *skip}
+    code = [
+        c for c in cells if c["cell_type"] == "code" and not left_out & set(c["metadata"].get("tags", []))
+    ]
     space: dict[str, Any] = {"__name__": f"lecture_{name}", **given}
     for cell in code:
         for node in ast.parse("".join(cell["source"])).body:

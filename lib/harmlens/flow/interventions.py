@@ -223,9 +223,10 @@ def generate_patched(
     """
     parts, out = _check(lm, units), [""] * len(texts)
     with _overwritten(parts, units, _from_second_half(dose), where, every_position):
-        for index, inputs in _side_by_side(lm, texts, sources, max_new_tokens):
-            for i, new in zip(index, _greedy(lm, inputs, max_new_tokens), strict=True):
-                out[i] = forward.words(lm, new, texts[i])
+        for index, rows in _side_by_side(lm, texts, sources, max_new_tokens):
+            new = forward.continued(lm, rows, max_new_tokens=max_new_tokens, processors=[_same_words])
+            for i, row in zip(index, new[: len(index)], strict=True):
+                out[i] = forward.words(lm, row, texts[i])
     return out
 
 
@@ -240,8 +241,8 @@ def patched_logits(
     """
     parts, out = _check(lm, units), [None] * len(texts)
     with _overwritten(parts, units, _from_second_half(dose), "prompt", False):
-        for index, inputs in _side_by_side(lm, texts, sources):
-            logits = lm.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        for index, rows in _side_by_side(lm, texts, sources):
+            logits = lm.model(**forward.inputs_of(lm, rows), use_cache=False, logits_to_keep=1).logits[:, -1]
             for i, row in zip(index, logits[: len(index)].float().cpu(), strict=True):
                 out[i] = row
     return torch.stack(out)
@@ -259,8 +260,8 @@ def _from_second_half(dose: float) -> Edit:
 
 def _side_by_side(
     lm: LanguageModel, texts: Sequence[str], sources: Sequence[str], new: int = 0
-) -> Iterator[tuple[list[int], dict[str, Any]]]:
-    """Batches: indices, and the model's arguments with the texts in the first half, their sources behind."""
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Batches: indices, and rows of ids with the texts in the first half, their sources behind."""
     if len(texts) != len(sources) or not texts:
         raise ValueError(f"sources: give one to each text; got {len(texts)} texts, {len(sources)} sources")
     rows = [[tokens(lm.tokenizer, t) for t in pair] for pair in zip(texts, sources, strict=True)]
@@ -269,31 +270,12 @@ def _side_by_side(
         raise ValueError(f"sources: texts {unequal[:5]} and their sources differ in their number of tokens")
     forward.require_room(lm, [row for pair in rows for row in pair], new=new)
     for index in forward.by_length([a for a, _ in rows], BATCH):
-        both = [rows[i][side] for side in (0, 1) for i in index]
-        yield index, forward.inputs_of(lm, both)
+        yield index, [rows[i][side] for side in (0, 1) for i in index]
 
 
-def _greedy(lm: LanguageModel, inputs: dict[str, Any], max_new_tokens: int) -> list[list[int]]:
-    """Likeliest words after the rows of the first half; the second half reads the same words."""
-    ids, mask, positions = (inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
-    n, ends = len(ids) // 2, forward.stops(lm)
-    rows, done, cache = [[] for _ in range(n)], [False] * n, None
-    for _ in range(max_new_tokens):
-        out = lm.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        )  # fmt: skip
-        cache, best = out.past_key_values, out.logits[:n, -1].argmax(-1)
-        for row, token in enumerate(best.tolist()):
-            if not done[row]:
-                rows[row].append(token)
-                done[row] = token in ends
-        if all(done):
-            break
-        ids = best.repeat(2)[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        positions = positions[:, -1:] + 1
-    return rows
+def _same_words(_: Tensor, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
+    """The second half chooses what the first half chooses."""
+    return logits[: len(logits) // 2].repeat(2, 1)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ Introduced in notebook 05 ("Neurons").
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from harmlens.flow import lastblock, partial, patching, runs
+from harmlens.flow.interventions import shown
 from harmlens.flow.outcomes import Replies, Reply
 from harmlens.flow.runs import Group
 from harmlens.models import parts as decoder
@@ -245,22 +247,17 @@ def _gradients(group: Group, ids: Tensor, layers: Sequence[int]) -> dict[int, Fl
     """dY/da of the hidden units at the last position, in an ordinary run of the whole model."""
     parts, kept = group.parts, {}
 
-    def keep(layer: int) -> Callable:
-        def hook(_: Any, inputs: tuple) -> tuple:
-            hidden = inputs[0].detach().requires_grad_() if not inputs[0].requires_grad else inputs[0]
-            hidden.retain_grad()
-            kept[layer] = hidden
-            return (hidden, *inputs[1:])
-
-        return hook
+    def keep(layer: int, hidden: Tensor) -> Tensor:
+        kept[layer] = hidden if hidden.requires_grad else hidden.detach().requires_grad_()
+        kept[layer].retain_grad()
+        return kept[layer]
 
     grown: list[Tensor] = []
     with ExitStack() as held, torch.enable_grad():
         for layer in layers:
             linear = decoder.projection(decoder.mlp(parts.blocks[layer]))
-            held.callback(linear.register_forward_pre_hook(keep(layer)).remove)
-        last = parts.blocks[-1].register_forward_hook(lambda m, i, o: grown.append(decoder.first(o)))
-        held.callback(last.remove)
+            held.enter_context(shown(functools.partial(keep, layer), entering=[linear]))
+        held.enter_context(shown(grown.append, leaving=parts.blocks[-1:]))
         for p in parts.model.parameters():
             held.callback(p.requires_grad_, p.requires_grad)
             p.requires_grad_(False)

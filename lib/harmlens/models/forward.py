@@ -6,7 +6,7 @@ Introduced in notebook 00 ("A model organism of harm").
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,7 +169,12 @@ def stops(lm: LanguageModel) -> set[int]:
 
 @torch.no_grad()
 def continued(
-    lm: LanguageModel, rows: Sequence[Sequence[int]], *, max_new_tokens: int, temperature: float = 0.0
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    processors: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
 ) -> list[list[int]]:
     """New token ids behind each row of a batch, up to and with the one that ends the answer.
 
@@ -178,6 +183,7 @@ def continued(
 
     Args:
         temperature: 0 for greedy decoding; above that, sampling from the full distribution.
+        processors: of logits, before a word is chosen.
     """
     ends, inputs = stops(lm), inputs_of(lm, rows)
     del inputs["position_ids"]  # generate() counts them itself
@@ -200,7 +206,7 @@ def continued(
     lm.model.generation_config = GenerationConfig()  # generate() fills what is not set from the model's own
     try:
         new = lm.model.generate(
-            **inputs, generation_config=settings, logits_processor=LogitsProcessorList([check])
+            **inputs, generation_config=settings, logits_processor=LogitsProcessorList([check, *processors])
         )[:, inputs["input_ids"].shape[1] :].tolist()
     finally:
         lm.model.generation_config = brought
