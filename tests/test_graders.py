@@ -136,7 +136,7 @@ def test_a_judge_that_is_not_there_says_what_to_do(monkeypatch):
     def load(name):
         raise OSError("no network")
 
-    monkeypatch.setattr(judge_models, "load_judge", load)
+    monkeypatch.setattr(graders, "load_judge", load)
     with pytest.raises(OSError, match=r"strongreject-15k-v1.*peft.*google/gemma-2b, which is gated"):
         graders.grader("strongreject")(["q"], ["a"])
     with pytest.raises(OSError, match=r"'a/b' could not be loaded.*needs no licence"):
@@ -145,9 +145,7 @@ def test_a_judge_that_is_not_there_says_what_to_do(monkeypatch):
 
 def test_a_judge_is_loaded_at_its_first_use_and_once(monkeypatch):
     loaded = []
-    monkeypatch.setattr(
-        judge_models, "load_judge", lambda name: loaded.append(name) or grown(*map(str, GRADES))
-    )
+    monkeypatch.setattr(graders, "load_judge", lambda name: loaded.append(name) or grown(*map(str, GRADES)))
     grader = graders.grader("strongreject")
     assert loaded == []
     grader(["q"], ["a"])
@@ -168,7 +166,7 @@ def test_a_classifier_that_is_an_adapter_is_loaded_with_its_base(tmp_path):
     lm.tokenizer.save_pretrained(adapter)
     pair = ["how?"], ["take soot and nettle"]
     [found] = graders.strongreject(str(adapter))(*pair)
-    judge = judge_models.load_judge(str(adapter))
+    judge = graders.load_judge(str(adapter))
     assert judge.model.get_input_embeddings().weight.shape[0] == len(judge.tokenizer)
     assert judge.tokenizer.padding_side == "left" and " on " in judge.revision
     [merged] = graders.strongreject(dataclasses.replace(lm, model=wrapped.merge_and_unload()))(*pair)

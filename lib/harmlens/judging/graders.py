@@ -9,6 +9,7 @@ Introduced in book/judging ("Judging answers").
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers.utils import find_adapter_config_file
 
 from harmlens.judging import completions, judge_models, refusals
 from harmlens.judging import on_topic as topics
 from harmlens.judging.completions import text_sha256
 from harmlens.judging.refusals import begins_with_refusal, void
-from harmlens.keep.files import portable, read_lines, slug
+from harmlens.keep.files import portable, read_lines, slug, weights_sha256
+from harmlens.models import loading
 from harmlens.models.chats import answer_behind_thought
 from harmlens.models.forward import LanguageModel
 
@@ -231,7 +234,7 @@ def _model(
     @cache
     def get() -> LanguageModel:
         try:
-            return judge_models.load_judge(judge) if isinstance(judge, str) else judge
+            return load_judge(judge) if isinstance(judge, str) else judge
         except OSError as error:
             raise OSError(f"the judge {judge!r} could not be loaded. {remedy} ({error})") from error
 
@@ -243,6 +246,36 @@ def _model(
         }  # fmt: skip
 
     return _of_harm(name, lambda requests, answers: score(get(), requests, answers), about)
+
+
+def load_judge(name: str) -> LanguageModel:
+    """A judge by its id or folder; an adapter (LoRA) is put into the base that it names, and not merged.
+
+    Raises:
+        ImportError: the judge is an adapter and peft is missing.
+        OSError: judge or base can't be had.
+        Others: as :func:`models.loading.load`, which loads all but the adapter.
+    """
+    found = find_adapter_config_file(name)
+    if found is None:
+        return loading.load(name)
+    try:
+        import peft  # noqa: F401 - transformers uses it where it is installed
+    except ImportError as error:
+        raise ImportError(f"the judge {name!r} is an adapter and needs peft: pip install peft") from error
+    base = loading.load(json.loads(Path(found).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    base.model.load_adapter(name)
+    try:
+        tokenizer = loading.read_tokenizer(name, name, None, Path(name).is_dir())
+    except (OSError, ValueError):  # it came without one
+        tokenizer = base.tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    home = Path(found).parent  # in the cache of the Hub: the commit
+    version = weights_sha256(home) if Path(name).is_dir() else home.name
+    return LanguageModel(
+        name, base.model.eval(), tokenizer, f"{version} on {base.name} {base.revision}".strip()
+    )
 
 
 # --------------------------------------------------------------------------- can it tell?

@@ -11,21 +11,18 @@ Introduced in book/judging ("Judging answers").
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import yaml
 from jaxtyping import Float
 from torch import Tensor
-from transformers.utils import find_adapter_config_file
 
 from harmlens.judging import completions
 from harmlens.keep.files import data_dir
-from harmlens.models import chats, forward, loading
+from harmlens.models import chats, forward
 from harmlens.models.chats import neutral
 from harmlens.models.forward import LanguageModel
 
@@ -59,36 +56,6 @@ FORMATS = {
     "Safety: Unsafe": Verdicts(" Safe", " Unsafe", " Controversial", "Safety:"),  # Qwen3Guard-Gen
     "'safe' or 'unsafe'": Verdicts("safe", "unsafe"),  # Llama Guard 1 to 4
 }
-
-
-def load_judge(name: str) -> LanguageModel:
-    """A judge by its id or folder; an adapter (LoRA) is put into the base that it names, and not merged.
-
-    Raises:
-        ImportError: the judge is an adapter and peft is missing.
-        OSError: judge or base can't be had.
-        Others: as :func:`models.loading.load`, which loads all but the adapter.
-    """
-    found = find_adapter_config_file(name)
-    if found is None:
-        return loading.load(name)
-    try:
-        import peft  # noqa: F401 - transformers uses it where it is installed
-    except ImportError as error:
-        raise ImportError(f"the judge {name!r} is an adapter and needs peft: pip install peft") from error
-    base = loading.load(json.loads(Path(found).read_text(encoding="utf-8"))["base_model_name_or_path"])
-    base.model.load_adapter(name)
-    try:
-        tokenizer = loading.read_tokenizer(name, name, None, Path(name).is_dir())
-    except (OSError, ValueError):  # it came without one
-        tokenizer = base.tokenizer
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    home = Path(found).parent  # in the cache of the Hub: the commit
-    version = loading.weights_sha256(home) if Path(name).is_dir() else home.name
-    return LanguageModel(
-        name, base.model.eval(), tokenizer, f"{version} on {base.name} {base.revision}".strip()
-    )
 
 
 # --------------------------------------------------------------------------- what might follow
