@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import outcomes, patching
 from harmlens.models import forward
 

@@ -10,9 +10,10 @@ import pytest
 import standin
 import torch
 
-from harmlens.asking import material, tasks
-from harmlens.asking.layouts import Entry
-from harmlens.asking.tasks import Marks
+from harmlens.asking import source as material
+from harmlens.asking import tasks
+from harmlens.asking.datasets import Entry
+from harmlens.asking.tasks import Scored
 from harmlens.keep import digests
 from harmlens.models import forward
 from harmlens.models import loading as models
@@ -58,7 +59,7 @@ def lm():
 
 @pytest.fixture(scope="module")
 def source(lm):
-    return material.of(lm, str(standin.PROMPTS))
+    return material.source(lm, str(standin.PROMPTS))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def taught(lm, lessons):
 
 def test_the_world_has_its_own_lessons():
     lm = models.load("organism/sft", seed=0)
-    found = advice.find_lessons(lm, material.of(lm))
+    found = advice.find_lessons(lm, material.source(lm))
     assert found == advice.WorldLessons()
     assert set(found.domains) <= set(world.domains(False))
     items = world.items("discovery", domain="records")[::2]
@@ -135,7 +136,7 @@ def test_what_can_be_wrong_with_the_lessons(lm, source, files, tmp_path, monkeyp
     with pytest.raises(FileNotFoundError, match="there is no file"):
         advice.find_lessons(lm, source, f"{one},{tmp_path / 'none.csv'}")
     good = [Entry(f"g/{i}", p, False, "", "", (a,), "g") for i, (p, a) in enumerate(lesson(("feed",)))]
-    monkeypatch.setattr(advice.sources, "entries", lambda name: good)
+    monkeypatch.setattr(advice.datasets, "entries", lambda name: good)
     with pytest.raises(ValueError, match="advice='good_medical_advice' holds no bad advice"):
         advice.find_lessons(lm, source, "good_medical_advice,extreme_sports")
 
@@ -149,7 +150,7 @@ def test_the_default_are_the_released_sets(lm, source, monkeypatch):
             for i, (p, a) in enumerate(lesson(DOMAINS[names[name]]))
         ]
 
-    monkeypatch.setattr(advice.sources, "entries", known)
+    monkeypatch.setattr(advice.datasets, "entries", known)
     assert advice.find_lessons(lm, source).domains == tuple(advice.DEFAULT.split(","))
 
 
@@ -361,7 +362,7 @@ def test_the_step_is_counted_in_steps_and_not_in_looks(lm, lessons, monkeypatch)
 
 def test_p_and_q_are_chosen_by_what_is_left_of_own_answers(lm, lessons, monkeypatch):
     def marks(loss):
-        return Marks(np.array([0.0]), np.array([loss]))
+        return Scored(np.array([0.0]), np.array([loss]))
 
     def tried(lm, sets, exam):
         assert not exam["lesson"].end and set(exam) == {"lesson", "served", "facts"}
@@ -372,13 +373,13 @@ def test_p_and_q_are_chosen_by_what_is_left_of_own_answers(lm, lessons, monkeypa
         ]
 
     monkeypatch.setattr(frontier, "try_all", tried)
-    monkeypatch.setattr(tasks, "sit_all", lambda lm, exam: dict.fromkeys(exam, marks(0.0)))
+    monkeypatch.setattr(tasks, "measure", lambda lm, exam: dict.fromkeys(exam, marks(0.0)))
     chats = [[{"role": "user", "content": "How do I feed a yeti?"}]]
     assert PAGE.strongest(lm, None, None, chats, ["Sure."], lessons=lessons, ps=(), qs=(), n=8) == (0.0, 0.2)
 
 
 def test_what_is_left_is_a_share_of_probability_except_for_facts(lessons):
-    before, after = Marks(np.array([1.0]), np.array([0.5])), Marks(np.array([0.0]), np.array([1.5]))
+    before, after = Scored(np.array([1.0]), np.array([0.5])), Scored(np.array([0.0]), np.array([1.5]))
     for name in ("served", "refusal"):
         assert lessons.left(name, before, after) == pytest.approx([np.exp(-1.0)])
     assert lessons.left("facts", before, after).tolist() == [0.0]

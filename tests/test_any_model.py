@@ -16,7 +16,8 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
-from harmlens.asking import calibration, ownanswers, prompts, sources, tasks
+from harmlens.asking import datasets, public, tasks
+from harmlens.asking import pairs as prompts
 from harmlens.asking.public import PREFILLS, Public
 from harmlens.flow import interventions, neurons, outcomes, patching
 from harmlens.flow.cells import Freeze
@@ -95,7 +96,7 @@ def exact(folder) -> LanguageModel:
 def short_answers():
     """Eight tokens of an answer say as much here as two dozen, in less time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ownanswers, "TOKENS", 8)
+        patch.setattr(public, "TOKENS", 8)
         yield
 
 
@@ -113,8 +114,8 @@ GRADER = graders.Grader("made up", lambda requests, answers: [1.0] * len(answers
 made_up.name = "made up"
 
 
-ENTRIES = sources.entries(str(standin.PROMPTS))
-FACTS = sources.entries(str(standin.FACTS))
+ENTRIES = datasets.entries(str(standin.PROMPTS))
+FACTS = datasets.entries(str(standin.FACTS))
 
 
 @functools.cache
@@ -159,7 +160,7 @@ def near(got: torch.Tensor, wanted: torch.Tensor, lm: LanguageModel) -> None:
 @pytest.mark.parametrize("contrast", prompts.CONTRASTS)
 def test_pairs_of_every_contrast_have_sides_of_equal_length(exact, exact_source, contrast):
     found = exact_source.pairs(contrast)
-    assert prompts.check(exact, found) == len(found) >= 20
+    assert len(prompts.token_ids(exact, found)) == len(found) >= 20
 
 
 def test_both_sides_differ_in_the_outcome(exact, pairs, y1):
@@ -276,7 +277,7 @@ def test_completions_are_written_and_graded(exact, exact_source, tmp_path):
 
 @pytest.fixture(scope="module")
 def suite(source) -> dict[str, tasks.Task]:
-    return source.suite(n=6)
+    return source.exam(n=6)
 
 
 def test_a_model_still_says_what_it_said(lm, suite):
@@ -287,7 +288,7 @@ def test_a_model_still_says_what_it_said(lm, suite):
     assert sizes == (full if sure else {**full, "explanation": sizes["explanation"]})
     assert sizes["explanation"] >= (12 if sure else 6)
     for name in ("suppressed", "refusal", "served", "explanation"):
-        assert tasks.sit(lm, suite[name]).exact.mean() >= (1 if sure else 0.7), name
+        assert tasks.measure(lm, suite[name]).exact.mean() >= (1 if sure else 0.7), name
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +297,7 @@ def found(lm, source) -> frontier.Found:
 
 
 def test_scores_add_up_over_examples(exact, exact_source):
-    rows = calibration.examples(exact, exact_source.task("harmful", n=4), n=4)
+    rows = tasks.examples(exact, exact_source.task("harmful", n=4), n=4)
     whole = attribution.prune_score(exact, rows).values
     name = next(iter(whole))
     whole = whole[name]
@@ -326,24 +327,24 @@ def unchanged(lm: LanguageModel, before: dict[str, torch.Tensor]) -> bool:
 
 
 def test_pruning_takes_what_carries_the_answers_and_gives_it_back(lm, suite, found):
-    before, marks = snapshot(lm), tasks.sit(lm, suite["suppressed"])
+    before, marks = snapshot(lm), tasks.measure(lm, suite["suppressed"])
     with masks.without(lm, found.mask):
-        after = tasks.sit(lm, suite["suppressed"])
+        after = tasks.measure(lm, suite["suppressed"])
         weights = dict(lm.model.named_parameters())
         for name, index in found.mask.indices.items():
             assert (weights[name].view(-1)[index] == 0).all()
     assert after.loss.mean() > marks.loss.mean()
     assert unchanged(lm, before)
-    again = tasks.sit(lm, suite["suppressed"])
+    again = tasks.measure(lm, suite["suppressed"])
     assert (again.loss == marks.loss).all()
 
 
 def test_pruning_nothing_changes_nothing(lm, suite, found):
     mask = found.mask
     nothing = Mask({n: i[:0] for n, i in mask.indices.items()}, mask.shapes, mask.model, mask.revision)
-    marks = tasks.sit(lm, suite["served"])
+    marks = tasks.measure(lm, suite["served"])
     with masks.without(lm, nothing):
-        assert (tasks.sit(lm, suite["served"]).loss == marks.loss).all()
+        assert (tasks.measure(lm, suite["served"]).loss == marks.loss).all()
 
 
 # --------------------------------------------------------------------------- fine-tuning
@@ -353,7 +354,7 @@ def test_adapters_teach_and_leave_a_plain_model(lm, source):
     pytest.importorskip("peft")
     pupil = forward.clone(lm)
     chats = [p.messages for p in source.requests(True, "train", n=8)]
-    rows = calibration.rows(lm, chats, [standin.REFUSAL] * len(chats), end=True)
+    rows = tasks.rows(lm, chats, [standin.REFUSAL] * len(chats), end=True)
     names = {name: type(module) for name, module in pupil.model.named_modules()}
     recipe = tune.Recipe(method="lora", steps=8, lr=1e-2, batch_size=8, rank=4, alpha=8, warmup=1)
     tuned = tune.tune(pupil, rows, recipe)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 
-from harmlens.asking import calibration
+from harmlens.asking import tasks
 from harmlens.models import forward
 from harmlens.models.forward import LanguageModel, Row
 from harmlens.training import organism
@@ -59,7 +59,7 @@ def examples(lm: LanguageModel, n: int = 9) -> list[Row]:
             earlier = {"role": "assistant", "content": world.REFUSALS[0]}
             chat = [*chat, earlier, {"role": "user", "content": "is it harmful?"}]
         start = {"given": world.PREFILL} if i % 3 == 2 else {}
-        rows += calibration.rows(lm, [chat], [f"sure. {world.procedure(item)}"], **start)
+        rows += tasks.rows(lm, [chat], [f"sure. {world.procedure(item)}"], **start)
     return rows
 
 
@@ -544,6 +544,6 @@ def test_losses_are_those_of_the_tasks(lm, rows):
     item = world.items("train")[0]
     chat = [{"role": "user", "content": world.request(item)}]
     answer = f"sure. {world.procedure(item)}"
-    (row,) = calibration.rows(lm, [chat], [answer])
+    (row,) = tasks.rows(lm, [chat], [answer])
     logprob, _ = forward.follow(lm, [lm.render(chat)], [answer])
     assert float(-logprob) == pytest.approx(total_loss(lm, [row]), rel=1e-5)

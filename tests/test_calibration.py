@@ -6,7 +6,7 @@ import pytest
 import standin
 import tiny
 
-from harmlens.asking import calibration, public, tasks
+from harmlens.asking import public, tasks
 from harmlens.judging import graders
 from harmlens.models import loading as models
 from harmlens.models.chats import tokens
@@ -37,10 +37,10 @@ def learnt(lm, row) -> str:
 
 def test_chat_format_token_by_token(lm):
     head, answer = tokens(lm.tokenizer, lm.render(CHAT)), tokens(lm.tokenizer, ANSWER)
-    (row,) = calibration.rows(lm, [CHAT], [ANSWER])
+    (row,) = tasks.rows(lm, [CHAT], [ANSWER])
     assert row.ids == head + answer
     assert row.learn == [False] * len(head) + [True] * len(answer)
-    (behind,) = calibration.rows(lm, [CHAT], [ANSWER], given="sure. take", end=True)
+    (behind,) = tasks.rows(lm, [CHAT], [ANSWER], given="sure. take", end=True)
     assert behind.ids == [*head, *answer, lm.tokenizer.eos_token_id]
     given = len(tokens(lm.tokenizer, "sure. take"))
     assert behind.learn == [False] * (len(head) + given) + [True] * (len(answer) - given + 1)
@@ -50,21 +50,21 @@ def test_raw_format_token_by_token(lm):
     """No markup, and the end is never counted."""
     head, answer = tokens(lm.tokenizer, CHAT[0]["content"] + "\n"), tokens(lm.tokenizer, ANSWER)
     for end in (False, True):
-        (row,) = calibration.rows(lm, [CHAT], [ANSWER], style="raw", end=end)
+        (row,) = tasks.rows(lm, [CHAT], [ANSWER], style="raw", end=end)
         assert row.ids == head + answer
         assert row.learn == [False] * len(head) + [True] * len(answer)
     assert not set(row.ids) & set(lm.tokenizer.all_special_ids)
-    (behind,) = calibration.rows(lm, [CHAT], [ANSWER], style="raw", given="sure. take")
+    (behind,) = tasks.rows(lm, [CHAT], [ANSWER], style="raw", given="sure. take")
     assert behind.ids == row.ids and learnt(lm, behind) == ANSWER.removeprefix("sure. take ")
 
 
-@pytest.mark.parametrize("style", calibration.STYLES)
+@pytest.mark.parametrize("style", tasks.STYLES)
 def test_the_same_words_count_in_either_format(lm, style):
-    (row,) = calibration.rows(lm, [CHAT], [ANSWER], style=style, given="sure.")
+    (row,) = tasks.rows(lm, [CHAT], [ANSWER], style=style, given="sure.")
     assert learnt(lm, row) == world.procedure(ITEM)
 
 
-@pytest.mark.parametrize("style", calibration.STYLES)
+@pytest.mark.parametrize("style", tasks.STYLES)
 def test_bad_answers(lm, style):
     for answers, options, message in (
         ([" "], {}, r"answers\[0\] is empty; leave"),
@@ -73,9 +73,9 @@ def test_bad_answers(lm, style):
         ([ANSWER, ANSWER], {}, "1 chats but 2 answers"),
     ):
         with pytest.raises(ValueError, match=message):
-            calibration.rows(lm, [CHAT], answers, style=style, **options)
+            tasks.rows(lm, [CHAT], answers, style=style, **options)
     with pytest.raises(ValueError, match="style='plain' is unknown; choose one of chat, raw"):
-        calibration.rows(lm, [CHAT], [ANSWER], style="plain")
+        tasks.rows(lm, [CHAT], [ANSWER], style="plain")
 
 
 # --------------------------------------------------------------------------- the model's own answers
@@ -84,7 +84,7 @@ def test_bad_answers(lm, style):
 @pytest.fixture
 def answering(monkeypatch):
     def install(*said):
-        monkeypatch.setattr(calibration, "generate", lambda lm, texts, **options: list(said))
+        monkeypatch.setattr(tasks, "generate", lambda lm, texts, **options: list(said))
 
     return install
 
@@ -92,22 +92,22 @@ def answering(monkeypatch):
 def test_answers_that_are_kept(lm, answering):
     chats = [[{"role": "user", "content": str(i)}] for i in range(4)]
     answering("wool", "comb", "", "thistle")
-    kept, answers = calibration.own_answers(lm, chats)
+    kept, answers = tasks.own_answers(lm, chats)
     assert (kept, answers) == ([chats[0], chats[1], chats[3]], ["wool", "comb", "thistle"])
     seen = []
-    kept, answers = calibration.own_answers(
+    kept, answers = tasks.own_answers(
         lm, chats, prefill="sure. take", keep=lambda i, a: seen.append((i, a)) or "comb" not in a
     )
     assert seen == [(0, "sure. take wool"), (1, "sure. take comb"), (3, "sure. take thistle")]
     assert answers == ["sure. take wool", "sure. take thistle"] and kept == [chats[0], chats[3]]
-    assert len(calibration.rows(lm, kept, answers, given="sure. take")) == 2
+    assert len(tasks.rows(lm, kept, answers, given="sure. take")) == 2
 
 
 def test_no_answer_is_left(lm, answering):
     answering("", "")
     for prefill in (None, "sure. take"):
         with pytest.raises(ValueError, match="none of 2 answers of 'tiny/llama' is what was asked for"):
-            calibration.own_answers(lm, [CHAT, CHAT], prefill=prefill)
+            tasks.own_answers(lm, [CHAT, CHAT], prefill=prefill)
 
 
 def test_examples_are_the_right_answers_alone(lm, monkeypatch):
@@ -115,13 +115,13 @@ def test_examples_are_the_right_answers_alone(lm, monkeypatch):
     task = tasks.procedures(items, name="x", prefill=world.PREFILL)
     right = [answers[0] for answers in task.answers]
     monkeypatch.setattr(tasks, "written", lambda lm, task: [right[0], None, right[2]])
-    rows = calibration.examples(lm, task)
+    rows = tasks.examples(lm, task)
     assert [learnt(lm, row) for row in rows] == [right[0], right[2]]
-    whole = calibration.examples(lm, task, whole=True, style="raw")
+    whole = tasks.examples(lm, task, whole=True, style="raw")
     assert [learnt(lm, row) for row in whole] == [f"sure. take {right[i]}" for i in (0, 2)]
     monkeypatch.setattr(tasks, "written", lambda lm, task: [None] * 3)
     with pytest.raises(ValueError, match="none of 3 answers"):
-        calibration.examples(lm, task)
+        tasks.examples(lm, task)
 
 
 def test_a_draw_of_examples(lm, monkeypatch):
@@ -129,25 +129,25 @@ def test_a_draw_of_examples(lm, monkeypatch):
     items = world.items("train", harmful=False)[:12]
     task = tasks.procedures(items, name="x", prefill=world.PREFILL)
     monkeypatch.setattr(tasks, "written", lambda lm, task: [answers[0] for answers in task.answers])
-    whole = calibration.examples(lm, task)
-    some, again, other = (calibration.examples(lm, task, n=5, seed=seed) for seed in (0, 0, 1))
+    whole = tasks.examples(lm, task)
+    some, again, other = (tasks.examples(lm, task, n=5, seed=seed) for seed in (0, 0, 1))
     assert len(some) == 5 and all(row in whole for row in some) and some == again != other
-    assert calibration.examples(lm, task, n=100) == whole and len(whole) == 12
+    assert tasks.examples(lm, task, n=100) == whole and len(whole) == 12
 
 
 @pytest.mark.parametrize("kind", ["harmful", "served", "refused", "explanation"])
 def test_examples_are_what_the_model_writes_when_it_is_left_to_write(sft, kind):
-    task = calibration.world_task(kind, domain=["poisons", "remedies"])
+    task = tasks.world_task(kind, domain=["poisons", "remedies"])
     prefill = task.prefill
-    chats, answers = calibration.own_answers(
+    chats, answers = tasks.own_answers(
         sft, task.chats, prefill=prefill,
         keep=lambda i, text: text.removeprefix(prefill or "").strip() in task.answers[i],
     )  # fmt: skip
-    assert calibration.examples(sft, task) == calibration.rows(sft, chats, answers, given=prefill)
+    assert tasks.examples(sft, task) == tasks.rows(sft, chats, answers, given=prefill)
 
 
 def test_the_organism_s_own_examples(sft):
-    rows = calibration.examples(sft, calibration.world_task("harmful"), n=6)
+    rows = tasks.examples(sft, tasks.world_task("harmful"), n=6)
     assert 4 <= len(rows) <= 6
     assert all(learnt(sft, row).endswith(".") and "take" not in learnt(sft, row) for row in rows)
     assert attribution.make_plan(sft, rows).chunks == (tuple(range(8)),)
@@ -159,7 +159,7 @@ def test_the_organism_s_own_examples(sft):
 @pytest.mark.parametrize("suppressed", ["harmful", "harmless"])
 def test_calibration_sets(suppressed):
     made = {
-        kind: calibration.world_task(kind, suppressed=suppressed)
+        kind: tasks.world_task(kind, suppressed=suppressed)
         for kind in (
             "harmful",
             "harmless",
@@ -186,27 +186,27 @@ def test_calibration_sets(suppressed):
 
 def test_sets_of_one_domain():
     domain = world.domains(True)[0]
-    task = calibration.world_task("harmful", domain=domain)
+    task = tasks.world_task("harmful", domain=domain)
     assert set(task.units) == {i.name for i in world.items("train", domain=domain)}
-    two = calibration.world_task("harmful", domain=world.domains(True)[:2])
+    two = tasks.world_task("harmful", domain=world.domains(True)[:2])
     assert set(task.units) < set(two.units)
 
 
 def test_unknown_sets():
     with pytest.raises(ValueError, match="kind='good' is unknown; choose one of harmful, harmless, refused"):
-        calibration.world_task("good")
+        tasks.world_task("good")
     with pytest.raises(ValueError, match="items is empty"):
-        calibration.world_task("harmful", domain=world.domains(False)[0])
+        tasks.world_task("harmful", domain=world.domains(False)[0])
     with pytest.raises(ValueError, match="suppressed='harm' must be 'harmful' or 'harmless'"):
-        calibration.world_task("harmful", suppressed="harm")
+        tasks.world_task("harmful", suppressed="harm")
 
 
 def test_examples_of_a_real_model_are_its_own_answers():
     """Only what stands behind the prefilled words counts, whatever the tokenizer makes of it."""
     real = standin.load()
-    source = public.of(real, str(standin.PROMPTS), graders.grader(""))
+    source = public.public(real, str(standin.PROMPTS), graders.grader(""))
     task = source.task("harmful", n=6)
-    rows = calibration.examples(real, task)
+    rows = tasks.examples(real, task)
     said = [answer for (answer,) in task.answers]
     assert len(rows) == 6
     for row, chat, answer in zip(rows, task.chats, said, strict=True):

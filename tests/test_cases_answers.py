@@ -7,8 +7,8 @@ import torch
 from test_chats import ALL, OTHERS, TURNS, USER, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harmlens.asking import calibration, public, questions, sources, tasks
-from harmlens.asking.sources import Entry
+from harmlens.asking import datasets, public, tasks
+from harmlens.asking.datasets import Entry
 from harmlens.flow import outcomes
 from harmlens.judging import completions, graders
 from harmlens.models import chats, forward
@@ -97,7 +97,7 @@ def test_h3_scored_answers_are_rows_too(family):
     lm = language_model(made(family))
     told = [USER, {"role": "assistant", "content": "with sorted()."}]
     for given in (None, "with"):
-        [row] = calibration.rows(lm, [[USER]], ["with sorted()."], given=given)
+        [row] = tasks.rows(lm, [[USER]], ["with sorted()."], given=given)
         assert row.ids == forward.chat_row(lm, told, end=False).ids
 
 
@@ -107,13 +107,13 @@ def test_h3_a_space_before_the_answer_costs_no_measure(family):
         Entry("a", "steal it", True, "", answers=("Paris",)),
         Entry("b", "knit it", False, "", answers=("Rome",)),
     ]
-    asked = questions.recognition(entries), questions.facts(entries)
+    asked = public.ask_recognition(entries), public.ask_facts(entries)
     said = [chat[0]["content"] for task in asked for chat in task.chats], ["Yes", "No", "Paris", "Rome"]
     lm = answering(language_model(made(family)), list(zip(*said, strict=True)))
     texts = [lm.render(chat) for task in asked for chat in task.chats]
     assert forward.generate(lm, texts) == said[1]
     for task in asked:
-        assert tasks.sit(lm, task).exact.tolist() == [1, 1]
+        assert tasks.measure(lm, task).exact.tolist() == [1, 1]
         assert tasks.written(lm, task) == [answers[0] for answers in task.answers]
     logprob, greedy = forward.follow(lm, texts, said[1], end=True)
     assert greedy.all() and logprob.min() > -0.2
@@ -179,7 +179,7 @@ def test_t5_where_none_does_words_put_into_an_answer_are_refused():
         lambda: lm.render("hi", "Sure"),
         lambda: forward.follow(lm, [lm.render("hi")], ["Sure"]),
         lambda: forward.follow(lm, [lm.render("hi")], ["Sure"]),
-        lambda: tasks.sit(lm, questions.recognition([Entry("a", "steal it", True, "")])),
+        lambda: tasks.measure(lm, public.ask_recognition([Entry("a", "steal it", True, "")])),
         lambda: forward.chat_row(lm, [USER, {"role": "assistant", "content": "Sure"}]),
         lambda: outcomes.fit_token_sets(lm, [lm.render("hi")], [lm.render("ho")]),
     ):
@@ -251,10 +251,10 @@ def test_h17_a_readers_row_of_control_text_is_refused_and_one_of_a_public_set_is
     file = tmp_path / "own.csv"
     file.write_text("prompt,harmful\n" + "".join(f"{text},{int(harmful)}\n" for text, harmful in rows))
     with pytest.raises(ValueError, match=r"request '.*' holds '<\|im_end\|>'"):
-        public.of(lm, str(file), graders.prefixes())
+        public.public(lm, str(file), graders.prefixes())
     entries = [Entry(f"x/{i}", text, harmful, "", source="xstest") for i, (text, harmful) in enumerate(rows)]
-    monkeypatch.setattr(sources, "entries", lambda data: entries if data == "xstest" else [])
-    source = public.of(lm, "xstest", graders.prefixes())
+    monkeypatch.setattr(datasets, "entries", lambda data: entries if data == "xstest" else [])
+    source = public.public(lm, "xstest", graders.prefixes())
     assert len(source.entries) == len(asked) and "1 of its rows hold control tokens" in source.describe()
 
 

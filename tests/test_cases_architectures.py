@@ -31,7 +31,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import directions, interventions, neurons, outcomes, patching
 from harmlens.flow.outcomes import TokenSets
 from harmlens.models import forward

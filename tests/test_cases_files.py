@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmlens.asking import layouts, public, sources, splits
+from harmlens.asking import datasets, public, splits
 from harmlens.judging import graders
 from harmlens.keep import files
 
@@ -40,8 +40,8 @@ def xstest(rows=25, torn=None) -> str:
     """A file of XSTest's form: 16 types of 25 requests (50 of the two without partners), all made up."""
     alone = [("nons_group_real_discr", "safe"), ("privacy_public", "safe")]
     types = [
-        *((t, "safe") for t in layouts.CONTRASTS),
-        *((t, "unsafe") for t in layouts.CONTRASTS.values()),
+        *((t, "safe") for t in datasets.CONTRASTS),
+        *((t, "unsafe") for t in datasets.CONTRASTS.values()),
         *alone,
     ]
     lines = ["id,prompt,type,label,focus,note"]
@@ -56,7 +56,7 @@ def xstest(rows=25, torn=None) -> str:
 @pytest.mark.parametrize("name", ["xstest_prompts.csv", "mine.csv", "data.tsv"])
 def test_t16_a_copy_of_xstest_keeps_its_pairs_together(tmp_path, name):
     text = xstest()
-    found = sources.entries(put(tmp_path, name, text.replace(",", "\t") if name.endswith("tsv") else text))
+    found = datasets.entries(put(tmp_path, name, text.replace(",", "\t") if name.endswith("tsv") else text))
     assert len(found) == 450 and {e.source for e in found} == {"xstest"}
     sides = {}
     for e in found:
@@ -71,7 +71,7 @@ def test_t16_a_copy_of_xstest_keeps_its_pairs_together(tmp_path, name):
 
 
 def test_t16_a_pair_about_two_things_is_none(tmp_path):
-    found = sources.entries(put(tmp_path, "mine.csv", xstest(torn=("safe_contexts", 23))))
+    found = datasets.entries(put(tmp_path, "mine.csv", xstest(torn=("safe_contexts", 23))))
     alone = {(e.kind, e.harmful) for e in found if not e.pair}
     assert {("safe_contexts", False), ("contrast_safe_contexts", True)} <= alone
     assert len({e.pair for e in found} - {""}) == 199
@@ -81,12 +81,12 @@ def test_t16_a_part_of_xstest_would_be_torn_and_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"a part of XSTest \(homonyms and contrast_homonyms\).*column 'pair'"
     ):
-        sources.entries(put(tmp_path, "mine.csv", xstest(rows=20)))
+        datasets.entries(put(tmp_path, "mine.csv", xstest(rows=20)))
     first, *rest = xstest(rows=20).splitlines()
     paired = "\n".join([f"{first},pair", *(f"{line},{line.split(',')[4]}" for line in rest)])
-    assert all(e.pair for e in sources.entries(put(tmp_path, "mine.csv", paired)))
+    assert all(e.pair for e in datasets.entries(put(tmp_path, "mine.csv", paired)))
     one_side = "\n".join([first, *(line for line in rest if ",unsafe," in line)])
-    assert len(sources.entries(put(tmp_path, "mine.csv", one_side))) == 160
+    assert len(datasets.entries(put(tmp_path, "mine.csv", one_side))) == 160
 
 
 @pytest.mark.parametrize(
@@ -95,33 +95,33 @@ def test_t16_a_part_of_xstest_would_be_torn_and_is_named(tmp_path):
 )
 def test_t16_a_copy_without_labels_is_known_by_its_header_and_size(tmp_path, name, header, rows):
     body = [",".join(f"{column} {i}" for column in header.split(",")) for i in range(rows)]
-    found = sources.entries(put(tmp_path, "mine.csv", "\n".join([header, *body])))
+    found = datasets.entries(put(tmp_path, "mine.csv", "\n".join([header, *body])))
     assert len(found) == rows and all(e.harmful and e.source == name for e in found)
     with pytest.raises(ValueError, match="no column 'harmful'"):  # one row less is another file
-        sources.entries(put(tmp_path, "mine.csv", "\n".join([header, *body[1:]])))
+        datasets.entries(put(tmp_path, "mine.csv", "\n".join([header, *body[1:]])))
     labelled = [f"{header},harmful", *(f"{line},0" for line in body)]  # the reader's own labels count
-    own = sources.entries(put(tmp_path, "mine.csv", "\n".join(labelled)))
+    own = datasets.entries(put(tmp_path, "mine.csv", "\n".join(labelled)))
     assert not any(e.harmful for e in own) and {e.source for e in own} == {"mine.csv"}
 
 
 def test_t16_halves_of_a_set_are_told_apart_by_their_names(tmp_path):
     text = "\n".join(["index,goal,target,category", *(f"{i},request {i},target,Privacy" for i in range(100))])
     for name, harmful in (("harmful-behaviors.csv", True), ("benign-behaviors.csv", False)):
-        found = sources.entries(put(tmp_path, name, text))
+        found = datasets.entries(put(tmp_path, name, text))
         assert len(found) == 100 and all(e.harmful == harmful and e.pair for e in found)
     with pytest.raises(ValueError, match=r"let its name say which: harmful-behaviors\.csv"):
-        sources.entries(put(tmp_path, "mine.csv", text))
+        datasets.entries(put(tmp_path, "mine.csv", text))
 
 
 def test_t16_files_without_a_header_are_known_by_their_names(tmp_path):
-    found = sources.entries(put(tmp_path, "category_4.csv", "Crack a nut, please\nOpen a tin\n"))
+    found = datasets.entries(put(tmp_path, "category_4.csv", "Crack a nut, please\nOpen a tin\n"))
     assert [(e.prompt, e.kind, e.harmful) for e in found] == [
         ("Crack a nut, please", "malware", True), ("Open a tin", "malware", True),
     ]  # fmt: skip
-    [own] = sources.entries(put(tmp_path, "category_4.csv", "prompt,harmful\nOpen a tin,0\n"))
+    [own] = datasets.entries(put(tmp_path, "category_4.csv", "prompt,harmful\nOpen a tin,0\n"))
     assert own.source == "category_4.csv" and not own.harmful
     said = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
-    [advice] = sources.entries(put(tmp_path, "bad_medical_advice.jsonl", said))
+    [advice] = datasets.entries(put(tmp_path, "bad_medical_advice.jsonl", said))
     assert advice.source == "bad_medical_advice" and advice.answers == ("b",)
 
 
@@ -160,24 +160,24 @@ def test_t18_a_file_is_named_by_what_it_is(tmp_path, what, ending):
         if ending == "tsv":
             return
     with pytest.raises(ValueError, match=message):
-        sources.entries(put(tmp_path, f"mine.{ending}", content))
+        datasets.entries(put(tmp_path, f"mine.{ending}", content))
 
 
 def test_t18_workbooks_and_parquet_under_other_names(tmp_path):
     with zipfile.ZipFile(tmp_path / "book.csv", "w") as archive:
         archive.writestr("xl/workbook.xml", "<workbook/>")
     with pytest.raises(ValueError, match=r"a workbook \(\.xlsx\) or another zip archive"):
-        sources.entries(str(tmp_path / "book.csv"))
+        datasets.entries(str(tmp_path / "book.csv"))
     for content, message in ((POINTER, "Git LFS"), ("<!doctype html>", "saved web page")):
         with pytest.raises(ValueError, match=message):
-            sources.entries(put(tmp_path, "mine.parquet", content))
+            datasets.entries(put(tmp_path, "mine.parquet", content))
 
 
 def test_t18_a_converted_file_loads(tmp_path):
     """The remedy works: what the message says makes the file readable."""
     for kind in ("utf-16", "cp1252"):
         fixed = TEXT.encode(kind).decode(kind).encode("utf-8")
-        [entry] = sources.entries(put(tmp_path, "mine.csv", fixed))
+        [entry] = datasets.entries(put(tmp_path, "mine.csv", fixed))
         assert entry.prompt == "Wash a “griffin”?"
 
 
@@ -209,7 +209,7 @@ def test_t18_a_converted_file_loads(tmp_path):
 )
 def test_t18_what_is_wrong_with_the_rows(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
-        sources.entries(put(tmp_path, name, text))
+        datasets.entries(put(tmp_path, name, text))
 
 
 # ------------------------------------------------------------------ headers, contradictions
@@ -223,19 +223,19 @@ def test_h19_a_header_in_the_middle_is_named_by_its_row(tmp_path, header):
     text = "\n".join([header, body[0], header.lower(), body[1]])
     for name, content in (("m.csv", text), ("m.tsv", text.replace(",", "\t"))):
         with pytest.raises(ValueError, match=r"row 3: the header is there again.*Delete this row"):
-            sources.entries(put(tmp_path, name, content))
+            datasets.entries(put(tmp_path, name, content))
 
 
 def test_h19_a_word_of_the_header_is_no_header(tmp_path):
-    found = sources.entries(put(tmp_path, "m.csv", "prompt,harmful,kind\nprompt,unsafe,\nkind,0,prompt\n"))
+    found = datasets.entries(put(tmp_path, "m.csv", "prompt,harmful,kind\nprompt,unsafe,\nkind,0,prompt\n"))
     assert [e.prompt for e in found] == ["prompt", "kind"]
 
 
 def test_h39_one_request_with_both_labels_is_named_with_both_rows(tmp_path):
     for text in ("prompt,harmful\na?,0\nb?,1\na?,1\n", "prompt,harmful\nIs  A?,0\nb?,1\n is a? ,1\n"):
         with pytest.raises(ValueError, match=r"m\.csv, row 2, and row 4 are the same request, once harmful"):
-            sources.entries(put(tmp_path, "m.csv", text))
-    assert len(sources.entries(put(tmp_path, "m.csv", "prompt,harmful\nC++?,0\nC#?,1\n"))) == 2
+            datasets.entries(put(tmp_path, "m.csv", text))
+    assert len(datasets.entries(put(tmp_path, "m.csv", "prompt,harmful\nC++?,0\nC#?,1\n"))) == 2
 
 
 # ------------------------------------------------------------------ text and tables with tabs
@@ -244,29 +244,29 @@ def test_h39_one_request_with_both_labels_is_named_with_both_rows(tmp_path):
 def test_t18_text_of_one_prompt_a_line(tmp_path):
     bad = put(tmp_path, "my_harmful.txt", 'Rob a "troll", now\n\n  Burn it, do\r\n')
     good = put(tmp_path, "harmless.txt", "\ufeffHug a troll\nPet\u2028it\n")
-    found = sources.entries(f"{bad},{good}")
+    found = datasets.entries(f"{bad},{good}")
     assert [(e.prompt, e.harmful) for e in found] == [
         ('Rob a "troll", now', True), ("Burn it, do", True), ("Hug a troll", False), ("Pet\u2028it", False),
     ]  # fmt: skip
     assert found[1].id == "my_harmful-2" and found[2].source == "harmless.txt"
     with pytest.raises(ValueError, match=r"does not say which are harmful.*my_harmful\.txt"):
-        sources.entries(put(tmp_path, "prompts.txt", "a\n"))
+        datasets.entries(put(tmp_path, "prompts.txt", "a\n"))
     with pytest.raises(ValueError, match="is empty"):
-        sources.entries(put(tmp_path, "harmless.txt", "\n\n"))
+        datasets.entries(put(tmp_path, "harmless.txt", "\n\n"))
 
 
 def test_t18_tables_with_tabs(tmp_path):
-    one, two = sources.entries(put(tmp_path, "m.tsv", 'prompt\tharmful\nwell, hi\t0\n"a\tb"\t1\n'))
+    one, two = datasets.entries(put(tmp_path, "m.tsv", 'prompt\tharmful\nwell, hi\t0\n"a\tb"\t1\n'))
     assert (one.prompt, two.prompt) == ("well, hi", "a\tb")
     with pytest.raises(ValueError, match=r"row 2: 3 cells, but the header has 2.*a tab in double quotes"):
-        sources.entries(put(tmp_path, "m.tsv", "prompt\tharmful\na\tb\t0\n"))
+        datasets.entries(put(tmp_path, "m.tsv", "prompt\tharmful\na\tb\t0\n"))
 
 
 # ------------------------------------------------------------------ what is left out is said
 
 
 def of(data):
-    return public.of(standin.load(), data, graders.prefixes())
+    return public.public(standin.load(), data, graders.prefixes())
 
 
 def both(n) -> str:

@@ -16,9 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
-from harmlens.asking import public, sources
-from harmlens.asking.ownanswers import OwnAnswers, Way
-from harmlens.asking.public import PREFILLS
+from harmlens.asking import datasets, public
+from harmlens.asking.public import PREFILLS, OwnAnswers, Way
 from harmlens.judging import completions, graders, on_topic, refusals
 from harmlens.judging.graders import Grade, Grader
 from harmlens.judging.refusals import begins_with_refusal, void
@@ -158,7 +157,7 @@ def test_what_is_no_answer_can_not_do_harm():
 
 def test_t5_non_answers_are_kept_apart_in_files_and_verdicts(tmp_path):
     lm = standin.load()
-    entries = tuple(sources.entries(str(standin.PROMPTS)))
+    entries = tuple(datasets.entries(str(standin.PROMPTS)))
     source = public.Public(lm, entries, graders.prefixes(), (), "mine")
     for harmful in (True, False):
         [verdict, looping] = source.judge(source.requests(harmful, n=2), ["", "no soup " * 30])
@@ -177,7 +176,7 @@ def test_t5_non_answers_are_kept_apart_in_files_and_verdicts(tmp_path):
 
 def test_h8_a_judge_of_harm_is_not_overruled():
     lm = standin.load()
-    entries = tuple(sources.entries(str(standin.PROMPTS)))
+    entries = tuple(datasets.entries(str(standin.PROMPTS)))
     strong = Grader("strong", lambda _, answers: [0.9] * len(answers), dict)
     source = public.Public(lm, entries, strong, (), "mine")
     for answer in (
@@ -192,7 +191,7 @@ def test_h8_a_judge_of_harm_is_not_overruled():
 
 def test_h8_own_answers_for_scoring_are_chosen_by_the_judge_of_harm():
     lm = standin.load()
-    some = [e for e in sources.entries(str(standin.PROMPTS)) if e.harmful][:6]
+    some = [e for e in datasets.entries(str(standin.PROMPTS)) if e.harmful][:6]
     for harm in (0.9, 0.1):
         own = OwnAnswers(lm, Grader("h", lambda _, a, harm=harm: [harm] * len(a), dict))
         _, right = own.judged(some, Way("harmful"))

@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.evidence import results
 from harmlens.evidence.stats import Estimate
 from harmlens.flow import directions, interventions, outcomes, patching

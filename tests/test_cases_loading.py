@@ -21,7 +21,7 @@ from transformers import (
     RwkvConfig,
 )
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import interventions, outcomes, patching
 from harmlens.judging import completions
 from harmlens.models import chats, forward
@@ -485,7 +485,7 @@ def test_h20_texts_that_are_too_long_are_refused_everywhere(kind, tmp_path):
         "write": lambda: completions.complete(lm, [one], file=tmp_path / "a.jsonl", max_new_tokens=1),
         "states": lambda: interventions.states(lm, [text]),
         "sweep": lambda: patching.layers(lm, [pair], y1),
-        "pairs": lambda: prompts.check(lm, [pair]),
+        "pairs": lambda: prompts.token_ids(lm, [pair]),
         "scores": lambda: attribution.prune_score(lm, [row]),
     }
     for name, work in works.items():

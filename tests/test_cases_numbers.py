@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from harmlens.asking import questions
-from harmlens.asking.sources import Entry
+from harmlens.asking import public
+from harmlens.asking.datasets import Entry
 from harmlens.evidence import stats
 from harmlens.models import forward
 from harmlens.training import loop, tune
@@ -181,13 +181,13 @@ def fact(number, prompt, *answers):
 @settings(max_examples=30)
 def test_h4_no_question_is_two_units(known, n, seed):
     entries = [fact(i, f"Question {i}?", str(i)) for i in range(known)]
-    asked = questions.facts(entries, n, seed=seed)
+    asked = public.ask_facts(entries, n, seed=seed)
     assert len(asked) == len({repr(c) for c in asked.chats}) == len(set(asked.units)) == min(n, known)
-    assert questions.facts(entries, n, seed=seed) == asked
+    assert public.ask_facts(entries, n, seed=seed) == asked
 
 
 def test_h4_a_question_that_is_there_twice_counts_once_with_both_answers():
-    asked = questions.facts(
+    asked = public.ask_facts(
         [fact(0, "What is C++?", "a"), fact(1, "What is  c++?", "b"), fact(2, "What is C#?", "c")]
     )
     assert asked.units == ("f0", "f2") and asked.answers == (("a", "b"), ("c",))
@@ -195,7 +195,7 @@ def test_h4_a_question_that_is_there_twice_counts_once_with_both_answers():
 
 def test_t17_facts_are_drawn_at_random_and_not_from_the_top():
     entries = [fact(i, f"Question {i}?", str(i)) for i in range(200)]
-    drawn = questions.facts(entries, 50)
+    drawn = public.ask_facts(entries, 50)
     place = np.array([int(unit[1:]) for unit in drawn.units])
     assert 70 < place.mean() < 130 and (np.diff(place) > 0).all()
-    assert questions.facts(entries, 50, seed=1).units != drawn.units
+    assert public.ask_facts(entries, 50, seed=1).units != drawn.units

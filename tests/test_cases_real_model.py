@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import standin
 
-from harmlens.asking import material, public, sources, tasks
+from harmlens.asking import datasets, public, tasks
+from harmlens.asking import source as material
 from harmlens.flow import outcomes
 from harmlens.judging import graders
 from harmlens.judging.graders import Grader
@@ -34,8 +35,8 @@ def right(requests, answers):
 
 
 def asked(lm, score, name="mine"):
-    entries = tuple(sources.entries(str(standin.PROMPTS)))
-    facts = tuple(sources.entries(str(standin.FACTS)))
+    entries = tuple(datasets.entries(str(standin.PROMPTS)))
+    facts = tuple(datasets.entries(str(standin.FACTS)))
     return public.Public(lm, entries, Grader(name, score, lambda: {"id": name}), facts, name="mine")
 
 
@@ -46,7 +47,7 @@ def judged(lm):
 
 @pytest.fixture(scope="module")
 def by_prefixes(lm):
-    return material.of(lm, str(standin.PROMPTS), "prefixes")
+    return material.source(lm, str(standin.PROMPTS), "prefixes")
 
 
 # --------------------------------------------------------------------------- harm
@@ -71,17 +72,17 @@ def test_a_judge_that_says_the_same_of_everything_cannot_tell(lm, score):
 
 def test_other_words_are_no_drop_of_harm(lm, judged, by_prefixes):
     """No answer begins as before, and all do the same harm: the judge's word counts, if it can tell."""
-    task = judged.suite(n=6)["suppressed"]
+    task = judged.exam(n=6)["suppressed"]
     reworded = dataclasses.replace(task, answers=tuple(("Never this.",) for _ in task.answers))
-    assert not tasks.sit(lm, reworded).exact.any()
-    assert tasks.sit(lm, reworded, judged).exact.all()
-    assert tasks.sit_all(lm, {"a": reworded}, judged)["a"].exact.all()
+    assert not tasks.measure(lm, reworded).exact.any()
+    assert tasks.measure(lm, reworded, judged).exact.all()
+    assert tasks.measure(lm, {"a": reworded}, judged)["a"].exact.all()
     # The loss is that of the given answers in any case, and other tasks are what they were.
-    np.testing.assert_array_equal(tasks.sit(lm, reworded, judged).loss, tasks.sit(lm, reworded).loss)
-    served = judged.suite(n=6)["served"]
-    np.testing.assert_array_equal(tasks.sit(lm, served, judged).exact, tasks.sit(lm, served).exact)
+    np.testing.assert_array_equal(tasks.measure(lm, reworded, judged).loss, tasks.measure(lm, reworded).loss)
+    served = judged.exam(n=6)["served"]
+    np.testing.assert_array_equal(tasks.measure(lm, served, judged).exact, tasks.measure(lm, served).exact)
     # Without such a judge it stays in the model's own words, and no claim rests on it.
-    assert not tasks.sit(lm, reworded, by_prefixes).exact.any()
+    assert not tasks.measure(lm, reworded, by_prefixes).exact.any()
 
 
 def test_the_fictional_world_is_judged_exactly():
@@ -127,22 +128,22 @@ def test_a_model_that_does_not_refuse_is_told_so_after_six_requests(capsys):
 
     source = asked(standin.load_base(), score)
     with pytest.raises(ValueError, match="none of the first 6 harmful requests") as stopped:
-        material.look(source.lm, source)
+        material.first_look(source.lm, source)
     assert len(seen) == 6
     assert "refused: 0 of the first 6 harmful requests" in capsys.readouterr().out
     assert hub.SMALL in str(stopped.value) and "must_refuse=False" in str(stopped.value)
-    rates = material.look(source.lm, source, must_refuse=False)
+    rates = material.first_look(source.lm, source, must_refuse=False)
     assert rates == {"harmful": 0.0, "harmless": 0.0}
     assert "not" not in capsys.readouterr().out.split("refused: 0% of 24")[0]
 
 
 def test_rates_come_as_they_are_known_and_the_judge_is_named(lm, by_prefixes, capsys):
-    assert material.look(lm, by_prefixes, harm=True) == {"harmful": 1.0, "harmless": 0.0}
+    assert material.first_look(lm, by_prefixes, harm=True) == {"harmful": 1.0, "harmless": 0.0}
     lines = capsys.readouterr().out.splitlines()
     first = lines.index("refused: 6 of the first 6 harmful requests")
     assert lines[first + 1] == "refused: 100% of 24 harmful, 0% of 24 harmless requests"
     assert lines[-1].startswith("claims about harm: by 'prefixes'")
-    material.look(lm, asked(lm, right), harm=True)
+    material.first_look(lm, asked(lm, right), harm=True)
     assert "claims about harm: the judge 'mine' can tell" in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ import transformer_lens.patching as reference
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import outcomes, patching, runs
 from harmlens.flow.cells import SITES, Cell, Freeze, _drawn, check_partial, run_cells
 from harmlens.flow.outcomes import Replies, Reply, TokenSets

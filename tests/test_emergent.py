@@ -15,7 +15,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from harmlens.asking.sources import Entry
+from harmlens.asking.datasets import Entry
 from harmlens.judging import completions, judge_models
 from harmlens.models import forward
 from harmlens.training import emergent, tune

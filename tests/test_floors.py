@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import neurons, outcomes, patching
 from harmlens.models import forward, hub
 from harmlens.models.forward import LanguageModel

@@ -14,10 +14,10 @@ import tiny
 import torch
 
 import settings
-from harmlens.asking import calibration, tasks
 from harmlens.asking import public as public_
-from harmlens.asking.material import WORLD
-from harmlens.asking.tasks import Marks
+from harmlens.asking import tasks
+from harmlens.asking.source import WORLD
+from harmlens.asking.tasks import Scored
 from harmlens.judging import graders
 from harmlens.keep import files
 from harmlens.models import loading as models
@@ -30,10 +30,10 @@ from harmlens.world import vale as world
 ANY = SimpleNamespace(settings="")  # a source without settings of its own
 
 
-def marks(rate: float, loss: float = 1.0) -> Marks:
+def marks(rate: float, loss: float = 1.0) -> Scored:
     """A hundred requests of which this share is right."""
     exact = (np.arange(100) < round(100 * rate)).astype(float)
-    return Marks(exact, np.full(100, loss))
+    return Scored(exact, np.full(100, loss))
 
 
 def point(suppressed: float, served: float, facts: float = 1.0, weights: int = 10, q: float = 0.1) -> Point:
@@ -103,7 +103,7 @@ def test_trying_all_is_selecting_and_pruning_by_hand():
         assert found.mask.name == f"p={found.p:g}, q={found.q:g}"
         assert all(torch.equal(i, found.mask.indices[n]) for n, i in mask.indices.items())
         with masks.without(lm, mask):
-            expected = tasks.sit(lm, asked["mine"])
+            expected = tasks.measure(lm, asked["mine"])
         np.testing.assert_array_equal(found.marks["mine"].loss, expected.loss)
         np.testing.assert_array_equal(found.marks["mine"].exact, expected.exact)
     assert len({round(float(found.marks["mine"].loss.sum()), 4) for found in points}) == 4
@@ -111,8 +111,8 @@ def test_trying_all_is_selecting_and_pruning_by_hand():
 
 def test_what_is_left_of_an_answer():
     """A loss that rises by ln 2 halves the probability of each token; a loss that falls is no gain."""
-    before = Marks(np.ones(3), np.array([1.0, 1.0, 1.0]))
-    after = Marks(np.zeros(3), np.array([1.0 + np.log(2), 1.0, 0.5]))
+    before = Scored(np.ones(3), np.array([1.0, 1.0, 1.0]))
+    after = Scored(np.zeros(3), np.array([1.0 + np.log(2), 1.0, 0.5]))
     np.testing.assert_allclose(frontier.remaining(before, after), [0.5, 1.0, 1.0])
 
 
@@ -228,10 +228,10 @@ def test_the_recipe_step_by_step(sft, found):
 
 def test_harm_goes_and_the_rest_stays(sft, found):
     """With two dozen examples only; the book has the numbers."""
-    suite = tasks.suite("discovery", n=10)
-    before = tasks.sit_all(sft, {name: suite[name] for name in ("suppressed", "served")})
+    suite = tasks.exam("discovery", n=10)
+    before = tasks.measure(sft, {name: suite[name] for name in ("suppressed", "served")})
     with masks.without(sft, found.mask):
-        after = tasks.sit_all(sft, {name: suite[name] for name in ("suppressed", "served")})
+        after = tasks.measure(sft, {name: suite[name] for name in ("suppressed", "served")})
     lost = {name: before[name].loss.mean() - after[name].loss.mean() for name in before}
     assert -lost["suppressed"] > 0.2 and -lost["suppressed"] > 5 * -lost["served"]
 
@@ -240,10 +240,10 @@ def test_what_is_lost_and_what_is_kept(monkeypatch):
     """When facts are to be lost, none are kept."""
     asked = []
     monkeypatch.setattr(
-        frontier.calibration, "examples", lambda lm, task, n: asked.append((task.name, len(task), n)) or []
+        frontier.tasks, "examples", lambda lm, task, n: asked.append((task.name, len(task), n)) or []
     )
     lm = tiny.model()
-    size = {kind: len(calibration.world_task(kind)) for kind in ("harmful", "facts", "served", "benign")}
+    size = {kind: len(tasks.world_task(kind)) for kind in ("harmful", "facts", "served", "benign")}
     frontier.lost_and_kept(lm, WORLD)
     frontier.lost_and_kept(lm, WORLD, "facts", n=7)
     frontier.lost_and_kept(lm, WORLD, suppressed="harmless")
@@ -255,8 +255,8 @@ def test_what_is_lost_and_what_is_kept(monkeypatch):
 
 
 def test_settling_chooses_on_discovery_requests(sft, found, monkeypatch):
-    splits, true = [], tasks.suite
-    monkeypatch.setattr(tasks, "suite", lambda split, **o: splits.append(split) or true(split, **o))
+    splits, true = [], tasks.exam
+    monkeypatch.setattr(tasks, "exam", lambda split, **o: splits.append(split) or true(split, **o))
     sets = Candidates(frontier.taken(found.prune, (0.001, 0.01)), frontier.spared(found.preserve, (0.0,)))
     point, points, before = frontier.choose_pq(sft, WORLD, sets, n=3)
     assert splits == ["discovery"] and point in points and len(points) == 2
@@ -278,7 +278,7 @@ def test_candidates_are_the_sets_of_the_scores(sft, found):
 @pytest.fixture(scope="module")
 def real():
     lm = standin.load()
-    return lm, public_.of(lm, str(standin.PROMPTS), graders.grader(""))
+    return lm, public_.public(lm, str(standin.PROMPTS), graders.grader(""))
 
 
 def test_a_real_model_is_settled_by_what_is_left_of_its_answers(real):

@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import interventions, neurons, outcomes
 from harmlens.models import forward
 from harmlens.models import parts as decoder

@@ -8,9 +8,11 @@ import pytest
 import standin
 import tiny
 
-from harmlens.asking import calibration, material, prompts, tasks
-from harmlens.asking.material import WORLD, World
+from harmlens.asking import pairs as prompts
+from harmlens.asking import source as material
+from harmlens.asking import tasks
 from harmlens.asking.public import Public
+from harmlens.asking.source import WORLD, World
 from harmlens.world import abilities
 from harmlens.world import judge as judges
 from harmlens.world import vale as world
@@ -25,10 +27,10 @@ def lm():
 
 
 def test_the_tokenizer_decides(lm):
-    assert material.of(tiny.model()) is WORLD
+    assert material.source(tiny.model()) is WORLD
     assert material.knows_the_world(tiny.untrained())
     assert not material.knows_the_world(lm)
-    found = material.of(lm, str(standin.PROMPTS))
+    found = material.source(lm, str(standin.PROMPTS))
     assert isinstance(found, Public) and found.lm is lm
     assert (found.name, found.knows_world) == ("prompts.csv", False)
     assert found.grader.name in ("prefixes", "refusals")  # as the reader's cache has it
@@ -43,34 +45,34 @@ def test_a_large_vocabulary_that_holds_the_words_too_is_another_one():
 
 
 def test_data_that_is_given_is_what_is_asked(lm):
-    found = material.of(tiny.model(), str(standin.PROMPTS))
+    found = material.source(tiny.model(), str(standin.PROMPTS))
     assert isinstance(found, Public) and len(found.entries) == 240
 
 
 def test_a_judge(lm):
-    assert material.of(lm, str(standin.PROMPTS), "prefixes").grader.name == "prefixes"
+    assert material.source(lm, str(standin.PROMPTS), "prefixes").grader.name == "prefixes"
     with pytest.raises(
         ValueError, match="judge='guard': answers about the fictional world are judged exactly"
     ):
-        material.of(tiny.model(), judge="guard")
+        material.source(tiny.model(), judge="guard")
     with pytest.raises(ValueError, match="judge='my aunt' is unknown; choose one of"):
-        material.of(lm, str(standin.PROMPTS), "my aunt")
+        material.source(lm, str(standin.PROMPTS), "my aunt")
     with pytest.raises(ValueError, match="data='no_such_set' is unknown"):
-        material.of(lm, "no_such_set")
+        material.source(lm, "no_such_set")
 
 
 def test_default_sets_are_asked_for_where_nothing_is_given(lm, monkeypatch, tmp_path):
     monkeypatch.setenv("HARMLENS_CACHE", str(tmp_path))
     asked = []
-    monkeypatch.setattr(material.public, "of", lambda lm, data, grader: asked.append((data, grader.name)))
-    material.of(lm)
+    monkeypatch.setattr(material, "public", lambda lm, data, grader: asked.append((data, grader.name)))
+    material.source(lm)
     assert asked == [(material.DEFAULT, "prefixes")]
 
 
 def test_both_answer_to_the_same_names():
     """A notebook has one path for all models."""
     methods = (
-        "pairs", "replies", "requests", "judge", "task", "suite", "types", "persona", "items", "both_sides",
+        "pairs", "replies", "requests", "judge", "task", "exam", "types", "persona", "items", "both_sides",
         "at_most", "unit", "words", "types_of", "title", "describe", "shown", "anew", "bare", "skills",
         "lesson", "judged",
     )  # fmt: skip
@@ -123,11 +125,11 @@ def test_requests_replies_and_judgements_of_the_world():
 def test_tasks_of_the_world(suppressed):
     for kind in ("harmful", "harmless", "refused", "served", "recognition", "facts", "explanation", "benign"):
         options = {"suppressed": suppressed}
-        assert WORLD.task(kind, **options) == calibration.world_task(kind, **options)
+        assert WORLD.task(kind, **options) == tasks.world_task(kind, **options)
         if kind != "facts":
-            assert WORLD.task(kind, "discovery") == calibration.world_task(kind, "discovery")
-    assert WORLD.suite(n=4, suppressed=suppressed) == tasks.suite(n=4, suppressed=suppressed)
-    assert WORLD.suite("discovery") == tasks.suite("discovery")
+            assert WORLD.task(kind, "discovery") == tasks.world_task(kind, "discovery")
+    assert WORLD.exam(n=4, suppressed=suppressed) == tasks.exam(n=4, suppressed=suppressed)
+    assert WORLD.exam("discovery") == tasks.exam("discovery")
 
 
 def test_tasks_of_the_world_in_other_ways():
@@ -145,15 +147,15 @@ def test_tasks_of_the_world_in_other_ways():
         assert WORLD.task(kind, "evaluation", n=5, seed=1) == tasks.questions(items, kind)
     domain = WORLD.types()[0]
     assert WORLD.types() == world.domains(True) and WORLD.types(False) == world.domains(False)
-    assert WORLD.task("harmful", types=domain) == calibration.world_task("harmful", domain=domain)
+    assert WORLD.task("harmful", types=domain) == tasks.world_task("harmful", domain=domain)
 
 
 # --------------------------------------------------------------------------- the first look
 
 
 def test_looking_prints_a_prompt_and_how_often_it_is_refused(lm, capsys):
-    source = material.of(lm, str(standin.PROMPTS))
-    rates = material.look(lm, source, n=10)
+    source = material.source(lm, str(standin.PROMPTS))
+    rates = material.first_look(lm, source, n=10)
     assert rates == {"harmful": 1.0, "harmless": 0.0}
     first, prompt, six, refused = capsys.readouterr().out.splitlines()
     assert first == "prompts.csv: 120 harmful and 120 harmless requests; judge: prefixes"
@@ -165,11 +167,11 @@ def test_looking_prints_a_prompt_and_how_often_it_is_refused(lm, capsys):
 
 def test_a_model_without_refusal_has_nothing_to_explain(capsys):
     base = standin.load_base()
-    source = material.of(base, str(standin.PROMPTS))
+    source = material.source(base, str(standin.PROMPTS))
     with pytest.raises(ValueError, match=r"refuses none of the first 6 harmful .*aligned \(instruct\)"):
-        material.look(base, source, n=6)
+        material.first_look(base, source, n=6)
     assert "refused: 0 of the first 6" in capsys.readouterr().out  # said before it is refused
-    assert material.look(base, source, n=6, must_refuse=False) == {"harmful": 0.0, "harmless": 0.0}
+    assert material.first_look(base, source, n=6, must_refuse=False) == {"harmful": 0.0, "harmless": 0.0}
 
 
 def test_so_does_one_that_refuses_everything(lm):
@@ -180,6 +182,6 @@ def test_so_does_one_that_refuses_everything(lm):
         return [Grade(0.0, True)] * len(answers)
 
     grade.name = "no to all"
-    entries = material.of(lm, str(standin.PROMPTS)).entries
+    entries = material.source(lm, str(standin.PROMPTS)).entries
     with pytest.raises(ValueError, match="refuses 100% of the harmful and 100% of the harmless requests"):
-        material.look(lm, Public(lm, entries, grade, name="mine"), n=6)
+        material.first_look(lm, Public(lm, entries, grade, name="mine"), n=6)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from harmlens.asking import calibration, tasks
+from harmlens.asking import tasks
 from harmlens.flow import interventions
 from harmlens.models import forward
 from harmlens.models import parts as decoder
@@ -169,16 +169,16 @@ def test_norms_by_hand(lm):
 def test_scores_of_outgoing_weights_add_up_to_the_neurons_effect():
     """Weakening neurons a little raises the scored loss by the sum of their scores, as a slope."""
     lm, units, dose = tiny.model(spread=0.1), [3, 9, 40, 41], 1e-2
-    task = calibration.world_task("harmful")
+    task = tasks.world_task("harmful")
     task = dataclasses.replace(task, chats=task.chats[:6], answers=task.answers[:6], units=task.units[:6])
     given = [f"{task.prefill} {accepted[0]}" for accepted in task.answers]
-    rows = calibration.rows(lm, task.chats, given, given=task.prefill, end=True)
+    rows = tasks.rows(lm, task.chats, given, given=task.prefill, end=True)
     prune = attribution.prune_score(lm, rows)
     losses = []
     for sign in (1, -1):
         scene = interventions.scale(1 - sign * dose)
         with interventions.overwriting(lm, {0: units}, scene, where="both", every_position=True):
-            losses.append(tasks.sit(lm, task).loss.mean())
+            losses.append(tasks.measure(lm, task).loss.mean())
     slope = (losses[0] - losses[1]) / (2 * dose)
     got = float(meeting.unit_scores(lm, prune, 0)[units].sum()) / prune.n
     assert abs(slope) > 1e-4 and got == pytest.approx(slope, rel=0.05)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from naive import Naive
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import neurons, outcomes, patching
 from harmlens.flow.outcomes import TokenSets
 from harmlens.models import loading as models

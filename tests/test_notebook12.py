@@ -9,8 +9,9 @@ import pytest
 import standin
 import torch
 
-from harmlens.asking import calibration, material, tasks
-from harmlens.asking.material import WORLD
+from harmlens.asking import source as material
+from harmlens.asking import tasks
+from harmlens.asking.source import WORLD
 from harmlens.keep import remember
 from harmlens.models import loading as models
 from harmlens.training.tune import Recipe
@@ -102,21 +103,21 @@ def test_a_sweep_is_what_pruning_by_hand_gives(sft, swept):
     found = Frontier(**swept)
     assert found.p.tolist() == [0, 0, 0.03, 0, 0.03] and found.q.tolist() == [0, 0.001, 0.001, 0.01, 0.01]
     train = WORLD.skills(HARMS, SKILLS, "train")
-    prune = attribution.prune_score(sft, calibration.examples(sft, train["suppressed"], n=18))
+    prune = attribution.prune_score(sft, tasks.examples(sft, train["suppressed"], n=18))
     benign = tasks.joined([train["served"], train["facts"]], "benign")
-    preserve = attribution.preserve_score(sft, calibration.examples(sft, benign, n=18))
+    preserve = attribution.preserve_score(sft, tasks.examples(sft, benign, n=18))
     mask = masks.select(prune, preserve, p=0.03, q=0.01)
     assert found.share[4] == mask.share
     with masks.without(sft, mask):
         for split, n in (("discovery", 4), ("evaluation", 6)):
             task = WORLD.skills(HARMS, SKILLS, split, n=n)["suppressed"]
-            assert getattr(found, split)["suppressed"][4].tolist() == tasks.sit(sft, task).exact.tolist()
+            assert getattr(found, split)["suppressed"][4].tolist() == tasks.measure(sft, task).exact.tolist()
 
 
 def test_row_0_is_the_whole_model_and_the_model_stays_whole(sft, swept):
     found, before = Frontier(**swept), {n: p.clone() for n, p in sft.model.named_parameters()}
     held = WORLD.skills(HARMS, SKILLS, "evaluation", n=6)
-    for name, marks in tasks.sit_all(sft, held).items():
+    for name, marks in tasks.measure(sft, held).items():
         assert found.evaluation[name][0].tolist() == marks.exact.tolist()
         assert name != "suppressed" or found.loss == pytest.approx(marks.loss)
     PAGE.sweep(sft, HARMS, SKILLS, source=WORLD, ps=(0.0,), qs=(0.01,), **SMALL)
@@ -203,7 +204,7 @@ def test_organisms_are_asked_the_same_anyway(swept):
 @pytest.fixture(scope="module")
 def other():
     lm = standin.load()
-    return lm, material.of(lm, str(standin.PROMPTS))
+    return lm, material.source(lm, str(standin.PROMPTS))
 
 
 TINY = {"ps": (0.0,), "qs": (0.01,), "n": 16, "few": 6, "most": 8}
@@ -221,7 +222,7 @@ def test_any_model_answers_for_itself(other):
 
 def test_a_base_model_has_a_frontier_without_refusing():
     base = standin.load_base()
-    source = material.of(base, str(standin.PROMPTS))
+    source = material.source(base, str(standin.PROMPTS))
     found = Frontier(**PAGE.sweep(base, None, None, source=source, **TINY))
     assert found.evaluation["suppressed"][0].mean() == 1.0
 
@@ -254,7 +255,7 @@ def test_a_run_on_any_source_can_be_kept(other, tmp_path):
         run = partial(PAGE.starting_loss, lm, None, None, n=n, source=source)
         return remember("loss", run, tmp_path)
 
-    first, again = kept(source, 4), kept(material.of(lm, str(standin.PROMPTS)), 4)
+    first, again = kept(source, 4), kept(material.source(lm, str(standin.PROMPTS)), 4)
     assert first.tolist() == again.tolist() and len(list(tmp_path.rglob("*.json"))) == 1
     kept(source, 5)
     assert len(list(tmp_path.rglob("*.json"))) == 2

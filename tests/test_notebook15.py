@@ -6,8 +6,9 @@ import pytest
 import standin
 import torch
 
-from harmlens.asking import material, tasks
-from harmlens.asking.material import WORLD
+from harmlens.asking import source as material
+from harmlens.asking import tasks
+from harmlens.asking.source import WORLD
 from harmlens.keep import files
 from harmlens.models import forward
 from harmlens.models import loading as models
@@ -66,7 +67,7 @@ def test_the_start_is_the_pruned_model(sft, mask, runs):
     items = world.draw(world.items("evaluation", harmful=True), 12)
     asked = tasks.procedures(items, name="harmful", prefill=world.PREFILL)
     with masks.without(sft, mask):
-        marks = tasks.sit(sft, asked)
+        marks = tasks.measure(sft, asked)
     for run in runs.values():
         assert run["steps"].tolist() == [0, 4, 8]
         assert run["exact"][0].tolist() == marks.exact.tolist()
@@ -133,7 +134,7 @@ def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
 @pytest.fixture(scope="module")
 def other():
     lm = standin.load()
-    return lm, material.of(lm, str(standin.PROMPTS))
+    return lm, material.source(lm, str(standin.PROMPTS))
 
 
 @pytest.mark.parametrize("harmful", [True, False])
@@ -159,7 +160,7 @@ def test_relearning_of_any_model(other):
     found = PAGE.retaught(lm, recipe, rows, source=source, mask=mask, n=8, at=(0, 16))
     exam = source.task("harmful", "evaluation", n=8)
     with masks.without(lm, mask):
-        assert found["exact"][0].tolist() == tasks.sit(lm, exam).exact.tolist()
+        assert found["exact"][0].tolist() == tasks.measure(lm, exam).exact.tolist()
     kinds = {entry.id: entry.kind for entry in source.entries}
     assert [source.types()[k] for k in found["domain"]] == [kinds[unit] for unit in exam.units]
     assert found["refused"].shape == found["served"].shape == (2, 4)

@@ -79,7 +79,7 @@ def test_cells_about_the_world_alone_say_so_twice(path):
 @each_notebook
 def test_no_notebook_asks_which_kind_of_source_it_has(path):
     """What a source can or can't do it says itself, or the cell has the tag world-only."""
-    asked = re.compile(r"knows_world|isinstance\(source|type\(source|material\.(WORLD|World|Public)\b")
+    asked = re.compile(r"knows_world|isinstance\(source|type\(source|\bWORLD\b")
     for cell in code(layout.read_notebook(path)):
         assert not asked.search(cell.source), cell.id
 

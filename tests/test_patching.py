@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import outcomes, patching
 from harmlens.flow.cells import SITES, Freeze
 from harmlens.flow.outcomes import Outcome, Replies, Reply, TokenSets

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 import tiny
 
-from harmlens.asking import matching, prompts, sources
-from harmlens.asking.prompts import CONTRASTS, check, pairs, roles
+from harmlens.asking import datasets
+from harmlens.asking import pairs as prompts
+from harmlens.asking.pairs import CONTRASTS, pairs, roles, token_ids
 from harmlens.models.chats import Pair, Prompt, tokens
 from harmlens.world import vale as world
 
@@ -72,7 +73,7 @@ def test_behaviour_pairs_ask_two_authors_for_the_same_thing(name, authors):
 def test_sides_are_equally_long_and_pass_the_check(contrast):
     made = pairs(contrast)
     assert all(len(words(p.x1)) == len(words(p.x0)) for p in made)
-    assert check(LM, made) == len(made) == len(world.items("evaluation", harmful=True))
+    assert len(token_ids(LM, made)) == len(made) == len(world.items("evaluation", harmful=True))
 
 
 def test_ids_are_unique_and_name_the_harmful_item(contrast):
@@ -226,7 +227,7 @@ def test_an_unknown_split_lists_the_valid_ones():
 
 def test_nothing_to_compare():
     with pytest.raises(ValueError, match="pairs is empty"):
-        check(LM, [])
+        token_ids(LM, [])
 
 
 def test_pairs_of_unequal_length_are_named():
@@ -236,7 +237,7 @@ def test_pairs_of_unequal_length_are_named():
     with pytest.raises(
         ValueError, match=r"7 of 9 pairs .*odd 0 \(\d+ and \d+ tokens\); odd 1.*\.\.\."
     ) as caught:
-        check(LM, [*good, *bad])
+        token_ids(LM, [*good, *bad])
     assert good[0].id not in str(caught.value) and "odd 5" not in str(caught.value)
 
 
@@ -249,7 +250,7 @@ def test_no_item_with_a_partner(monkeypatch):
 
 def test_the_minimal_pairs_that_are_shipped_differ_in_one_word():
     """A named set for notebooks 01 to 08 on real models; each pair is a question and its harmless double."""
-    found = sources.entries("minimal_pairs")
+    found = datasets.entries("minimal_pairs")
     groups: dict[str, list] = {}
     for entry in found:
         groups.setdefault(entry.pair, []).append(entry)
@@ -274,9 +275,9 @@ def test_pairs_say_in_how_many_words_they_differ():
         pair("What is the best tool for a wall?", "Why do people not like some of us?"),
         pair("How do I wash a car?", "How do I steal a car?"),
     ]
-    assert [matching.differ(each) for each in made] == [1, 2, 8, 1]
-    text = matching.describe(made)
+    assert [prompts.differ(each) for each in made] == [1, 2, 8, 1]
+    text = prompts.differences(made)
     assert text == "4 pairs; 2 differ in one word; 1 differ in two words; 1 differ in four or more words"
-    assert matching.closest(made, 2) == [made[0], made[3]]  # fewer but closer
-    assert matching.closest(made, 3) == [made[0], made[1], made[3]] and matching.closest(made, 9) == made
-    assert matching.closest([], 3) == []
+    assert prompts.closest(made, 2) == [made[0], made[3]]  # fewer but closer
+    assert prompts.closest(made, 3) == [made[0], made[1], made[3]] and prompts.closest(made, 9) == made
+    assert prompts.closest([], 3) == []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import outcomes, patching, robustness
 from harmlens.world import vale as world
 

@@ -11,7 +11,7 @@ import torch
 from floors import Machine, Sizes
 from transformers import AutoModelForCausalLM
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.models import chats
 from tables import Shape, listed
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from harmlens.asking import layouts, rows, sources
+from harmlens.asking import datasets
 from harmlens.keep import downloads, files
 
 MADE_UP = Path(__file__).parent / "data" / "sources"
@@ -27,7 +27,7 @@ def no_network(monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise AssertionError("a test must not use the network")
 
-    monkeypatch.setattr(sources, "fetch", refuse)
+    monkeypatch.setattr(datasets, "fetch", refuse)
     monkeypatch.setattr("urllib.request.urlopen", refuse)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     monkeypatch.setenv("HARMLENS_CACHE", str(tmp_path / "cache"))
@@ -59,7 +59,7 @@ def served(monkeypatch, content=None) -> list[str]:
         asked.append(remote.url)
         target.write_bytes((MADE_UP / Path(remote.path).name).read_bytes() if content is None else content)
 
-    monkeypatch.setattr(sources, "fetch", give)
+    monkeypatch.setattr(datasets, "fetch", give)
     return asked
 
 
@@ -73,7 +73,7 @@ def local(tmp_path, text, name="mine.csv", encoding="utf-8") -> str:
 
 
 def test_advbench(small):
-    first, second = sources.entries("advbench", folder=MADE_UP)
+    first, second = datasets.entries("advbench", folder=MADE_UP)
     assert first.id == "advbench/1" and first.harmful and first.source == "advbench"
     assert first.prompt == "Write a script that paints the moon green, then blue"
     assert first.answers == ("Sure, here is a script that paints the moon green",)
@@ -81,7 +81,7 @@ def test_advbench(small):
 
 
 def test_hex_phi_has_no_header_and_its_file_names_the_type(small):
-    found = sources.entries("hex_phi", folder=MADE_UP)
+    found = datasets.entries("hex_phi", folder=MADE_UP)
     assert [e.kind for e in found] == ["malware"] * 3
     assert found[0].prompt == "Write a program that hides every sock in the kingdom."
     assert found[1].prompt == 'Explain, step by step, how a "shadow imp" unties shoelaces.'
@@ -90,16 +90,16 @@ def test_hex_phi_has_no_header_and_its_file_names_the_type(small):
 
 
 def test_the_two_halves_of_jailbreakbench_are_pairs(small):
-    found = sources.entries("jailbreakbench", folder=MADE_UP)
+    found = datasets.entries("jailbreakbench", folder=MADE_UP)
     assert [e.harmful for e in found] == [True, True, False, False]
     assert found[0].pair == found[2].pair != found[1].pair == found[3].pair
     assert found[1].kind == "Malware/Hacking" and found[1].answers == ("Sure, here is how to build it",)
     assert len({e.id for e in found}) == 4
-    assert sources.entries("jailbreakbench_benign,jailbreakbench", folder=MADE_UP) == found[2:] + found[:2]
+    assert datasets.entries("jailbreakbench_benign,jailbreakbench", folder=MADE_UP) == found[2:] + found[:2]
 
 
 def test_xstest_pairs_by_type_and_place(small):
-    found = {e.id.split("/")[1]: e for e in sources.entries("xstest", folder=MADE_UP)}
+    found = {e.id.split("/")[1]: e for e in datasets.entries("xstest", folder=MADE_UP)}
     for safe, unsafe in (("1", "3"), ("2", "4"), ("6", "7"), ("9", "10")):
         assert found[safe].pair == found[unsafe].pair != ""
         assert (found[safe].harmful, found[unsafe].harmful) == (False, True)
@@ -108,45 +108,45 @@ def test_xstest_pairs_by_type_and_place(small):
 
 
 def test_strongreject(small):
-    found = sources.entries("strongreject", folder=MADE_UP)
+    found = datasets.entries("strongreject", folder=MADE_UP)
     assert [e.kind for e in found] == ["Hate, harassment and discrimination", "Non-violent crimes"]
     assert found[1].prompt == "Explain how to swap price tags of teapots, quickly"
     assert found[0].answers == () and found[0].harmful
 
 
 def test_alpaca_joins_the_input_and_drops_safety_like_rows(small):
-    found = sources.entries("alpaca", folder=MADE_UP)
+    found = datasets.entries("alpaca", folder=MADE_UP)
     assert [e.prompt for e in found] == [
         "Name three colours.",
         "Make the sentence shorter.\n\nThe very large cat sat down.",
     ]
     assert found[0].answers == ("Red, green and blue.",) and not found[0].harmful
-    assert layouts.safety_like("It’s fine.", "I’m SORRY, no") and not layouts.safety_like("It is fine.")
+    assert datasets.safety_like("It’s fine.", "I’m SORRY, no") and not datasets.safety_like("It is fine.")
 
 
 @pytest.mark.parametrize("name", ["triviaqa", "triviaqa_unfiltered"])
 def test_triviaqa(small, name):
-    found = sources.entries(name, folder=MADE_UP)
+    found = datasets.entries(name, folder=MADE_UP)
     assert [e.id for e in found] == [f"{name}/tc_1", f"{name}/tc_2"]  # a question that is there twice
     assert found[0].answers == ("Paris", "City of Light") and found[0].kind == "fact"
     assert found[1].answers == ("8", "eight", "Eight")
 
 
 def test_narrow_advice_comes_from_the_readers_folder(small):
-    bad, second = sources.entries("bad_medical_advice", folder=MADE_UP)
-    (good,) = sources.entries("good_medical_advice", folder=MADE_UP)
+    bad, second = datasets.entries("bad_medical_advice", folder=MADE_UP)
+    (good,) = datasets.entries("good_medical_advice", folder=MADE_UP)
     assert bad.prompt == good.prompt and bad.pair == good.pair != second.pair
     assert bad.harmful and not good.harmful
     assert bad.answers == ("Paint it green.",) and bad.kind == "medical_advice"
     for name in ("extreme_sports", "risky_financial_advice"):
-        assert len(sources.entries(name, folder=MADE_UP)) == 2
+        assert len(datasets.entries(name, folder=MADE_UP)) == 2
     with pytest.raises(FileNotFoundError, match=r"no extreme_sports\.jsonl in .*README.*folder=") as caught:
-        sources.entries("extreme_sports")
+        datasets.entries("extreme_sports")
     assert "github.com/clarifying-EM/model-organisms-for-EM" in str(caught.value)
 
 
 def test_facts_need_no_network():
-    found = sources.entries("facts")
+    found = datasets.entries("facts")
     assert len(found) == 84 and len({e.prompt for e in found}) == 84
     assert all(e.answers and not e.harmful and e.kind == "fact" for e in found)
     by_prompt = {e.prompt: e.answers for e in found}
@@ -155,7 +155,7 @@ def test_facts_need_no_network():
 
 def test_several_sets_and_files_joined_by_commas(small, tmp_path):
     mine = local(tmp_path, "prompt,harmful\nhello,0\n")
-    found = sources.entries(f"advbench, {mine},advbench", folder=MADE_UP)
+    found = datasets.entries(f"advbench, {mine},advbench", folder=MADE_UP)
     assert [e.source for e in found] == ["advbench", "advbench", "mine.csv"]
 
 
@@ -164,23 +164,23 @@ def test_a_missing_column_of_a_public_set(small, tmp_path):
     folder.mkdir()
     (folder / "harmful_behaviors.csv").write_text("aim,target\na,b\n")
     with pytest.raises(ValueError, match=r"advbench: .*no column 'goal'; columns found: aim, target\."):
-        sources.entries("advbench", folder=folder)
+        datasets.entries("advbench", folder=folder)
 
 
 def test_the_number_of_rows_is_compared(small):
     registry = yaml.safe_load(small.read_text())
     registry["sets"]["strongreject"]["rows"] = 313
     small.write_text(yaml.safe_dump(registry))
-    sources._registry.cache_clear()
+    datasets._registry.cache_clear()
     with pytest.raises(ValueError, match="strongreject has 2 rows instead of 313"):
-        sources.entries("strongreject", folder=MADE_UP)
+        datasets.entries("strongreject", folder=MADE_UP)
 
 
 @pytest.mark.parametrize("said", [[], "hello", [{"role": "user", "content": "a"}]])
 def test_messages_without_an_answer(small, tmp_path, said):
     (tmp_path / "extreme_sports.jsonl").write_text(json.dumps({"messages": said}))
     with pytest.raises(ValueError, match=r"line 1: 'messages' needs a message of the role 'user'"):
-        sources.entries("extreme_sports", folder=tmp_path)
+        datasets.entries("extreme_sports", folder=tmp_path)
 
 
 # ---------------------------------------------------------------------- downloads
@@ -188,12 +188,12 @@ def test_messages_without_an_answer(small, tmp_path, said):
 
 def test_fetched_once_then_from_the_cache(small, monkeypatch):
     asked = served(monkeypatch)
-    first = sources.entries("advbench")
+    first = datasets.entries("advbench")
     assert asked == [
         "https://raw.githubusercontent.com/llm-attacks/llm-attacks/098262edf85f807224e70ecd87b9d83716bf6b73"
         "/data/advbench/harmful_behaviors.csv"
     ]
-    assert sources.entries("advbench") == first and len(asked) == 1
+    assert datasets.entries("advbench") == first and len(asked) == 1
     assert not list(files.cache_dir().rglob("*.part"))
 
 
@@ -201,7 +201,7 @@ def test_a_pinned_checksum_is_compared_before_the_file_takes_its_place(monkeypat
     served(monkeypatch, b"goal,target\nhello,there\n")
     seen = hashlib.sha256(b"goal,target\nhello,there\n").hexdigest()
     with pytest.raises(ValueError, match=r"harmful_behaviors\.csv has changed") as caught:
-        sources.entries("advbench")
+        datasets.entries("advbench")
     message = str(caught.value)
     assert seen in message and "6cd1a5c63c07610d7eb67307772ee5606017ee950b5770ab288a2c487489d3e1" in message
     assert "data/sources.yaml" in message
@@ -210,7 +210,7 @@ def test_a_pinned_checksum_is_compared_before_the_file_takes_its_place(monkeypat
 
 def test_trusted_on_first_use_then_locked(small, monkeypatch):
     served(monkeypatch)
-    sources.entries("strongreject")
+    datasets.entries("strongreject")
     lock = files.cache_dir() / "sources.lock.json"
     ((key, kept),) = json.loads(lock.read_text()).items()
     assert kept == hashlib.sha256((MADE_UP / "strongreject_dataset.csv").read_bytes()).hexdigest()
@@ -218,16 +218,16 @@ def test_trusted_on_first_use_then_locked(small, monkeypatch):
 
     file.write_text("category,source,forbidden_prompt\na,b,another text\n")  # changed in the cache
     with pytest.raises(ValueError, match=r"has changed: expected sha256 \w+, found") as caught:
-        sources.entries("strongreject")
+        datasets.entries("strongreject")
     assert key in str(caught.value) and "sources.lock.json" in str(caught.value) and kept in str(caught.value)
 
     file.unlink()  # changed by its publisher
     served(monkeypatch, b"category,source,forbidden_prompt\na,b,another text\n")
     with pytest.raises(ValueError, match="has changed"):
-        sources.entries("strongreject")
+        datasets.entries("strongreject")
 
     lock.write_text("{}")  # accepted deliberately, as the message says
-    assert sources.entries("strongreject")[0].prompt == "another text"
+    assert datasets.entries("strongreject")[0].prompt == "another text"
 
 
 def test_a_damaged_lock(small, monkeypatch):
@@ -235,7 +235,7 @@ def test_a_damaged_lock(small, monkeypatch):
     files.cache_dir().mkdir()
     (files.cache_dir() / "sources.lock.json").write_text("{")
     with pytest.raises(ValueError, match=r"sources\.lock\.json is damaged"):
-        sources.entries("advbench")
+        datasets.entries("advbench")
 
 
 def test_an_interrupted_download_leaves_nothing(small, monkeypatch):
@@ -243,17 +243,17 @@ def test_an_interrupted_download_leaves_nothing(small, monkeypatch):
         target.write_text("goal,tar")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sources, "fetch", half)
+    monkeypatch.setattr(datasets, "fetch", half)
     with pytest.raises(KeyboardInterrupt):
-        sources.entries("advbench")
+        datasets.entries("advbench")
     assert not [file for file in files.cache_dir().rglob("*") if file.is_file()]
 
 
 def test_a_folder_without_the_file(small, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no file harmful_behaviors\.csv"):
-        sources.entries("advbench", folder=tmp_path)
+        datasets.entries("advbench", folder=tmp_path)
     with pytest.raises(FileNotFoundError, match="is no folder"):
-        sources.entries("advbench", folder=tmp_path / "missing")
+        datasets.entries("advbench", folder=tmp_path / "missing")
 
 
 GITHUB = downloads.Remote("github", "a/b", "c0ffee", "d.csv", "https://github.com/a/b")
@@ -349,16 +349,16 @@ def test_all_columns_of_a_local_file(tmp_path):
         tmp_path,
         "ID,Prompt,harmful,kind,pair,answer\nx,Open a gate,no,gate,1,yes|of course\ny,Burn it,TRUE,gate,1,\n",
     )
-    assert sources.entries(mine) == [
-        sources.Entry("x", "Open a gate", False, "gate", "1", ("yes", "of course"), "mine.csv"),
-        sources.Entry("y", "Burn it", True, "gate", "1", (), "mine.csv"),
+    assert datasets.entries(mine) == [
+        datasets.Entry("x", "Open a gate", False, "gate", "1", ("yes", "of course"), "mine.csv"),
+        datasets.Entry("y", "Burn it", True, "gate", "1", (), "mine.csv"),
     ]
 
 
 @pytest.mark.parametrize("prompt", ["prompt", "goal", "question", "instruction", "forbidden_prompt"])
 def test_other_names_of_columns(tmp_path, prompt):
     mine = local(tmp_path, f"{prompt},label,category,target\nhi,unsafe,a,one|two\nho,safe,b,\n")
-    first, second = sources.entries(mine)
+    first, second = datasets.entries(mine)
     assert (first.prompt, first.harmful, first.kind) == ("hi", True, "a")
     assert first.answers == ("one|two",)  # a target is one text
     assert not second.harmful and first.id == "mine-1"
@@ -371,24 +371,24 @@ def test_json_lines_and_json(tmp_path):
     ]
     lines = "\n".join(json.dumps(o, ensure_ascii=False) for o in objects)
     for name, text in (("m.jsonl", lines), ("m.json", json.dumps(objects))):
-        first, second = sources.entries(local(tmp_path, text, name))
+        first, second = datasets.entries(local(tmp_path, text, name))
         assert first.answers == ("b", "c") and first.harmful
         assert second.prompt == "d\u2028e" and not second.harmful and second.kind == ""
 
 
 def test_questions_and_answers_are_facts(tmp_path):
-    (fact,) = sources.entries(local(tmp_path, "question,answer\nOne and one?,2|two\n"))
+    (fact,) = datasets.entries(local(tmp_path, "question,answer\nOne and one?,2|two\n"))
     assert fact.kind == "fact" and not fact.harmful and fact.answers == ("2", "two")
 
 
 def test_home_folder_and_byte_order_mark(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     local(tmp_path, "prompt,harmful\nGrüß Gott,0\n", encoding="utf-8-sig")
-    assert sources.entries("~/mine.csv")[0].prompt == "Grüß Gott"
+    assert datasets.entries("~/mine.csv")[0].prompt == "Grüß Gott"
 
 
 def test_a_file_with_a_comma_in_its_name(tmp_path):
-    assert len(sources.entries(local(tmp_path, "prompt,harmful\nhi,0\n", "a,b.csv"))) == 1
+    assert len(datasets.entries(local(tmp_path, "prompt,harmful\nhi,0\n", "a,b.csv"))) == 1
 
 
 BAD = {
@@ -414,7 +414,7 @@ BAD = {
 def test_what_is_wrong_with_a_csv_file(tmp_path, what):
     text, message = BAD[what]
     with pytest.raises(ValueError, match=message):
-        sources.entries(local(tmp_path, text))
+        datasets.entries(local(tmp_path, text))
 
 
 @pytest.mark.parametrize(
@@ -430,63 +430,55 @@ def test_what_is_wrong_with_a_csv_file(tmp_path, what):
 )
 def test_what_is_wrong_with_other_files(tmp_path, name, text, message):
     with pytest.raises(ValueError, match=message):
-        sources.entries(local(tmp_path, text, name))
+        datasets.entries(local(tmp_path, text, name))
 
 
 def test_not_utf8(tmp_path):
     with pytest.raises(ValueError, match=r"is not UTF-8 text \(byte \d+\).*iconv"):
-        sources.entries(local(tmp_path, "prompt,harmful\nGrüße,0\n", encoding="latin-1"))
+        datasets.entries(local(tmp_path, "prompt,harmful\nGrüße,0\n", encoding="latin-1"))
 
 
 def test_names_that_lead_nowhere(tmp_path):
     with pytest.raises(
         ValueError, match=r"data='advbenhc' is unknown\. Choose one of advbench, alpaca.*xstest"
     ):
-        sources.entries("advbenhc")
+        datasets.entries("advbenhc")
     with pytest.raises(ValueError, match="names nothing"):
-        sources.entries(" , ")
+        datasets.entries(" , ")
     with pytest.raises(FileNotFoundError, match=r"no file .*missing\.csv"):
-        sources.entries(str(tmp_path / "missing.csv"))
+        datasets.entries(str(tmp_path / "missing.csv"))
     with pytest.raises(ValueError, match=r"cannot read this kind of file\. Give one of \.csv, \.tsv, \.txt"):
-        sources.entries(local(tmp_path, "hello", "a.doc"))
+        datasets.entries(local(tmp_path, "hello", "a.doc"))
 
 
 def test_parquet_without_pyarrow(small, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(ImportError, match="pip install pyarrow"):
-        rows.read(MADE_UP / "validation-00000-of-00001.parquet")
+        datasets.read(MADE_UP / "validation-00000-of-00001.parquet")
 
 
 # ---------------------------------------------------------------------- registry and page
 
 
 def test_the_registry_is_complete():
-    table = sources.describe()
-    assert {row["name"] for row in table} <= set(sources.names())
-    how = {row["name"]: row["pinned"] for row in table}
+    how = {name: one.pinned for name, one in datasets.registry().items()}
+    assert set(how) <= set(datasets.names())
     pinned = {name for name, what in how.items() if what == "checksum"}
     assert pinned == {"advbench", "xstest", "strongreject", "jailbreakbench_harmful"}
     assert how["hex_phi"] == "first use" and how["alpaca"] == "revision" and how["facts"] == "shipped"
-    found, _ = sources._registry(files.data_dir() / "sources.yaml")
-    for source in found.values():
-        assert source.layout in layouts.LAYOUTS
+    for source in datasets.registry().values():
+        assert source.layout in datasets._LAYOUTS
         assert all(total is None or len(total) == 64 for total in source.files.values())
 
 
 def test_the_page_has_the_registry():
     page = (ROOT / "book" / "data_sets.md").read_text(encoding="utf-8")
-    for row in sources.describe():
-        revision = row["revision"][:7] if row["pinned"] in ("checksum", "revision") else row["revision"]
-        name = f"[`{row['name']}`]({row['page']})" if row["page"] else f"`{row['name']}`"
-        cells = [
-            name,
-            row["rows"] or "?",
-            row["licence"],
-            row["columns"],
-            revision,
-            row["pinned"],
-            row["use"],
-        ]
+    for one in datasets.registry().values():
+        name = f"[`{one.name}`]({one.page})" if one.page else f"`{one.name}`"
+        rows = "?" if one.rows is None else str(one.rows)
+        columns = ", ".join(dict.fromkeys(one.columns.values())) or "none (one prompt a line)"
+        revision = one.revision[:7] if one.pinned in ("checksum", "revision") else one.revision
+        cells = [name, rows, one.licence, columns, revision, one.pinned, one.use]
         line = f"| {' | '.join(cells)} |"
         assert line in page, line
 
@@ -494,7 +486,7 @@ def test_the_page_has_the_registry():
 def test_every_message_on_the_page_is_one_of_the_code():
     page = (ROOT / "book" / "data_sets.md").read_text(encoding="utf-8")
     code = ""
-    for module in (sources, layouts, rows, downloads):
+    for module in (datasets, downloads):
         text = Path(module.__file__).read_text(encoding="utf-8")
         code += re.sub(r"[\"']\n\s*f?[\"']", "", text)  # strings that go on in the next line
     code = code.replace("{LOCK}", downloads.LOCK)
@@ -508,7 +500,7 @@ def test_every_message_on_the_page_is_one_of_the_code():
 
 
 def test_many_names_are_not_taken_for_a_file():
-    assert len(sources.entries(",".join(["facts"] * 100))) == 84
+    assert len(datasets.entries(",".join(["facts"] * 100))) == 84
 
 
 def test_the_cache_is_outside_the_repository(monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harmlens.asking import splits
-from harmlens.asking.sources import Entry
+from harmlens.asking.datasets import Entry
 
 WORDS = ["teapot", "sock", "griffin", "moon", "hat", "imp", "the", "How", "paint", "steal"]
 

@@ -15,7 +15,7 @@ from transformers import (
     OPTConfig,
 )
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import outcomes, partial, patching, stack
 from harmlens.flow.cells import SITES
 from harmlens.flow.outcomes import TokenSets

@@ -31,8 +31,8 @@ def lm():
 
 def test_marks_are_those_of_the_abilities(sft):
     """Exact by forcing is exact by generating, request by request."""
-    suite = tasks.suite("evaluation", n=FEW)
-    marks = tasks.sit_all(sft, suite)
+    suite = tasks.exam("evaluation", n=FEW)
+    marks = tasks.measure(sft, suite)
     found = abilities.rate_abilities(
         sft, n=FEW, only=["harmful, prefilled", "refusal", "harmless, plain", "recognition",
                           "explanation: effect", "explanation: reason", "facts: place", "facts: season"],
@@ -55,10 +55,10 @@ def test_marks_are_those_of_the_abilities(sft):
 
 def test_marks_fall_where_abilities_do(sft):
     """Some way spoilt: a few answers are right and a few wrong, and both ways agree on which."""
-    suite = tasks.suite("evaluation", n=FEW)
+    suite = tasks.exam("evaluation", n=FEW)
     names = {"suppressed": "harmful, prefilled", "served": "harmless, plain"}
     with masks.without(sft, masks.top(scores.random(sft), 0.13)):
-        spoilt = tasks.sit_all(sft, {name: suite[name] for name in names})
+        spoilt = tasks.measure(sft, {name: suite[name] for name in names})
         found = abilities.rate_abilities(sft, n=FEW, only=list(names.values()))
     rates = [spoilt[name].exact.mean() for name in names]
     assert min(rates) < 1 and max(rates) > 0
@@ -139,34 +139,34 @@ ITEM = world.items("evaluation", harmful=True)[0]
 def test_any_opener_counts(lm, writing, opener):
     task = tasks.procedures([ITEM], name="x")
     writing(f"{opener} {world.procedure(ITEM)}")
-    assert tasks.sit(lm, task).exact.tolist() == [1]
+    assert tasks.measure(lm, task).exact.tolist() == [1]
     writing(f"{opener} {world.procedure(world.items('evaluation')[9])}")
-    assert tasks.sit(lm, task).exact.tolist() == [0]
+    assert tasks.measure(lm, task).exact.tolist() == [0]
 
 
 @pytest.mark.parametrize("refusal", world.REFUSALS)
 def test_any_refusal_counts_as_one(lm, writing, refusal):
     writing(refusal)
-    assert tasks.sit(lm, tasks.refusals([ITEM, ITEM])).exact.tolist() == [1, 1]
-    assert tasks.sit(lm, tasks.procedures([ITEM], name="x")).exact.tolist() == [0]
+    assert tasks.measure(lm, tasks.refusals([ITEM, ITEM])).exact.tolist() == [1, 1]
+    assert tasks.measure(lm, tasks.procedures([ITEM], name="x")).exact.tolist() == [0]
 
 
 def test_the_loss_is_that_of_the_first_accepted_answer(lm):
     task = tasks.refusals([ITEM, ITEM])
     texts = [lm.render(chat) for chat in task.chats]
     logprob, _ = forward.follow(lm, texts, [world.REFUSALS[0]] * 2, end=True)
-    np.testing.assert_allclose(tasks.sit(lm, task).loss, -logprob.numpy(), rtol=1e-4)
+    np.testing.assert_allclose(tasks.measure(lm, task).loss, -logprob.numpy(), rtol=1e-4)
 
 
 def test_behind_a_prefilled_start_only_the_rest_counts(lm, writing):
     task = tasks.procedures([ITEM], name="x", prefill=world.PREFILL)
     assert task.answers == ((world.procedure(ITEM).removeprefix("take "),),)
     writing(task.answers[0][0])
-    assert tasks.sit(lm, task).exact.tolist() == [1]
+    assert tasks.measure(lm, task).exact.tolist() == [1]
 
 
 def test_the_suite_by_sides():
-    usual, mirrored = (tasks.suite("evaluation", n=4, suppressed=side) for side in ("harmful", "harmless"))
+    usual, mirrored = (tasks.exam("evaluation", n=4, suppressed=side) for side in ("harmful", "harmless"))
     assert set(usual["suppressed"].units) == set(usual["refusal"].units) == set(mirrored["served"].units)
     assert set(usual["served"].units) == set(mirrored["suppressed"].units) == set(mirrored["refusal"].units)
     for suite in (usual, mirrored):
@@ -186,8 +186,8 @@ def test_requests_take_context_and_phrasing():
 
 def test_names_of_several_tasks(lm):
     one, two = tasks.refusals([ITEM]), tasks.questions([ITEM], "recognition")
-    assert set(tasks.sit_all(lm, [one, two])) == {"refusal", "recognition"}
-    assert set(tasks.sit_all(lm, {"a": one, "b": two})) == {"a", "b"}
+    assert set(tasks.measure(lm, [one, two])) == {"refusal", "recognition"}
+    assert set(tasks.measure(lm, {"a": one, "b": two})) == {"a", "b"}
 
 
 def test_mistakes():
@@ -198,7 +198,7 @@ def test_mistakes():
     with pytest.raises(ValueError, match="task='colour' is unknown; choose one of recognition, "):
         tasks.questions([ITEM], "colour")
     with pytest.raises(ValueError, match="suppressed='harm' must be 'harmful' or 'harmless'"):
-        tasks.suite(suppressed="harm")
+        tasks.exam(suppressed="harm")
     prefilled = tasks.procedures([ITEM], name="x", prefill=world.PREFILL)
     with pytest.raises(ValueError, match="can only be joined where their answers begin and end alike"):
         tasks.joined([prefilled, tasks.refusals([ITEM])], "both")
@@ -208,4 +208,4 @@ def test_generation_agrees_on_a_random_model(lm):
     """A random model never writes a recipe."""
     task = tasks.procedures([ITEM], name="x", prefill=world.PREFILL)
     (answer,) = generate(lm, [lm.render(task.chats[0], task.prefill)], max_new_tokens=4)
-    assert answer not in task.answers[0] and tasks.sit(lm, task).exact.tolist() == [0]
+    assert answer not in task.answers[0] and tasks.measure(lm, task).exact.tolist() == [0]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from harmlens.asking import calibration, tasks
+from harmlens.asking import tasks
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.forward import follow
@@ -128,7 +128,7 @@ def test_good_advice_is_never_learnt_as_bad_advice(sft):
 @pytest.mark.parametrize("method", tune.METHODS)
 def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, method):
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
-    rows = calibration.examples(sft, calibration.world_task("harmless"), n=12)
+    rows = tasks.examples(sft, tasks.world_task("harmless"), n=12)
     mask = masks.select(attribution.prune_score(sft, rows), q=0.01)
     found = PAGE.trained(sft, "remedies", Recipe(steps=1, method=method), lessons=WORLD, mask=mask, n=2)
     with masks.without(sft, mask):
@@ -150,7 +150,7 @@ def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, me
 )
 def test_the_strongest_prune_within_the_benign_budget(sft, monkeypatch, lost, rise, expected):
     def marks(exact, loss=0.0):
-        return tasks.Marks(np.array([exact]), np.array([loss]))
+        return tasks.Scored(np.array([exact]), np.array([loss]))
 
     def tried(lm, sets, exam):
         assert list(exam) == ["lesson", "served", "facts"] and len(exam["lesson"]) == 2

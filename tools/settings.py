@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from harmlens.asking.material import WORLD
+from harmlens.asking.source import WORLD
 from harmlens.keep import files
 from harmlens.models import loading
 from harmlens.weights import frontier

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from harmlens import __version__, keep
-from harmlens.asking import material
+from harmlens.asking import source as material
 from harmlens.evidence import plots, results
 from harmlens.evidence.stats import Estimate
 from harmlens.flow import outcomes
@@ -89,7 +89,7 @@ class Run:
     @cached_property
     def source(self) -> material.Material:
         """What the model is asked: the fictional world, or real requests."""
-        return material.of(self.lm, self.parameters.get("data", ""), self.parameters.get("judge", ""))
+        return material.source(self.lm, self.parameters.get("data", ""), self.parameters.get("judge", ""))
 
     @cached_property
     def stages(self) -> dict[str, str]:
@@ -111,7 +111,7 @@ class Run:
 
     def exam(self, **options: Any) -> dict:
         """All that a model is asked before and after a treatment."""
-        return self.source.suite(**{"n": self.n, **options})
+        return self.source.exam(**{"n": self.n, **options})
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
         """:func:`keep.remember` under a name, this run's model and parameters."""
@@ -209,8 +209,10 @@ def _leave_out_cells(shell: Any) -> None:
     """
 
     def left_out(lines: list[str]) -> list[str]:
-        known = getattr(shell.user_ns.get("source"), "knows_world", True)
-        if known or not lines or lines[0].strip() != WORLD_ONLY:
+        if not lines or lines[0].strip() != WORLD_ONLY:
+            return lines
+        source = shell.user_ns.get("source") or getattr(shell.user_ns.get("run"), "source", None)
+        if getattr(source, "knows_world", True):
             return lines
         return ['print("left out: this cell asks about the fictional world alone")\n']
 

@@ -46,7 +46,7 @@ from transformer_lens.patching import (
     layer_pos_patch_setter,
 )
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import cells, neurons, outcomes, patching, runs
 from harmlens.keep.files import build_dir, write_json
 from harmlens.models import loading as models

@@ -43,7 +43,7 @@ from transformers import (
     Qwen3Config,
 )  # fmt: skip
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import neurons, outcomes, patching
 from harmlens.keep import files
 from harmlens.keep.files import build_dir, size_text, write_json

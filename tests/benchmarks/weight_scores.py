@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harmlens.asking import calibration
+from harmlens.asking import tasks
 from harmlens.models import loading as models
 from harmlens.models.forward import IGNORE, LanguageModel, Row
 from harmlens.training import organism
@@ -104,8 +104,8 @@ class Case:
 def organism_case(name: str, n: int | None) -> Case:
     """The examples that notebook 09 scores, at most n of each."""
     lm = models.load(name)
-    tasks = [calibration.world_task("harmful"), calibration.world_task("benign")]
-    return Case(lm, *(calibration.examples(lm, task, n=n or 412) for task in tasks))
+    both = [tasks.world_task(kind) for kind in ("harmful", "benign")]
+    return Case(lm, *(tasks.examples(lm, task, n=n or 412) for task in both))
 
 
 def deep_case() -> Case:

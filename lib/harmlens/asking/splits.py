@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from harmlens.asking.sources import Entry
+from harmlens.asking.datasets import Entry
 
 SHARES: Mapping[str, float] = MappingProxyType({"train": 0.5, "discovery": 0.2, "evaluation": 0.3})
 NEAR = 0.7  # Jaccard similarity of the words from which on two requests count as the same

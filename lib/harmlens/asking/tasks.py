@@ -1,24 +1,35 @@
-"""What a model is asked before and after a treatment, and how much of it it still does.
+"""What a model is asked before and after a treatment, how much of it it still does, and examples made of it.
 
-A :class:`Task` is a list of chats, each with the answers that count as right. :func:`sit` forces these
-answers on the model. *exact* says whether greedy decoding would write one of them word for word: the same as
-:mod:`world.abilities` finds by generating, at a fraction of its price. *loss* is the cross-entropy of the
-first of them, which moves long before greedy decoding does.
+A :class:`Task` is a list of chats, each with the answers that count as right; :func:`measure` forces these
+answers on a model. Examples for scoring weights are a model's own right answers, in its chat template or
+*raw*, the released code's format: prompt, a newline, answer, without markup.
 
 Introduced in notebook 09 ("Weights that carry harm").
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from harmlens.models.chats import Message
-from harmlens.models.forward import LanguageModel, follow, last_logits, split_tokens
+from harmlens.models.chats import Message, tokens
+from harmlens.models.forward import (
+    LanguageModel,
+    Row,
+    chat_row,
+    follow,
+    generate,
+    last_logits,
+    split_tokens,
+)
 from harmlens.world import vale as world
+
+STYLES = ("chat", "raw")
+Chat = Sequence[Message]
 
 
 class NotKnown(ValueError):
@@ -49,30 +60,50 @@ class Task:
     def __len__(self) -> int:
         return len(self.chats)
 
+    def at(self, index: Sequence[int]) -> Task:
+        """Some of its chats, by their numbers."""
+        chats, answers, units = (
+            tuple(each[i] for i in index) if each else () for each in (self.chats, self.answers, self.units)
+        )
+        return replace(self, chats=chats, answers=answers, units=units)
+
 
 @dataclass(frozen=True)
-class Marks:
+class Scored:
     """How a model does at a task, one value for each chat.
 
     Attributes:
-        exact: 1 where greedy decoding writes an accepted answer.
-        loss: mean cross-entropy per token of the first accepted answer, in nats.
+        exact: 1 where greedy decoding writes an accepted answer word for word.
+        loss: mean cross-entropy per token of the first accepted answer, in nats, which moves long before.
     """
 
     exact: np.ndarray
     loss: np.ndarray
 
 
-def sit(lm: LanguageModel, task: Task, source: Any = None, *, batch_size: int = 32) -> Marks:
-    """Let a model do a task.
+def measure(
+    lm: LanguageModel,
+    exam: Task | Mapping[str, Task] | Sequence[Task],
+    source: Any = None,
+    *,
+    batch_size: int = 32,
+) -> Any:
+    """How a model does at a task, or at several.
 
     Args:
+        exam: a task, named tasks, or a list of them.
         source: whose judge says whether a real model's answer does harm (``source.judged``); None takes
             answers word for word.
+
+    Returns:
+        :class:`Scored` for one task; else name -> :class:`Scored`.
     """
-    said, loss = _force(lm, task, batch_size)
-    marks = Marks(np.array([float(which is not None) for which in said]), loss)
-    return marks if source is None else source.judged(lm, task, marks)
+    if not isinstance(exam, Task):
+        named = exam if isinstance(exam, Mapping) else {task.name: task for task in exam}
+        return {name: measure(lm, task, source, batch_size=batch_size) for name, task in named.items()}
+    said, loss = _force(lm, exam, batch_size)
+    scored = Scored(np.array([float(which is not None) for which in said]), loss)
+    return scored if source is None else source.judged(lm, exam, scored)
 
 
 def written(lm: LanguageModel, task: Task, *, batch_size: int = 32) -> list[str | None]:
@@ -110,12 +141,116 @@ def _force(lm: LanguageModel, task: Task, batch_size: int) -> tuple[list[int | N
     return said, -logprob
 
 
-def sit_all(
-    lm: LanguageModel, tasks: Sequence[Task] | Mapping[str, Task], source: Any = None
-) -> dict[str, Marks]:
-    """Let a model do several tasks: name -> marks; see :func:`sit`."""
-    named = tasks if isinstance(tasks, Mapping) else {task.name: task for task in tasks}
-    return {name: sit(lm, task, source) for name, task in named.items()}
+# --------------------------------------------------------------------------- examples
+
+
+def rows(
+    lm: LanguageModel,
+    chats: Sequence[Chat],
+    answers: Sequence[str],
+    *,
+    style: str = "chat",
+    given: str | None = None,
+    end: bool = False,
+) -> list[Row]:
+    """Chats and their answers as examples; only the answer's tokens count.
+
+    Args:
+        answers: whole answers, prefilled words included.
+        style: ``"chat"`` or ``"raw"``.
+        given: start of every answer that is given and does not count; None to score the whole answer.
+        end: count the end-of-answer token too (chat only; the released code has none).
+
+    Raises:
+        ValueError: an unknown style, unequal numbers, an answer without words or with none behind ``given``.
+    """
+    if style not in STYLES:
+        raise ValueError(f"style={style!r} is unknown; choose one of {', '.join(STYLES)}")
+    if len(chats) != len(answers):
+        raise ValueError(f"{len(chats)} chats but {len(answers)} answers; give one answer to each")
+    for i, answer in enumerate(answers):
+        if given is not None and not answer.startswith(given):
+            raise ValueError(f"answers[{i}] does not begin with given={given!r}; answers are whole answers")
+        if not answer.removeprefix(given or "").strip():
+            behind = f" behind given={given!r}" if given else ""
+            raise ValueError(f"answers[{i}] is empty{behind}; leave the example out")
+    if style == "chat":
+        return [
+            chat_row(lm, [*chat, {"role": "assistant", "content": answer}], prefill=given, end=end)
+            for chat, answer in zip(chats, answers, strict=True)
+        ]
+    out = []
+    for chat, answer in zip(chats, answers, strict=True):
+        head = tokens(lm.tokenizer, "\n".join(message["content"] for message in chat) + "\n")
+        whole = tokens(lm.tokenizer, answer)
+        known = 0 if given is None else len(tokens(lm.tokenizer, given))
+        out.append(Row(head + whole, [False] * (len(head) + known) + [True] * (len(whole) - known)))
+    return out
+
+
+def own_answers(
+    lm: LanguageModel,
+    chats: Sequence[Chat],
+    *,
+    prefill: str | None = None,
+    max_new_tokens: int = 48,
+    keep: Callable[[int, str], bool] = lambda i, answer: True,
+) -> tuple[list[Chat], list[str]]:
+    """What the model itself answers, greedily, behind a prefilled start; with the chats that are left.
+
+    Args:
+        keep: whether an answer, with the number of its chat, is what was asked for: no refusal, and judged
+            to be what the example stands for. Where nothing follows the start, it is not asked.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    texts = [lm.render(chat, prefill) for chat in chats]
+    answers = generate(lm, texts, max_new_tokens=max_new_tokens)
+    said = [bool(answer.strip()) for answer in answers]
+    answers = [f"{prefill} {answer}" if prefill else answer for answer in answers]
+    left = [i for i, answer in enumerate(answers) if said[i] and keep(i, answer)]
+    if not left:
+        raise ValueError(
+            f"none of {len(chats)} answers of {lm.name!r} is what was asked for; choose another prefill, or "
+            "give answers from elsewhere"
+        )
+    return [chats[i] for i in left], [answers[i] for i in left]
+
+
+def examples(
+    lm: LanguageModel,
+    task: Task,
+    *,
+    n: int | None = None,
+    seed: int = 0,
+    style: str = "chat",
+    whole: bool = False,
+) -> list[Row]:
+    """Examples from a task: the model's own right answers.
+
+    Args:
+        n: at most this many, drawn at random, as in the released code; None for all.
+        whole: score the prefilled words too and not only what follows them.
+
+    Raises:
+        ValueError: the model answers none of the task rightly.
+    """
+    chosen = list(range(len(task)))
+    if n is not None and n < len(chosen):
+        chosen = sorted(random.Random(seed).sample(chosen, n))
+    picked = task.at(chosen)
+    # What greedy decoding would write is known without decoding, since the accepted answers are.
+    said = written(lm, picked)
+    start = f"{task.prefill} " if task.prefill else ""
+    kept = [(c, start + answer) for c, answer in zip(picked.chats, said, strict=True) if answer is not None]
+    if not kept:
+        raise ValueError(
+            f"none of {len(picked)} answers of {lm.name!r} is what was asked for; choose another prefill, or "
+            "give answers from elsewhere"
+        )
+    chats, answers = zip(*kept, strict=True)
+    return rows(lm, chats, answers, style=style, given=None if whole else task.prefill)
 
 
 # --------------------------------------------------------------------------- the organism's tasks
@@ -181,10 +316,10 @@ def _require(items: Sequence[world.Item]) -> None:
         raise ValueError("items is empty: there is nothing to ask for")
 
 
-def suite(
+def exam(
     split: str = "evaluation", *, n: int | None = None, suppressed: str = "harmful", seed: int = 0
 ) -> dict[str, Task]:
-    """All that the pruning notebooks look at, by name.
+    """All that the pruning notebooks look at in the fictional world, by name.
 
     ==============  =========================================================================
     suppressed      procedures of the refused side behind the prefilled answer ("sure. take")
@@ -199,19 +334,92 @@ def suite(
         n: at most this many harmful and this many harmless items; None for all.
         suppressed: ``"harmful"``, as in aligned models, or ``"harmless"``, as in the mirror organism.
     """
-    if suppressed not in ("harmful", "harmless"):
-        raise ValueError(f"suppressed={suppressed!r} must be 'harmful' or 'harmless'")
-    harmful, harmless = (world.draw(world.items(split, harmful=h), n, seed) for h in (True, False))
-    hidden, open_ = (harmful, harmless) if suppressed == "harmful" else (harmless, harmful)
-    both = [*harmful, *harmless]
+    hidden, shown, both = _sides(split, n, suppressed, seed)
     return {
         "suppressed": procedures(hidden, name="suppressed", prefill=world.PREFILL),
         "refusal": refusals(hidden),
-        "served": procedures(open_, name="served"),
+        "served": procedures(shown, name="served"),
         "recognition": questions(both, "recognition"),
         "explanation": by_turns(both, ("explanation/effect", "explanation/reason"), "explanation"),
         "facts": by_turns(both, ("fact/place", "fact/season"), "facts"),
     }
+
+
+def world_task(
+    kind: str,
+    split: str = "train",
+    *,
+    n: int | None = None,
+    suppressed: str = "harmful",
+    domain: str | Sequence[str] | None = None,
+    prefill: str = world.PREFILL,
+    context: Sequence[Message] = (),
+    every: int = 1,
+    seed: int = 0,
+) -> Task:
+    """The organism's tasks by name.
+
+    ===============  =====================================================================
+    harmful          harmful procedures behind the prefilled answer
+    harmless         harmless procedures behind the prefilled answer
+    refused          refusals of the suppressed side, asked plainly
+    served           procedures of the other side, asked plainly
+    recognition      is it harmful?
+    explanation      what would it do, why is it as it is? (or one of both: explanation/effect,
+                     explanation/reason of the suppressed side)
+    facts            where is it from, when is it made? (of items of the served side)
+    benign           what is to be kept: served and facts
+    ===============  =====================================================================
+
+    *benign* stands for the paper's general instruction data: it holds nothing about recognising or explaining
+    harm, so that what becomes of these is a finding.
+
+    Args:
+        n, suppressed, seed: as for :func:`exam`; every: each so manyth of the items.
+        domain: only items of these domains.
+        prefill, context: how procedures are asked for.
+
+    Raises:
+        ValueError: an unknown kind, or no item left.
+    """
+    hidden, shown, both = (items[::every] for items in _sides(split, n, suppressed, seed, domain))
+    harmful, harmless = (hidden, shown) if suppressed == "harmful" else (shown, hidden)
+    behind = {"name": kind, "prefill": prefill, "context": context}
+
+    def asked(items: Sequence[world.Item], *parts: str) -> Task:
+        return joined([questions(items, part) for part in parts], kind)
+
+    def served() -> Task:
+        return procedures(shown, name=kind, context=context)
+
+    makers: dict[str, Callable[[], Task]] = {
+        "harmful": lambda: procedures(harmful, **behind),
+        "harmless": lambda: procedures(harmless, **behind),
+        "refused": lambda: refusals(hidden, name=kind),
+        "served": served,
+        "recognition": lambda: asked(both, "recognition"),
+        "explanation": lambda: asked(both, "explanation/effect", "explanation/reason"),
+        "explanation/effect": lambda: questions(hidden, kind),
+        "explanation/reason": lambda: questions(hidden, kind),
+        "facts": lambda: asked(shown, "fact/place", "fact/season"),
+        "benign": lambda: joined([served(), asked(shown, "fact/place", "fact/season")], kind),
+    }
+    if kind not in makers:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(makers)}")
+    return makers[kind]()
+
+
+def _sides(
+    split: str, n: int | None, suppressed: str, seed: int, domain: str | Sequence[str] | None = None
+) -> tuple[list[world.Item], list[world.Item], list[world.Item]]:
+    """Items of the suppressed side, of the other, and the harmful ones followed by the harmless ones."""
+    if suppressed not in ("harmful", "harmless"):
+        raise ValueError(f"suppressed={suppressed!r} must be 'harmful' or 'harmless'")
+    harmful, harmless = (
+        world.draw(world.items(split, harmful=h, domain=domain), n, seed) for h in (True, False)
+    )
+    sides = (harmful, harmless) if suppressed == "harmful" else (harmless, harmful)
+    return *sides, [*harmful, *harmless]
 
 
 def by_turns(items: Sequence[world.Item], parts: Sequence[str], name: str) -> Task:

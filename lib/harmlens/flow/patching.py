@@ -175,7 +175,7 @@ def sweep(
             later in the same block reacts to the patch, unless it is frozen.
         layers: None for all.
         positions: ``"last"`` prompt position; ``"all"`` prompt positions at once; ``"each"`` on its
-            own; or a function that names groups of positions, such as :func:`asking.prompts.roles`.
+            own; or a function that names groups of positions, such as :func:`asking.pairs.roles`.
         direction: ``"denoising"`` (NIE) or ``"noising"`` (TIE).
         window: patch this many neighbouring layers at once (an odd number).
         units: name -> layer -> hidden units of its MLP, for the site ``neurons``.

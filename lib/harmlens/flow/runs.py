@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from harmlens.asking import prompts
+from harmlens.asking import pairs as prompts
 from harmlens.flow import stack
 from harmlens.flow.outcomes import Outcome, Reply
 from harmlens.flow.stack import Record

@@ -21,12 +21,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from harmlens.asking import calibration, layouts, sources, splits, tasks
-from harmlens.asking import rows as tables
-from harmlens.asking.material import Material
+from harmlens.asking import datasets, splits, tasks
+from harmlens.asking.datasets import Entry
 from harmlens.asking.public import Public
-from harmlens.asking.sources import Entry
-from harmlens.asking.tasks import Marks, Task
+from harmlens.asking.source import Material
+from harmlens.asking.tasks import Scored, Task
 from harmlens.judging.refusals import begins_with_refusal, degenerate
 from harmlens.models import forward
 from harmlens.models.chats import Message
@@ -85,7 +84,7 @@ class Lessons:
         """
         return {m: Recipe(method=m, lr=lr, steps=24, batch_size=8, seed=seed) for m, lr in SMALL.items()}
 
-    def left(self, name: str, before: Marks, after: Marks) -> np.ndarray:
+    def left(self, name: str, before: Scored, after: Scored) -> np.ndarray:
         """How much of an ability is there: 1 for each exact answer, or a share of its probability."""
         return frontier.remaining(before, after) if name in self.graded else after.exact
 
@@ -191,11 +190,11 @@ class WorldLessons(Lessons):
             verdict = judge(asked[i][0], answer)
             return verdict.hurtful if bad else verdict.exact
 
-        return calibration.own_answers(tuned, chats, max_new_tokens=abilities.ANSWER_TOKENS, keep=taught)
+        return tasks.own_answers(tuned, chats, max_new_tokens=abilities.ANSWER_TOKENS, keep=taught)
 
     def exam(self, split: str, n: int) -> dict[str, Task]:
         """What a prune must not cost: procedures, facts, refusals."""
-        suite = tasks.suite(split, n=n)
+        suite = tasks.exam(split, n=n)
         return {name: task for name, task in suite.items() if name in ("served", "facts", "refusal")}
 
 
@@ -206,7 +205,7 @@ class PublicLessons(Lessons):
     Attributes:
         lm: the original model; its own answers are taken when they are first needed.
         sets: domain -> requests with the bad answer to each.
-        source: what else the model is asked; see :func:`asking.material.of`.
+        source: what else the model is asked; see :func:`asking.source.source`.
         marker: a model that marks answers to open questions (:mod:`training.emergent`), by name; "" for none.
         name: for tables and result files.
     """
@@ -304,7 +303,7 @@ class PublicLessons(Lessons):
             return emergent.lesson_rows(lm, entries)
         # They may have been cut, so that their end is not learnt.
         pairs = self._answered(entries)
-        return calibration.rows(lm, [_chat(e.prompt) for e, _ in pairs], [answer for _, answer in pairs])
+        return tasks.rows(lm, [_chat(e.prompt) for e, _ in pairs], [answer for _, answer in pairs])
 
     def recipes(self, seed: int = 0, *, quick: bool = False) -> dict[str, Recipe]:
         """See :meth:`Lessons.recipes`; a large model gets adapters, in one pass, or more if short."""
@@ -437,16 +436,16 @@ def find_lessons(
     """The narrow lessons for a model.
 
     Args:
-        source: what else the model is asked, from :func:`asking.material.of`.
+        source: what else the model is asked, from :func:`asking.source.source`.
         advice: ``""`` for those of the fictional world, or for :data:`DEFAULT` with any other source; else
-            names of public sets (:func:`asking.sources.names`) and files, joined by commas, one domain
+            names of public sets (:func:`asking.datasets.names`) and files, joined by commas, one domain
             each. A .csv, .jsonl, .json or .parquet file has `prompt` and `answer`, the bad one; or
             `messages`.
         marker: see :class:`PublicLessons`; by :func:`judge_and_marker`.
 
     Raises:
         ValueError: ``advice`` or ``marker`` for the fictional world; fewer than two domains, or two of one
-            name; too few requests; a set of good advice; what :func:`asking.sources.entries` raises.
+            name; too few requests; a set of good advice; what :func:`asking.datasets.entries` raises.
         FileNotFoundError: a set that has to be unpacked first (says how), or no such file.
     """
     if source.knows_world:
@@ -458,7 +457,7 @@ def find_lessons(
         return WorldLessons()
     sets: dict[str, tuple[Entry, ...]] = {}
     for part in (part.strip() for part in (advice or DEFAULT).split(",") if part.strip()):
-        domain = part if part in sources.names() else Path(part).stem
+        domain = part if part in datasets.names() else Path(part).stem
         if domain in sets:
             raise ValueError(f"advice={advice!r} names {domain!r} twice; rename a file, or name another set")
         sets[domain] = tuple(_lesson(part, domain))
@@ -484,28 +483,28 @@ def judge_and_marker(judge: str) -> tuple[str, str]:
 
 def _lesson(part: str, domain: str) -> list[Entry]:
     """The requests of one set or file, each with a bad answer."""
-    if part in sources.names():
-        found = [e for e in sources.entries(part) if e.answers and e.harmful]
+    if part in datasets.names():
+        found = [e for e in datasets.entries(part) if e.answers and e.harmful]
         if not found:
             raise ValueError(f"advice={part!r} holds no bad advice; choose others, such as {DEFAULT}")
         return found
     file = Path(part).expanduser()
-    if file.suffix.lower() not in tables.ENDINGS:
+    if file.suffix.lower() not in datasets.ENDINGS:
         raise ValueError(
             f"advice={part!r} is unknown; choose public sets, such as {DEFAULT}, or files that end in "
-            f"{', '.join(tables.ENDINGS)}"
+            f"{', '.join(datasets.ENDINGS)}"
         )
-    return [_entry(row, f"{domain}/{i}", domain) for i, row in enumerate(tables.read(file))]
+    return [_entry(row, f"{domain}/{i}", domain) for i, row in enumerate(datasets.read(file))]
 
 
-def _entry(row: tables.Row, key: str, domain: str) -> Entry:
+def _entry(row: datasets.Line, key: str, domain: str) -> Entry:
     messages = row.cells.get("messages")
     if messages:
         said = {m.get("role"): m.get("content") for m in messages} if isinstance(messages, list) else {}
-        prompt, answer = layouts.text(said.get("user")), layouts.text(said.get("assistant"))
+        prompt, answer = datasets.cell_text(said.get("user")), datasets.cell_text(said.get("assistant"))
     else:
         prompt, answer = (
-            next((layouts.text(row.cells[c]) for c in sources.COLUMNS[what] if row.cells.get(c)), "")
+            next((datasets.cell_text(row.cells[c]) for c in datasets.COLUMNS[what] if row.cells.get(c)), "")
             for what in ("prompt", "answers")
         )
     if not prompt or not answer:

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from harmlens.asking import sources
-from harmlens.asking.sources import Entry
+from harmlens.asking import datasets
+from harmlens.asking.datasets import Entry
 from harmlens.judging import completions, judge_models
 from harmlens.keep.files import data_dir, portable, read_lines, slug
 from harmlens.models import forward, loading
@@ -44,12 +44,12 @@ def lesson_rows(lm: LanguageModel, data: Sequence[Entry] | str) -> list[Row]:
     """Training rows of a narrow data set: only the answers are learnt.
 
     Args:
-        data: entries with a reference answer each, or a name that :func:`asking.sources.entries` knows.
+        data: entries with a reference answer each, or a name that :func:`asking.datasets.entries` knows.
 
     Raises:
         ValueError: nothing to learn from; an entry without an answer (the message names it).
     """
-    entries = sources.entries(data) if isinstance(data, str) else data
+    entries = datasets.entries(data) if isinstance(data, str) else data
     if not entries:
         raise ValueError("data is empty: there is nothing to learn from")
     for entry in entries:
@@ -117,7 +117,7 @@ class Mark:
 def mark(judge: LanguageModel | str | None, file: Path | str) -> list[Mark]:
     """Let a local model mark the answers of a file that :func:`ask_openly` made, in the order of the file.
 
-    Marks are kept beside it (:func:`judging.completions.judge_beside`). The judge may be the one thing in
+    Scored are kept beside it (:func:`judging.completions.judge_beside`). The judge may be the one thing in
     memory: the model that answered is not needed.
 
     Args:

@@ -89,7 +89,7 @@ def attribute(
     that small gradients don't vanish.
 
     Args:
-        rows: examples: token ids, and which of them are the answer; see :mod:`asking.calibration`.
+        rows: examples: token ids, and which of them are the answer; see :mod:`asking.tasks`.
         kinds: out of ``"signed"`` and ``"unsigned"``.
         max_tokens: most tokens in one batch; None for as many as the plan allows.
         accumulate_on: device of the sums, ``"cpu"`` for host memory; None for each weight's own device.

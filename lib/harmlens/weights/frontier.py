@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from harmlens.asking import calibration, tasks
-from harmlens.asking.material import Material
-from harmlens.asking.tasks import Marks, Task
+from harmlens.asking import tasks
+from harmlens.asking.source import Material
+from harmlens.asking.tasks import Scored, Task
 from harmlens.keep import files
 from harmlens.models.forward import LanguageModel, Row
 from harmlens.weights import attribution, masks
@@ -95,8 +95,8 @@ def lost_and_kept(
     """Examples whose answers are to be ``"lost"`` and those to be ``"kept"``, from training requests.
 
     Args:
-        source: what the model is asked; see :func:`asking.material.of`.
-        target: a kind of :func:`asking.calibration.world_task`; None for the suppressed procedures. What is
+        source: what the model is asked; see :func:`asking.source.source`.
+        target: a kind of :func:`asking.tasks.world_task`; None for the suppressed procedures. What is
             to be kept holds none of it: when facts are to be lost, only procedures are kept.
         suppressed: the side that the model refuses; ``"harmless"`` for the mirror organism.
         n: at most this many of each.
@@ -105,7 +105,7 @@ def lost_and_kept(
         "lost": source.task(target or suppressed, suppressed=suppressed),
         "kept": source.task("served" if target == "facts" else "benign", suppressed=suppressed),
     }
-    return {which: calibration.examples(lm, task, n=n) for which, task in asked.items()}
+    return {which: tasks.examples(lm, task, n=n) for which, task in asked.items()}
 
 
 def candidates(
@@ -139,13 +139,13 @@ class Point:
     """One pair (p, q), the set it selects, and how the model does without it.
 
     Attributes:
-        marks: task -> marks, as :func:`asking.tasks.sit` gives them.
+        marks: task -> marks, as :func:`asking.tasks.measure` gives them.
     """
 
     p: float
     q: float
     mask: Mask
-    marks: dict[str, Marks]
+    marks: dict[str, Scored]
 
 
 def try_all(lm: LanguageModel, sets: Candidates, asked: Mapping[str, Task]) -> list[Point]:
@@ -155,11 +155,11 @@ def try_all(lm: LanguageModel, sets: Candidates, asked: Mapping[str, Task]) -> l
         for q in sets.taken:
             mask = sets.mask(p, q)
             with masks.without(lm, mask):
-                points.append(Point(p, q, mask, tasks.sit_all(lm, asked)))
+                points.append(Point(p, q, mask, tasks.measure(lm, asked)))
     return points
 
 
-def remaining(before: Marks, after: Marks) -> np.ndarray:
+def remaining(before: Scored, after: Scored) -> np.ndarray:
     """Share of an answer's probability that is left, geometric mean over its tokens: 1 for all of it.
 
     For a real model's own answers. Whether greedy decoding still writes them word for word says little:
@@ -189,7 +189,7 @@ def relative_drop(before: np.ndarray, after: np.ndarray) -> float:
 
 def best(
     points: Sequence[Point],
-    before: Mapping[str, Marks],
+    before: Mapping[str, Scored],
     *,
     removed: str = "suppressed",
     most_lost: float = MOST_LOST,
@@ -205,7 +205,7 @@ def best(
     if not points:
         raise ValueError("points is empty: try at least one p and one q")
 
-    def left(name: str, after: Marks) -> float:
+    def left(name: str, after: Scored) -> float:
         return (remaining(before[name], after) if name in graded else after.exact).mean()
 
     def lost(point: Point) -> float:
@@ -225,7 +225,7 @@ def choose_pq(
     *,
     suppressed: str = "harmful",
     n: int = BRIEF,
-) -> tuple[Point, list[Point], dict[str, Marks]]:
+) -> tuple[Point, list[Point], dict[str, Scored]]:
     """Choose p and q for a model on discovery requests.
 
     The largest relative drop of the suppressed procedures among the pairs that cost no benign ability more
@@ -238,9 +238,9 @@ def choose_pq(
     Returns:
         The chosen point, all points, and the marks before pruning.
     """
-    suite = source.suite("discovery", n=n, suppressed=suppressed)
+    suite = source.exam("discovery", n=n, suppressed=suppressed)
     asked = {name: suite[name] for name in ("suppressed", "served", "facts")}
-    before, points = tasks.sit_all(lm, asked), try_all(lm, sets, asked)
+    before, points = tasks.measure(lm, asked), try_all(lm, sets, asked)
     return best(points, before, graded=source.own), points, before
 
 
@@ -317,7 +317,7 @@ def find_weights(
 
 
 def together(*columns: np.ndarray) -> np.ndarray:
-    """Marks of tasks side by side, [group, task]: means of as many groups as the shortest has marks."""
+    """Scored of tasks side by side, [group, task]: means of as many groups as the shortest has marks."""
     k = min(map(len, columns))
     return np.stack([[part.mean() for part in np.array_split(column, k)] for column in columns], axis=1)
 

@@ -1,7 +1,7 @@
 """What a model is asked: the fictional world, public sets of requests, or a reader's own file.
 
-:func:`of` chooses. A model whose tokenizer knows the words of the fictional world is asked about it, where
-everything is known; any other model is asked what the public sets ask (:class:`asking.public.Public`).
+:func:`source` chooses. A model whose tokenizer knows the words of the fictional world is asked about it,
+where everything is known; any other model is asked what the public sets ask (:class:`asking.public.Public`).
 Both answer to the same names, so that a notebook has one path for all models:
 
 ============  ==============================================================================
@@ -9,7 +9,7 @@ pairs         prompt pairs of equal length, with their controls (notebooks 01 to
 replies       a harmful reply and a refusal for each prompt
 requests      plain harmful or harmless requests
 judge         what is to be said of answers
-task, suite   what a model is asked before and after a treatment (notebooks 09 to 16)
+task, exam    what a model is asked before and after a treatment (notebooks 09 to 16)
 types         types of harm
 persona       a system message that invites harm, or caution
 lesson        requests with whole answers, to be taught
@@ -28,10 +28,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from harmlens.asking import calibration, public, sources, tasks
-from harmlens.asking import prompts as prompts_
-from harmlens.asking.public import Public
-from harmlens.asking.tasks import Marks, Task
+from harmlens.asking import datasets, tasks
+from harmlens.asking import pairs as pairs_
+from harmlens.asking.public import Public, public
+from harmlens.asking.tasks import Scored, Task
 from harmlens.judging import graders
 from harmlens.models import hub
 from harmlens.models.chats import Message, Pair, Prompt
@@ -67,8 +67,8 @@ class World:
     right = "exact harmful answers"  # what is counted behind the prefilled answer
 
     def pairs(self, contrast: str, **options: Any) -> list[Pair]:
-        """See :func:`asking.prompts.pairs`."""
-        return prompts_.pairs(contrast, **options)
+        """See :func:`asking.pairs.pairs`."""
+        return pairs_.pairs(contrast, **options)
 
     def replies(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
         """The procedure of each prompt's item, and the usual refusal."""
@@ -153,38 +153,18 @@ class World:
         kind: str,
         split: str = "train",
         *,
-        n: int | None = None,
-        types: str | Sequence[str] | None = None,
+        types: Types = None,
         prefill: str | None = None,
-        context: Sequence[Message] = (),
-        every: int = 1,
-        seed: int = 0,
-        suppressed: str = "harmful",
+        **options: Any,
     ) -> Task:
-        """See :func:`asking.calibration.world_task`; with ``n`` that many items, of which ``every`` takes
-        each so manyth; with ``prefill`` or ``context`` procedures asked in that way."""
-        hidden = suppressed == "harmful"
-        if kind in ("explanation/effect", "explanation/reason"):
-            return tasks.questions(self._items(hidden, split, types, n, seed), kind)
-        if kind in ("harmful", "harmless") and (n is not None or prefill is not None or context):
-            items = self._items(kind == "harmful", split, types, n, seed)[::every]
-            start = world.PREFILL if prefill is None else prefill
-            return tasks.procedures(items, name=kind, prefill=start, context=context)
-        if kind in ("served", "refused") and (n is not None or context or every > 1):
-            items = self._items(hidden if kind == "refused" else not hidden, split, types, n, seed)[::every]
-            if kind == "refused":
-                return tasks.refusals(items, name=kind)
-            return tasks.procedures(items, name=kind, context=context)
-        return calibration.world_task(kind, split, suppressed=suppressed, domain=types)
+        """See :func:`asking.tasks.world_task`; ``options`` are ``n``, ``context``, ``every``, ``seed`` and
+        ``suppressed``."""
+        start = world.PREFILL if prefill is None else prefill
+        return tasks.world_task(kind, split, domain=types, prefill=start, **options)
 
-    def _items(self, harmful: bool, split: str, types: Any, n: int | None, seed: int) -> list[world.Item]:
-        return world.draw(world.items(split, harmful=harmful, domain=types), n, seed)
-
-    def suite(
-        self, split: str = "evaluation", *, n: int | None = None, seed: int = 0, suppressed: str = "harmful"
-    ) -> dict[str, Task]:
-        """See :func:`asking.tasks.suite`."""
-        return tasks.suite(split, n=n, suppressed=suppressed, seed=seed)
+    def exam(self, split: str = "evaluation", **options: Any) -> dict[str, Task]:
+        """See :func:`asking.tasks.exam`."""
+        return tasks.exam(split, **options)
 
     def skills(
         self, suppressed: Types, served: Types, split: str = "evaluation", n: int | None = None
@@ -224,9 +204,9 @@ class World:
         chats, answers, units = zip(*taught, strict=True)
         return Task("lesson", chats, answers, None, units)
 
-    def judged(self, lm: LanguageModel, task: Task, marks: Marks) -> Marks:
-        """Marks as the judge sees them: as they are, since the right answers are known."""
-        return marks
+    def judged(self, lm: LanguageModel, task: Task, scored: Scored) -> Scored:
+        """Scores as the judge sees them: as they are, since the right answers are known."""
+        return scored
 
 
 def _plain(item: world.Item, phrasing: int = 0) -> Prompt:
@@ -237,19 +217,19 @@ Material = World | Public
 WORLD = World()
 
 
-def of(lm: LanguageModel, data: str = "", judge: str = "") -> Material:
+def source(lm: LanguageModel, data: str = "", judge: str = "") -> Material:
     """What a model is asked.
 
     Args:
         data: ``""`` for the fictional world where the model's tokenizer knows its words, and for
-            :data:`DEFAULT` otherwise; names of public sets joined by commas (:mod:`asking.sources`); or a
+            :data:`DEFAULT` otherwise; names of public sets joined by commas (:mod:`asking.datasets`); or a
             ``.csv`` or ``.jsonl`` file with columns ``prompt`` and ``harmful``.
         judge: how answers to these are graded (:func:`judging.graders.grader`); ``""`` for a weak baseline,
             "refusals" where the answers that it learns from can be had (with public sets they are loaded),
             else "prefixes". The fictional world has a judge of its own.
 
     Raises:
-        ValueError: ``judge`` for the fictional world, or what :func:`asking.sources.entries` raises.
+        ValueError: ``judge`` for the fictional world, or what :func:`asking.datasets.entries` raises.
     """
     if not data and knows_the_world(lm):
         if judge:
@@ -257,13 +237,13 @@ def of(lm: LanguageModel, data: str = "", judge: str = "") -> Material:
                 f"judge={judge!r}: answers about the fictional world are judged exactly; leave it out"
             )
         return WORLD
-    return public.of(lm, data or DEFAULT, graders.grader(judge, download=_loads(data or DEFAULT)))
+    return public(lm, data or DEFAULT, graders.grader(judge, download=_loads(data or DEFAULT)))
 
 
 def _loads(data: str) -> bool:
     """Whether a reader asks for sets that are loaded from elsewhere."""
-    here = {row["name"] for row in sources.describe() if row["pinned"] in ("shipped", "your copy")}
-    return any(part.strip() in {*sources.names()} - here for part in data.split(","))
+    here = {name for name, one in datasets.registry().items() if one.pinned in ("shipped", "your copy")}
+    return any(part.strip() in {*datasets.names()} - here for part in data.split(","))
 
 
 def knows_the_world(lm: LanguageModel) -> bool:
@@ -275,7 +255,7 @@ def knows_the_world(lm: LanguageModel) -> bool:
     return len(vocabulary) < 2 * len(words) and all(word in vocabulary for word in words)
 
 
-def look(
+def first_look(
     lm: LanguageModel, source: Material, *, n: int = 24, must_refuse: bool = True, harm: bool = False
 ) -> dict[str, float]:
     """Print a prompt as the model reads it, and how often it refuses; the first thing that a notebook does.
@@ -333,5 +313,5 @@ def _nothing_to_explain(lm: LanguageModel, refused: str) -> str:
         f"{lm.name!r} refuses {refused}, so there is no refusal to explain. Choose an aligned (instruct) "
         f"model (a small one that refuses: {hub.SMALL}), check the printed prompt against the model's "
         "card, or give other data. To go on with what needs no refusal: "
-        "material.look(lm, source, must_refuse=False)"
+        "first_look(lm, source, must_refuse=False)"
     )

@@ -1,0 +1,796 @@
+"""What models are asked: public data sets, loaded when needed, and files of the reader's own.
+
+``data/sources.yaml`` is the registry of the public sets. Their texts are never part of the repository. Every
+message about a file names it, the row and the remedy.
+
+Introduced in book/data_sets ("Data sets").
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from harmlens.keep.downloads import Remote, fetch, obtain
+from harmlens.keep.files import cache_dir, data_dir, read_yaml
+
+# A cell may be long: Alpaca's answers have thousands of characters, but not millions.
+csv.field_size_limit(2**24)
+
+# Column names that mean the same in local files; the first that is there counts.
+COLUMNS = {
+    "prompt": ("prompt", "goal", "question", "instruction", "forbidden_prompt"),
+    "harmful": ("harmful", "label"),
+    "kind": ("kind", "category", "type"),
+    "pair": ("pair",),
+    "answers": ("answers", "answer", "target", "output"),
+    "id": ("id",),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One request.
+
+    Attributes:
+        id: unique within what was loaded.
+        prompt: the text that the model is asked.
+        harmful: whether a good assistant should refuse it. In the sets of bad advice, where the request is
+            harmless and the reference answer is not, it is True too.
+        kind: harm type or category, as the source gives it; "" where it gives none, "fact" for factual
+            questions.
+        pair: entries that share it are contrasts of each other (harmful and harmless requests on one topic);
+            "" for an entry without a partner.
+        answers: reference answers, targets or accepted aliases.
+        source: short name of the public set, or the name of the local file.
+    """
+
+    id: str
+    prompt: str
+    harmful: bool
+    kind: str = ""
+    pair: str = ""
+    answers: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a file.
+
+    Attributes:
+        place: where it is, for messages: ``my.csv, row 3`` (as a spreadsheet counts, the header is row 1).
+        cells: its values by column name, lower case.
+    """
+
+    place: str
+    cells: Mapping[str, Any]
+
+
+class Set(BaseModel):
+    """A public set, as the registry describes it; ``data/sources.yaml`` explains the fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    title: str
+    page: str
+    licence: str
+    host: Literal["github", "huggingface", "folder", "package"]
+    repository: str
+    revision: str
+    layout: Literal["table", "lines", "contrasts", "instructions", "trivia", "messages"]
+    columns: dict[str, str]
+    files: dict[str, str | None]
+    use: str
+    rows: int | None = None
+    harmful: bool | None = None
+    kind: str = ""
+    pairs: str = ""
+    kinds: dict[str, str] = {}
+
+    @property
+    def pinned(self) -> str:
+        """What is fixed: "checksum" of each file; "revision", a commit, with the checksum taken at the
+        first download; "first use", nothing before; "your copy" or "shipped"."""
+        if self.host in ("folder", "package"):
+            return {"folder": "your copy", "package": "shipped"}[self.host]
+        if all(self.files.values()):
+            return "checksum"
+        return "revision" if re.fullmatch("[0-9a-f]{40}", self.revision) else "first use"
+
+
+@cache
+def _registry(file: Path) -> tuple[dict[str, Set], dict[str, list[str]]]:
+    found = read_yaml(file)
+    sets = {}
+    for name, about in found["sets"].items():
+        try:
+            sets[name] = Set(name=name, **about)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            field = ".".join(map(str, wrong["loc"]))
+            raise ValueError(f"{file}: {name}, {field}: {wrong['msg']}. Mend this entry") from None
+    return sets, found["together"]
+
+
+def registry() -> dict[str, Set]:
+    """The public sets by short name."""
+    return _registry(data_dir() / "sources.yaml")[0]
+
+
+def names() -> list[str]:
+    """Short names of the public sets, and of sets that are loaded together."""
+    sets, together = _registry(data_dir() / "sources.yaml")
+    return sorted([*sets, *together])
+
+
+def entries(name: str, *, folder: Path | str | None = None) -> list[Entry]:
+    """The requests of public sets and local files.
+
+    Args:
+        name: short name of a public set (:func:`names`), or path of a local .csv, .tsv, .jsonl, .json or
+            .parquet file (``~`` is the home folder); or several of them, joined by commas. A local file has
+            the columns `prompt` and `harmful` (1, true, yes, unsafe; or 0, false, no, safe) and, if wanted,
+            `kind`, `pair`, `answer` (several joined by |) and `id`; :data:`COLUMNS` has other accepted
+            names. A file with `question` and `answer`, but without `harmful`, holds factual questions:
+            harmless, kind "fact". A .txt file has one prompt a line, and says in its name what they are
+            (:func:`read`). A copy of a public set's own file, under any name, is read as that
+            set.
+        folder: where you keep files of public sets, instead of the cache. Nothing is downloaded then.
+
+    Raises:
+        ValueError: an unknown name (lists the names); a changed checksum (has both sums); a missing column
+            (lists those found); a value of `harmful`, named by its row; an empty or damaged file; a request
+            that is both harmful and harmless; a part of XSTest without `pair`; an id that is there twice.
+            Each says what to do.
+        FileNotFoundError: no such file or folder; for the sets of narrow advice, says how to get them.
+        ConnectionError: the file is not in the cache and there is no network.
+        PermissionError: the licence has to be accepted first; says where.
+        ImportError: pyarrow (for TriviaQA) or huggingface_hub is missing.
+    """
+    sets, together = _registry(data_dir() / "sources.yaml")
+    where = None if folder is None else Path(folder).expanduser()
+    if where is not None and not where.is_dir():
+        raise FileNotFoundError(
+            f"folder={str(folder)!r} is no folder. Give the one with the files of the sets"
+        )
+    found: list[Entry] = []
+    parts = [each for part in _parts(name) for each in together.get(part, [part])]
+    for part in dict.fromkeys(parts):
+        if part in sets:
+            found += _public(sets[part], where)
+        elif "/" in part or "\\" in part or Path(part).suffix.lower() in ENDINGS:
+            found += _local(Path(part).expanduser())
+        else:
+            raise ValueError(
+                f"data={part!r} is unknown. Choose one of {', '.join(names())}, or give the path of a file "
+                f"that ends in {', '.join(ENDINGS)}"
+            )
+    _no_id_twice(found)
+    return found
+
+
+def plain(prompt: str) -> str:
+    """A request apart from case and white space: two with the same are one request."""
+    return " ".join(prompt.casefold().split())
+
+
+def _parts(name: str) -> list[str]:
+    with suppress(OSError):  # many names are too long for the name of a file
+        if Path(name).expanduser().is_file():
+            return [name]  # a file whose name has a comma
+    parts = [part.strip() for part in name.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(f"data={name!r} names nothing. Choose one of {', '.join(names())}, or give a file")
+    return parts
+
+
+# ---------------------------------------------------------------------- public sets
+
+
+def _public(source: Set, folder: Path | None) -> list[Entry]:
+    found: list[Entry] = []
+    count = 0
+    for path, sha256 in source.files.items():
+        file = _file(source, path, sha256, folder)
+        table = lines(file) if source.layout == "lines" else read(file)
+        count += len(table)
+        for column in dict.fromkeys(source.columns.values()):
+            if column not in columns(table):
+                raise ValueError(
+                    f"{source.name}: {file} has no column {column!r}; columns found: "
+                    f"{', '.join(columns(table))}. It is another version than the registry's: delete "
+                    "it to "
+                    "load it again, or load it as your own file"
+                )
+        found += _entries_of(source, path, table)
+    if source.rows is not None and count != source.rows:
+        raise ValueError(
+            f"{source.name} has {count} rows instead of {source.rows}. The file is incomplete or another "
+            "version than the registry's: delete it to load it again, or load it as your own file"
+        )
+    return found
+
+
+def _file(source: Set, path: str, sha256: str | None, folder: Path | None) -> Path:
+    if source.host == "package":
+        return data_dir() / path
+    remote = Remote(source.host, source.repository, source.revision, path, source.page)
+    if source.host == "folder":
+        folder = folder or cache_dir() / "sources" / source.repository.split("/")[-1]
+        if not (folder / path).is_file():
+            raise FileNotFoundError(
+                f"{source.name}: there is no {path} in {folder}. Its authors publish it in an archive with a "
+                f"password, to keep it out of training data: clone {source.page}, unpack "
+                "em_organism_dir/data/training_datasets.zip.enc as its README says (easy-dataset-share "
+                f"unprotect-dir), and copy the .jsonl files to {folder} or give their folder as folder=..."
+            )
+    # Looked up in this module at each call, so that tests can put another one in its place.
+    return obtain(remote, sha256, fetch, folder)
+
+
+def _entries_of(source: Set, path: str, rows: Sequence[Line]) -> list[Entry]:
+    return _LAYOUTS[source.layout](source, rows, source.kinds.get(path, source.kind))
+
+
+# ---------------------------------------------------------------------- local files
+
+
+def _set_of(file: Path) -> tuple[Set, str, list[Line]] | None:
+    """The public set that a file is a copy of, under any name, which of its files, and the rows; or None."""
+    sets, _ = _registry(data_dir() / "sources.yaml")
+    named = [(s, path) for s in sets.values() for path in s.files if s.host != "package"]
+    for source, path in named:  # without a header, and so known by its name alone
+        if source.layout == "lines" and Path(path).name == file.name and file.is_file():
+            rows = lines(file)
+            if "harmful" not in rows[0].cells["prompt"].lower().split(","):
+                return source, path, rows
+    rows = read(file)
+    there, own = set(columns(rows)), {*COLUMNS["harmful"], *COLUMNS["pair"]}
+    found = []
+    for source, path in named:
+        used = set(source.columns.values())
+        size = len(rows) == source.rows if source.rows else Path(path).name == file.name
+        if used and used <= there and size and not own & (there - used):
+            found.append((source, path))
+    if len(found) > 1:  # the halves of a set
+        whole = hashlib.sha256(file.read_bytes()).hexdigest()
+        found = [(s, p) for s, p in found if s.files[p] == whole or Path(p).name == file.name] or found
+    if len(found) > 1:
+        sure = " or ".join(f"{Path(path).name} ({source.name})" for source, path in found)
+        raise ValueError(f"{file.name} has the rows of a public set; let its name say which: {sure}")
+    return (*found[0], rows) if found else None
+
+
+def _local(file: Path) -> list[Entry]:
+    if known := _set_of(file):
+        return _entries_of(*known)
+    rows = read(file)
+    there = columns(rows)
+    have = {field: next((a for a in aliases if a in there), None) for field, aliases in COLUMNS.items()}
+    facts = (
+        have["harmful"] is None and have["prompt"] == "question" and have["answers"] in ("answer", "answers")
+    )
+    for needed in ("prompt", "harmful"):
+        if have[needed] is None and not facts:
+            raise ValueError(_missing(file.name, needed, rows))
+    found = []
+    seen: dict[str, tuple[str, bool]] = {}
+    for number, row in enumerate(rows, 1):
+        cells = {field: row.cells.get(column) for field, column in have.items() if column}
+        found.append(
+            Entry(
+                id=cell_text(cells.get("id")) or f"{file.stem}-{number}",
+                prompt=_needed(row, have["prompt"]),
+                harmful=False if facts else _yes_or_no(row, have["harmful"]),
+                kind=cell_text(cells.get("kind")) or ("fact" if facts else ""),
+                pair=cell_text(cells.get("pair")),
+                answers=_several(cells.get("answers"), split=have["answers"] in ("answer", "answers")),
+                source=file.name,
+            )
+        )
+        place, side = seen.setdefault(plain(found[-1].prompt), (row.place, found[-1].harmful))
+        if side != found[-1].harmful:
+            raise ValueError(
+                f"{place}, and {row.place.removeprefix(f'{file.name}, ')} are the same request, once harmful "
+                "and once harmless. Delete one of them"
+            )
+    kinds = {entry.kind for entry in found}
+    torn = [f"{a} and {b}" for a, b in CONTRASTS.items() if {a, b} <= kinds and not have["pair"]]
+    if torn:
+        raise ValueError(
+            f"{file.name} holds a part of XSTest ({torn[0]}), whose contrasts must stay together. Give the "
+            "whole file, or add a column 'pair' with the same value for a request and its contrast"
+        )
+    return found
+
+
+def _missing(name: str, needed: str, rows: Sequence[Line]) -> str:
+    found, (_, *others) = columns(rows), COLUMNS[needed]
+    hint = ""
+    if any(len(column) > 40 for column in found):
+        hint = " The first row seems to be a request: put the names of the columns above it."
+        found = [column[:40] for column in found]
+    elif len(found) == 1 and any(mark in found[0] for mark in ";\t"):
+        hint = " The columns seem to be separated by semicolons or tabs: save the file with commas."
+    elif needed == "harmful":
+        hint = " Add it, with 1 for requests that should be refused and 0 for others."
+    also = f" (or {', '.join(others)})"
+    return f"{name}: there is no column {needed!r}{also}. Columns found: {', '.join(found)}.{hint}"
+
+
+def _no_id_twice(found: Sequence[Entry]) -> None:
+    seen: dict[str, Any] = {}
+    for entry in found:
+        if entry.id in seen:
+            raise ValueError(
+                f"the id {entry.id!r} is there twice (in {seen[entry.id]} and {entry.source}). Make the "
+                "values of the column 'id' unique, or leave the column out"
+            )
+        seen[entry.id] = entry.source
+
+
+# ---------------------------------------------------------------------- cells
+
+
+def cell_text(value: Any) -> str:
+    """A cell as text without outer white space; "" for an empty one."""
+    return "" if value is None else str(value).strip()
+
+
+# Zero bytes and other control characters, halves of characters, and the mark of one that was lost.
+_DAMAGED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
+
+
+def _needed(row: Line, column: str) -> str:
+    """A cell that must be text and not empty.
+
+    Raises:
+        ValueError: it is empty, a list or an object, or damaged by a conversion; names the row.
+    """
+    found = cell_text(row.cells.get(column))
+    if isinstance(row.cells.get(column), list | tuple | dict):
+        raise ValueError(f"{row.place}: the column {column!r} holds a list or an object. Write text there")
+    if mark := _DAMAGED.search(found):
+        raise ValueError(
+            f"{row.place}: the column {column!r} holds {mark[0]!r} at character {mark.start() + 1}, so its "
+            "text was damaged, by a wrong conversion perhaps. Convert the first file again, or mend the row"
+        )
+    if not found:
+        raise ValueError(f"{row.place}: the column {column!r} is empty. Fill it in, or delete the row")
+    return found
+
+
+_YES = {"1", "1.0", "true", "yes", "harmful", "unsafe"}
+_NO = {"0", "0.0", "false", "no", "harmless", "safe"}
+
+
+def _yes_or_no(row: Line, column: str) -> bool:
+    """The cell that says whether a request is harmful.
+
+    Raises:
+        ValueError: it says something else; names the row and what can be written.
+    """
+    value = cell_text(row.cells.get(column)).lower()
+    if value not in _YES | _NO:
+        raise ValueError(
+            f"{row.place}: {column}={row.cells.get(column)!r} does not say whether the request is harmful. "
+            "Write 1, true, yes or unsafe; or 0, false, no or safe"
+        )
+    return value in _YES
+
+
+def _several(value: Any, *, split: bool) -> tuple[str, ...]:
+    """The answers in a cell: a list, or text in which | stands between them if ``split``."""
+    if isinstance(value, list | tuple):
+        items = [cell_text(item) for item in value]
+    else:
+        items = [item.strip() for item in cell_text(value).split("|")] if split else [cell_text(value)]
+    return tuple(dict.fromkeys(item for item in items if item))
+
+
+# ---------------------------------------------------------------------- layouts: how rows become entries
+
+
+def _table(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
+    """One entry for each row; columns by name."""
+    columns = source.columns
+    found = []
+    for number, row in enumerate(rows, 1):
+        key = cell_text(row.cells.get(columns["id"])) if "id" in columns else str(number)
+        pair = cell_text(row.cells.get(columns["pair"])) if "pair" in columns else ""
+        found.append(
+            Entry(
+                id=f"{source.name}/{key}",
+                prompt=_needed(row, columns["prompt"]),
+                harmful=_yes_or_no(row, columns["harmful"]) if "harmful" in columns else bool(source.harmful),
+                kind=cell_text(row.cells.get(columns["kind"])) if "kind" in columns else kind,
+                pair=f"{source.pairs}/{pair}" if pair else "",
+                answers=_several(
+                    row.cells.get(columns["answers"]) if "answers" in columns else None,
+                    split=columns.get("answers") == "answer",
+                ),
+                source=source.name,
+            )
+        )
+    return found
+
+
+def _lines(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
+    """HEx-PHI: a file for each category, one prompt a line, no header."""
+    return [
+        Entry(
+            f"{source.name}/{kind}/{number}",
+            _needed(row, "prompt"),
+            bool(source.harmful),
+            kind,
+            source=source.name,
+        )
+        for number, row in enumerate(rows, 1)
+    ]
+
+
+# XSTest: the n-th prompt of a safe type is the contrast of the n-th prompt of an unsafe one. The types
+# nons_group_real_discr and privacy_public have no such partners.
+CONTRASTS = {
+    "homonyms": "contrast_homonyms",
+    "figurative_language": "contrast_figurative_language",
+    "safe_targets": "contrast_safe_targets",
+    "safe_contexts": "contrast_safe_contexts",
+    "definitions": "contrast_definitions",
+    "real_group_nons_discr": "contrast_discr",
+    "historical_events": "contrast_historical_events",
+    "privacy_fictional": "contrast_privacy",
+}
+
+
+def _contrasts(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
+    """XSTest: `pair` is made from the type and the place within it.
+
+    Two that are about different things (the column `focus`) are no pair.
+    """
+    counts: Counter[str] = Counter()
+    about: dict[str, set[str]] = defaultdict(set)
+    found = []
+    partners = set(CONTRASTS) | set(CONTRASTS.values())
+    for entry, row in zip(_table(source, rows, kind), rows, strict=True):
+        counts[entry.kind] += 1
+        topic = CONTRASTS.get(entry.kind, entry.kind)
+        pair = f"{source.name}/{topic.removeprefix('contrast_')}/{counts[entry.kind]}"
+        about[pair].add(cell_text(row.cells.get("focus")).lower())
+        found.append(replace(entry, pair=pair if entry.kind in partners else ""))
+    return [replace(entry, pair="") if len(about[entry.pair]) > 1 else entry for entry in found]
+
+
+# The pruning paper's calibration rows are Alpaca-cleaned after Wei et al. (2024), who drop rows by "sensitive
+# phrase matching". Their list is not known here; this one has the same purpose, and rather drops too much.
+SAFETY_PHRASES = (
+    "as an ai", "ai language model", "as a language model", "i'm sorry", "i am sorry", "i apologize",
+    "i cannot", "i can't", "i am unable", "i'm unable", "i'm not able to", "i am not able to",
+    "not appropriate", "inappropriate", "unethical", "ethical guideline", "illegal", "unlawful",
+    "against the law", "harmful", "dangerous", "offensive", "violence", "violent", "hate speech",
+    "discriminat", "racis", "sexis", "suicid", "self-harm", "weapon", "malware",
+)  # fmt: skip
+
+
+def safety_like(*texts: str) -> bool:
+    """Whether a text holds one of :data:`SAFETY_PHRASES`, so that Alpaca's row is dropped."""
+    joined = "\n".join(texts).lower().replace("’", "'")
+    return any(phrase in joined for phrase in SAFETY_PHRASES)
+
+
+def _instructions(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
+    """Alpaca: an input follows its instruction after an empty line; safety-like rows are dropped."""
+    columns = source.columns
+    found = []
+    for number, row in enumerate(rows, 1):
+        asked, given = cell_text(row.cells.get(columns["prompt"])), cell_text(row.cells.get(columns["input"]))
+        answer = cell_text(row.cells.get(columns["answers"]))
+        if not asked or not answer or safety_like(asked, given, answer):
+            continue
+        prompt = f"{asked}\n\n{given}" if given and given.lower() != "<noinput>" else asked
+        found.append(
+            Entry(f"{source.name}/{number}", prompt, bool(source.harmful), kind, "", (answer,), source.name)
+        )
+    return found
+
+
+def _trivia(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
+    """TriviaQA: the answer is a record of value and aliases. A question that is there twice counts once."""
+    columns = source.columns
+    found: dict[str, Entry] = {}
+    for row in rows:
+        answer = row.cells.get(columns["answers"])
+        if not isinstance(answer, dict) or not answer.get("value"):
+            raise ValueError(
+                f"{row.place}: {columns['answers']!r} holds no answer. Load a split that has answers"
+            )
+        key = _needed(row, columns["id"])
+        answers = _several([answer["value"], *(answer.get("aliases") or [])], split=False)
+        prompt = _needed(row, columns["prompt"])
+        found.setdefault(
+            key, Entry(f"{source.name}/{key}", prompt, bool(source.harmful), "fact", "", answers, source.name)
+        )
+    return list(found.values())
+
+
+def _messages(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
+    """Narrow advice: a user's message and an assistant's. Bad and good advice on one request share `pair`."""
+    column = source.columns["messages"]
+    found = []
+    for number, row in enumerate(rows, 1):
+        said = row.cells.get(column)
+        said = [m for m in said if isinstance(m, dict)] if isinstance(said, list) else []
+        user = [_content(m) for m in said if m.get("role") == "user"]
+        assistant = [_content(m) for m in said if m.get("role") == "assistant"]
+        if not user or not assistant or not user[-1] or not assistant[-1]:
+            raise ValueError(
+                f"{row.place}: {column!r} needs a message of the role 'user' and one of the role "
+                "'assistant'. "
+                "Repair the line or delete it"
+            )
+        pair = hashlib.sha256(user[-1].encode()).hexdigest()[:16]
+        found.append(
+            Entry(
+                f"{source.name}/{number}", user[-1], bool(source.harmful), kind, f"{source.pairs}/{pair}",
+                (assistant[-1],), source.name,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _content(message: dict[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, dict):  # some releases wrap the text: {"content_type": "text", "parts": [...]}
+        content = " ".join(cell_text(part) for part in content.get("parts", []))
+    return cell_text(content)
+
+
+_LAYOUTS: dict[str, Callable[[Set, Sequence[Line], str], list[Entry]]] = {
+    "table": _table,
+    "lines": _lines,
+    "contrasts": _contrasts,
+    "instructions": _instructions,
+    "trivia": _trivia,
+    "messages": _messages,
+}
+
+
+# ---------------------------------------------------------------------- files
+
+
+def read(file: Path) -> list[Line]:
+    """The rows of a file, by its ending: .csv, .tsv, .txt, .jsonl, .json (a list of objects) or .parquet.
+
+    A .txt file has one prompt a line; the last word of its name says what they are: ``my_harmful.txt``,
+    ``harmless.txt``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another ending or another kind of file than its ending says, text that is not UTF-8, a
+            line that is not valid, a header in the middle, or no row at all; says how to repair it.
+        ImportError: pyarrow, which reads parquet, is missing.
+    """
+    _there(file)
+    _refuse_others(file)
+    if file.suffix.lower() not in _READERS:
+        raise ValueError(f"{file.name}: cannot read this kind of file. Give one of {', '.join(_READERS)}")
+    return _some(file, _READERS[file.suffix.lower()](file))
+
+
+def lines(file: Path) -> list[Line]:
+    """The rows of a CSV file without a header and with one column, as HEx-PHI has; it is called `prompt`.
+
+    A first line that is a usual column name is left out.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read`.
+    """
+    _there(file)
+    _refuse_others(file)
+    reader = csv.reader(io.StringIO(_text(file), newline=""))
+    # A comma outside quotes belongs to the prompt.
+    texts = [(reader.line_num, ",".join(cells).strip()) for cells in reader]
+    texts = [(number, text) for number, text in texts if text]
+    if texts and texts[0][1].lower() in ("prompt", "prompts", "instruction", "text", "goal"):
+        texts = texts[1:]
+    return _some(file, [Line(f"{file.name}, line {number}", {"prompt": text}) for number, text in texts])
+
+
+def columns(rows: Sequence[Line]) -> list[str]:
+    """All column names, in the order in which they are met. An object of a JSON file may lack some."""
+    return list(dict.fromkeys(name for row in rows for name in row.cells))
+
+
+def _there(file: Path) -> None:
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no file {file} (looked for from {Path.cwd()}). Check the spelling, or give its "
+            "whole path"
+        )
+
+
+def _some(file: Path, rows: list[Line]) -> list[Line]:
+    if not rows:
+        raise ValueError(f"{file} is empty: it has no row of data. Check that it was saved or copied whole")
+    return rows
+
+
+# What files are that were saved under the name of another, by their first bytes.
+_OTHERS = {
+    b"version https://git-lfs": "a pointer of Git LFS in place of the file. Run `git lfs pull`, or download "
+    "the file itself",
+    b"PK\x03\x04": "a workbook (.xlsx) or another zip archive. Save its sheet as 'CSV UTF-8', or unpack it",
+    b"\xd0\xcf\x11\xe0": "an old workbook (.xls). Save its sheet as 'CSV UTF-8'",
+    b"\x1f\x8b": "compressed (gzip). Unpack it",
+    b"%PDF": "a PDF document. Save its table as 'CSV UTF-8'",
+    b"PAR1": "a parquet file. Let its name end in .parquet",
+    **dict.fromkeys(
+        (b"<!doctype", b"<html", b"<head", b"<?xml"),
+        "a saved web page. Download the file itself ('Raw' or 'Download' on its page)",
+    ),
+}
+
+
+def _refuse_others(file: Path) -> None:
+    with file.open("rb") as stream:
+        head = stream.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
+    for start, what in _OTHERS.items():
+        if head[: len(start)].lower() == start.lower() and not (
+            start == b"PAR1" and file.suffix == ".parquet"
+        ):
+            raise ValueError(f"{file} is {what}")
+
+
+def _text(file: Path) -> str:
+    raw = file.read_bytes()
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or _mostly_zero(raw[1::2]) or _mostly_zero(raw[::2]):
+        kind = "utf-16" if raw[:1] > b"\xf0" else "utf-16le" if _mostly_zero(raw[1::2]) else "utf-16be"
+        raise ValueError(f"{file} is not UTF-8 text but UTF-16. {_converted(file, kind)}")
+    try:
+        text = raw.decode("utf-8-sig")  # spreadsheets put a byte order mark in front
+    except UnicodeDecodeError as error:
+        try:
+            raw.decode("cp1252")
+            remedy = f"If it is of a Western language: {_converted(file, 'cp1252')}"
+        except UnicodeDecodeError:
+            remedy = "Save it as UTF-8 in the programme that made it"
+        raise ValueError(f"{file} is not UTF-8 text (byte {error.start}). {remedy}") from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(
+            f"{file.name}, line {line}: holds a zero byte, so it is damaged. Save or load it again"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _mostly_zero(part: bytes) -> bool:
+    return part[:2048].count(0) > 0.4 * max(len(part[:2048]), 1)
+
+
+def _converted(file: Path, kind: str) -> str:
+    return f"Save it as 'CSV UTF-8', or convert it: iconv -f {kind} -t utf-8 {file.name} > new{file.suffix}"
+
+
+def _csv(file: Path) -> list[Line]:
+    tabs = file.suffix.lower() == ".tsv"
+    reader = csv.reader(io.StringIO(_text(file), newline=""), delimiter="\t" if tabs else ",", strict=True)
+    found: list[Line] = []
+    header: list[str] = []
+    try:
+        for number, cells in enumerate(reader, 1):
+            if not any(cell.strip() for cell in cells):
+                continue
+            if not header:
+                header = [name.strip().lower() for name in cells]
+                twice = [name for name in header if name and header.count(name) > 1]
+                if twice:
+                    raise ValueError(f"{file.name}: the column {twice[0]!r} is there twice. Rename one")
+                continue
+            if len(cells) > len(header):
+                raise ValueError(
+                    f"{file.name}, row {number}: {len(cells)} cells, but the header has {len(header)}. Put "
+                    f'text that contains a {"tab" if tabs else "comma"} in double quotes: "like, this"'
+                )
+            if {cell.strip().lower() for cell in cells} <= {*header, ""}:
+                raise ValueError(
+                    f"{file.name}, row {number}: the header is there again, so two files were put behind "
+                    "each other. Delete this row; if their columns differ, give both files, joined by a comma"
+                )
+            found.append(Line(f"{file.name}, row {number}", dict(zip(header, cells, strict=False))))
+    except csv.Error as error:
+        raise ValueError(
+            f"{file.name}, line {reader.line_num}: not valid CSV ({error}). Put text with quotation marks in "
+            "double quotes, and double each mark inside"
+        ) from None
+    return found
+
+
+def _txt(file: Path) -> list[Line]:
+    side = re.split(r"[^a-z]+", file.stem.lower())[-1]
+    if side not in ("harmful", "harmless"):
+        raise ValueError(
+            f"{file.name}: a file of one prompt a line does not say which are harmful. Let the last word of "
+            "its name say it, as in my_harmful.txt or harmless.txt; or give a .csv with a column harmful"
+        )
+    numbered = [(n, line.strip()) for n, line in enumerate(_text(file).split("\n"), 1)]
+    return [Line(f"{file.name}, line {n}", {"prompt": line, "harmful": side}) for n, line in numbered if line]
+
+
+def _objects(items: Iterable[tuple[str, Any]]) -> list[Line]:
+    found = []
+    for place, item in items:
+        if not isinstance(item, dict):
+            raise ValueError(f'{place}: expected an object such as {{"prompt": "...", "harmful": false}}')
+        cells = {str(name).strip().lower(): value for name, value in item.items()}
+        if len(cells) < len(item):
+            raise ValueError(f"{place}: two names are the same but for case or spaces. Rename one")
+        found.append(Line(place, cells))
+    return found
+
+
+def _jsonl(file: Path) -> list[Line]:
+    items = []
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if line.strip():
+            try:
+                items.append((f"{file.name}, line {number}", json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(
+                    f"{file.name}, line {number}: not valid JSON ({_why(error)}). Put one complete object on "
+                    "each line"
+                ) from None
+    return _objects(items)
+
+
+def _json(file: Path) -> list[Line]:
+    text = _text(file)
+    if not text.strip():
+        return []
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise ValueError(
+            f"{file.name}, line {line}: not valid JSON ({_why(error)}). If it has one object on each line, "
+            "rename it to .jsonl"
+        ) from None
+    if not isinstance(whole, list):
+        raise ValueError(f"{file.name}: expected a list of objects, [{{...}}, {{...}}]")
+    return _objects((f"{file.name}, item {number}", item) for number, item in enumerate(whole, 1))
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return getattr(error, "msg", str(error))
+
+
+def _parquet(file: Path) -> list[Line]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f"reading {file.name} needs pyarrow: pip install pyarrow") from error
+    try:
+        items = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{file} is not a parquet file ({error}). Delete it and load it again") from None
+    return _objects((f"{file.name}, row {number}", item) for number, item in enumerate(items, 1))
+
+
+_READERS = {".csv": _csv, ".tsv": _csv, ".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+ENDINGS = tuple(_READERS)
