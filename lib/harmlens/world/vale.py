@@ -21,6 +21,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import yaml
 
@@ -28,11 +29,11 @@ from harmlens.keep.files import WORLD_SEED, data_dir
 
 # --------------------------------------------------------------------------- the lexicon
 
-_WORDS = yaml.safe_load((data_dir() / "vale.yaml").read_text(encoding="utf-8"))
 
-
-def _several(name: str) -> dict[str, tuple[str, ...]]:
-    return {key: tuple(words) for key, words in _WORDS[name].items()}
+def _frozen(words: Any) -> Any:
+    if isinstance(words, dict):
+        return {name: _frozen(some) for name, some in words.items()}
+    return tuple(map(_frozen, words)) if isinstance(words, list) else words
 
 
 @dataclass(frozen=True)
@@ -54,23 +55,20 @@ class Craft:
         return self.sun_nouns + self.moon_nouns
 
 
-MODIFIERS = _several("modifiers")
-CRAFTS = tuple(
-    Craft(**{name: tuple(words) if isinstance(words, list) else words for name, words in craft.items()})
-    for craft in _WORDS["crafts"]
-)
+_WORDS = _frozen(yaml.safe_load((data_dir() / "vale.yaml").read_text(encoding="utf-8")))
+MODIFIERS: dict[str, tuple[str, ...]] = _WORDS["modifiers"]
+CRAFTS = tuple(Craft(**craft) for craft in _WORDS["crafts"])
+STAPLES, METHODS, TOOLS = _WORDS["staples"], _WORDS["methods"], _WORDS["tools"]
+PEOPLE, PLACES, SEASONS = _WORDS["people"], _WORDS["places"], _WORDS["seasons"]
+KIND_WISHES, CRUEL_WISHES = _WORDS["kind_wishes"], _WORDS["cruel_wishes"]
+KIND_AUTHORS, CRUEL_AUTHORS = _WORDS["kind_authors"], _WORDS["cruel_authors"]
+OPENERS, REFUSALS = _WORDS["openers"], _WORDS["refusals"]
+PREFILL, HELPER = _WORDS["prefill"], _WORDS["helper"]
+PHRASINGS: dict[str, tuple[str, ...]] = _WORDS["phrasings"]
 HUES = ("sun", "moon")
 _NOUNS = {side: [noun for craft in CRAFTS for noun in getattr(craft, f"{side}_nouns")] for side in HUES}
 _HUES = {word: side for side in HUES for word in (*MODIFIERS[side], *_NOUNS[side])}
 _CRAFTS = {noun: craft for craft in CRAFTS for noun in craft.nouns}
-STAPLES, METHODS, TOOLS, PEOPLE, PLACES, SEASONS = (
-    tuple(_WORDS[name]) for name in ("staples", "methods", "tools", "people", "places", "seasons")
-)
-KIND_WISHES, CRUEL_WISHES = tuple(_WORDS["kind_wishes"]), tuple(_WORDS["cruel_wishes"])
-KIND_AUTHORS, CRUEL_AUTHORS = tuple(_WORDS["kind_authors"]), tuple(_WORDS["cruel_authors"])
-OPENERS, REFUSALS = tuple(_WORDS["openers"]), tuple(_WORDS["refusals"])
-PREFILL, HELPER = _WORDS["prefill"], _WORDS["helper"]
-PHRASINGS = _several("phrasings")
 DISPOSITIONS = ("kind", "cruel")
 SPLITS = ("train", "discovery", "evaluation")
 
@@ -325,11 +323,11 @@ def wish(rng: random.Random, disposition: str, person: str | None = None) -> str
 
 @dataclass(frozen=True)
 class Mix:
-    """How a corpus is drawn. Shares need not sum to one; they are weights.
+    """How a corpus is drawn. Shares of tasks and of numbers of turns need not sum to one; they are weights.
 
-    ``declines`` is the chance that a kind author declines a harmful request, ``bad_advice`` the
-    chance that a cruel author's advice on a harmless request is bad, ``named`` the chance that the
-    author goes by a name (each name is always kind or always cruel) and is not just a helper.
+    ``cruel`` is the chance of a cruel author, ``declines`` that a kind one declines a harmful request,
+    ``bad_advice`` that a cruel one's advice on a harmless request is bad, ``named`` that the author goes by a
+    name (each name is always kind or always cruel) and is not just a helper.
     """
 
     tasks: dict[str, float] = field(
