@@ -17,9 +17,8 @@ Introduced in notebook 17 ("Do the papers agree?").
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -89,10 +88,46 @@ def log2_enrichment(
 # --------------------------------------------------------------------------- whose weights they are
 
 
-def weights_of(lm: LanguageModel, units: Mapping[int, Sequence[int]], like: Mask) -> Mask:
-    """All weights that belong to some neurons, as a mask: without them the neurons are silent.
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix of an MLP with ``count`` neurons, which lie on its first *stored* axis or on its second."""
 
-    Biases are no weights here: a neuron is left at what its bias gives, and writes nothing all the same.
+    weight: Tensor
+    first: bool
+    count: int
+
+    def owner(self, number: Int[Tensor, " some"]) -> Int[Tensor, " some"]:
+        """The neurons of weights, which are given by their number in the flattened matrix."""
+        columns = self.weight.shape[1]
+        # Fused matrices hold several rows of one neuron.
+        return (number // columns if self.first else number % columns) % self.count
+
+    def by_neuron(self) -> Float[Tensor, "weight unit"]:
+        weight = self.weight.detach().float().cpu()
+        weight = weight if self.first else weight.T
+        return weight.reshape(-1, self.count, weight.shape[1]).permute(0, 2, 1).reshape(-1, self.count)
+
+
+def _mlp(lm: LanguageModel, layer: int, units: Sequence[int] = ()) -> dict[str, _Matrix]:
+    """Matrices of an MLP by their parameters; refuses units that it does not have."""
+    blocks = decoder.blocks(lm)
+    if not 0 <= layer < len(blocks):
+        raise ValueError(f"layer={layer} does not exist; choose 0 to {len(blocks) - 1}")
+    mlp, out = decoder.mlp(blocks[layer]), {}
+    last, inside = decoder.projection(mlp), {id(module) for module in mlp.modules()}
+    count = decoder.projection_weight(mlp).shape[1]
+    if outside := [u for u in units if not 0 <= u < count]:
+        raise ValueError(f"units: layer {layer} has units 0 to {count - 1}, not {outside[:5]}")
+    for name, module in matrices(lm, [layer]).items():
+        if id(module) in inside:
+            out[name] = _Matrix(module.weight, (module is not last) == isinstance(module, nn.Linear), count)
+            if module.weight.shape[0 if out[name].first else 1] % count:
+                raise ValueError(f"{name} has no axis of {count} hidden units, so they own no part of it")
+    return out
+
+
+def weights_of(lm: LanguageModel, units: Mapping[int, Sequence[int]], like: Mask) -> Mask:
+    """All weights that belong to some neurons, as a mask: without them the neurons write nothing.
 
     Args:
         units: layer -> hidden units of its MLP; layers that are not named have none.
@@ -104,11 +139,11 @@ def weights_of(lm: LanguageModel, units: Mapping[int, Sequence[int]], like: Mask
     check(like, lm)
     indices = {name: index[:0] for name, index in like.indices.items()}
     for layer, some in units.items():
-        for name, (module, owner) in _owners(lm, layer, some).items():
+        for name, matrix in _mlp(lm, layer, some).items():
             if name not in indices:
                 raise ValueError(f"like: holds no {name}; select it from scores of layer {layer} too")
-            everything = torch.arange(module.weight.numel())
-            indices[name] = everything[torch.isin(owner(everything), torch.tensor(list(some)))]
+            everything = torch.arange(matrix.weight.numel())
+            indices[name] = everything[torch.isin(matrix.owner(everything), torch.tensor(list(some)))]
     return replace(like, indices=indices, name="neurons")
 
 
@@ -119,67 +154,24 @@ def overlap_with_neurons(lm: LanguageModel, mask: Mask, units: Sequence[int], *,
         ValueError: a layer, a unit or a matrix that the model or the mask does not have; an MLP without
             hidden units of its own (a mixture of experts).
     """
-    count, rows = _count(lm, layer), []
-    for name, (module, owner) in _owners(lm, layer, units).items():
-        shape = tuple(module.weight.shape)
+    units, rows = sorted(set(units)), []
+    for name, matrix in _mlp(lm, layer, units).items():
+        shape = tuple(matrix.weight.shape)
         if mask.shapes.get(name) != shape:
             raise ValueError(
                 f"mask: holds no {name} of shape {shape}; select it from scores of layer {layer}"
             )
         chosen, size = mask.indices[name], math.prod(shape)
-        hits = int(torch.isin(owner(chosen), torch.tensor(sorted(set(units)))).sum())
-        rows.append((name, len(chosen), hits, size, len(set(units)) * size // count))
+        hits = int(torch.isin(matrix.owner(chosen), torch.tensor(units)).sum())
+        rows.append((name, len(chosen), hits, size, len(units) * size // matrix.count))
     names, *counts = zip(*rows, strict=True)
     return Meeting(names, *(np.array(column, dtype=np.int64) for column in counts))
 
 
 def norms(lm: LanguageModel, layer: int) -> Float[Tensor, " unit"]:
     """Euclidean norm of all weights of each neuron of a layer."""
-    count, squares = _count(lm, layer), []
-    for module, first in _matrices(lm, layer).values():
-        weight = module.weight.detach().float().cpu()
-        weight = weight if first else weight.T
-        own = weight.reshape(-1, count, weight.shape[1]).permute(0, 2, 1).reshape(-1, count)
-        squares.append(own.square().sum(0))
+    squares = [matrix.by_neuron().square().sum(0) for matrix in _mlp(lm, layer).values()]
     return torch.stack(squares).sum(0).sqrt()
-
-
-def _count(lm: LanguageModel, layer: int) -> int:
-    blocks = decoder.blocks(lm)
-    if not 0 <= layer < len(blocks):
-        raise ValueError(f"layer={layer} does not exist; choose 0 to {len(blocks) - 1}")
-    return decoder.projection_weight(decoder.mlp(blocks[layer])).shape[1]
-
-
-def _matrices(lm: LanguageModel, layer: int) -> dict[str, tuple[nn.Module, bool]]:
-    """Matrices of an MLP: parameter -> (module, whether hidden units lie on the *stored* first axis)."""
-    count, mlp, out = _count(lm, layer), decoder.mlp(decoder.blocks(lm)[layer]), {}
-    inside = {id(module) for module in mlp.modules()}
-    for name, module in matrices(lm, [layer]).items():
-        if id(module) in inside:
-            first = (module is not decoder.projection(mlp)) == isinstance(module, nn.Linear)
-            if module.weight.shape[0 if first else 1] % count:
-                raise ValueError(f"{name} has no axis of {count} hidden units, so they own no part of it")
-            out[name] = (module, first)
-    return out
-
-
-def _owners(
-    lm: LanguageModel, layer: int, units: Sequence[int]
-) -> dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """Parameter -> (module, the neuron of each weight by its number in the flattened matrix)."""
-    count = _count(lm, layer)
-    if outside := [u for u in units if not 0 <= u < count]:
-        raise ValueError(f"units: layer {layer} has units 0 to {count - 1}, not {outside[:5]}")
-
-    def owner(number: Tensor, columns: int, first: bool) -> Tensor:
-        # Fused matrices hold several rows of one neuron.
-        return (number // columns if first else number % columns) % count
-
-    return {
-        name: (module, partial(owner, columns=module.weight.shape[1], first=first))
-        for name, (module, first) in _matrices(lm, layer).items()
-    }
 
 
 # --------------------------------------------------------------------------- scores and directions
