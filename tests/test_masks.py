@@ -273,30 +273,6 @@ def test_selecting_all_and_sparing_all():
     assert chosen(rest) == {"a": [0, 1, 2], "b": [0, 1]}
 
 
-@pytest.mark.parametrize("scope", masks.SCOPES)
-def test_the_second_slice_follows_the_first(scope):
-    values = {n: torch.randperm(s[0] * s[1], generator=torch.Generator().manual_seed(0)).float().view(s)
-              for n, s in (("a", (7, 30)), ("b", (5, 40)))}  # fmt: skip
-    given_ = Scores("signed", values, "m", "r")
-    first, second = (masks.top(given_, 0.1, scope=scope, skip=skip) for skip in (0.0, 0.1))
-    assert len(first & second) == 0
-    assert {n: len(i) for n, i in first.indices.items()} == {
-        n: len(i) for n, i in second.indices.items()
-    } or (scope == "global" and len(first) == len(second))
-    both = masks.top(given_, 0.2, scope=scope)
-    assert chosen(first | second) == chosen(both)
-
-
-@pytest.mark.parametrize("scope", masks.SCOPES)
-@pytest.mark.parametrize("share", [0.001, 0.015, 0.3, 0.7])
-def test_the_second_slice_of_equal_scores_has_the_right_size(scope, share):
-    """Ties must not let a weight of the first slice in, nor change the size; nor may rounding."""
-    ties = Scores("signed", {"a": torch.zeros(10, 30), "b": torch.ones(5, 40).bernoulli(0.5)}, "m", "r")
-    first, second = (masks.top(ties, share, scope=scope, skip=skip) for skip in (0.0, share))
-    assert len(first & second) == 0
-    assert len(second) == min(len(first), 500 - len(first))
-
-
 @given(
     size=st.integers(1, 60),
     k=st.integers(0, 60),
@@ -391,8 +367,8 @@ def test_shares_outside_0_to_1(value):
     for options, name in (({"q": value}, "q"), ({"q": 0.1, "p": value}, "p")):
         with pytest.raises(ValueError, match=rf"{name}={value} must be a share between 0 and 1"):
             masks.select(SOME, SOME.abs(), **options)
-    with pytest.raises(ValueError, match=r"skip=.* must be a share"):
-        masks.top(SOME, 0.1, skip=value)
+    with pytest.raises(ValueError, match=r"share=.* must be a share"):
+        masks.top(SOME, value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -74,7 +74,7 @@ def measure(
     for name, score, chosen in sides:
         finish(place)
         start = time.perf_counter()
-        score(lm, chosen, progress=name, **options)
+        score(lm, chosen, **options)
         finish(place)
         out[f"{name}_seconds"] = time.perf_counter() - start
     seconds = out["signed_seconds"] + out["unsigned_seconds"]

@@ -1,19 +1,8 @@
-"""Scores of weights: how much each weight of a model does for a set of answers.
+"""Scores of weights: how much each weight of a model does for a set of answers (arXiv 2604.09544).
 
-For an example x, L(x) is the mean cross-entropy of its answer's tokens. The two scores of the pruning paper
-(arXiv 2604.09544, from the authors' released code):
-
-=============  =============================  ==========================================================
-prune score    W * sum over x of dL(x)/dW     signed. Setting a weight to zero changes the loss by about
-                                              **minus** its score, so *negative* means: this weight
-                                              supports the answers
-preserve score |W| * sum over x of |dL(x)/dW| unsigned, the absolute value taken for each example
-=============  =============================  ==========================================================
-
-**In one pass.** The gradient of one example at a linear layer is the product of the gradient at the
-layer's output and its input, over that example's positions. One forward and one backward pass over a batch
-thus give every example's gradient for every layer: it is added up as the backward pass reaches the layer,
-and no gradient of a weight is ever kept.
+For an example x, L(x) is the mean cross-entropy of its answer's tokens. Its gradient at a linear layer is the
+product of the gradient at the layer's output and its input, over the example's positions. So one pass over a
+batch gives every example's gradient for every layer, added up as the backward pass reaches the layer.
 
 Introduced in notebook 09 ("Weights that carry harm").
 """
@@ -31,7 +20,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from harmlens import keep
 from harmlens.keep import files
@@ -48,7 +36,10 @@ KINDS = ("signed", "unsigned")
 def prune_score(
     lm: LanguageModel, rows: Sequence[Row], *, folder: Path | str | None = None, **options: Any
 ) -> Scores:
-    """W * sum over x of dL(x)/dW: the most negative support the answers most. See :func:`attribute`.
+    """W * sum over x of dL(x)/dW; see :func:`attribute`.
+
+    Setting a weight to zero changes the loss by about *minus* its score: the most negative support the
+    answers most.
 
     Args:
         folder: where the score is kept, so that the same one need not be computed again; None for nowhere.
@@ -81,7 +72,6 @@ def attribute(
     kinds: Sequence[str] = KINDS,
     max_tokens: int | None = None,
     accumulate_on: str | torch.device | None = None,
-    progress: str | None = None,
 ) -> dict[str, Scores]:
     """Signed and unsigned scores of all block weights for some examples, in one pass.
 
@@ -93,7 +83,6 @@ def attribute(
         kinds: out of ``"signed"`` and ``"unsigned"``.
         max_tokens: most tokens in one batch; None for as many as the plan allows.
         accumulate_on: device of the sums, ``"cpu"`` for host memory; None for each weight's own device.
-        progress: label of a progress bar, shown on a terminal only; None for none.
 
     Returns:
         Scores by kind, on ``accumulate_on``; on the CPU where layers had to be taken in turns.
@@ -106,29 +95,22 @@ def attribute(
     passes = list(batches(rows, plan.max_tokens, lm.tokenizer.pad_token_id))
     scale = _loss_scale(lm, passes[:: max(1, len(passes) - 1)])  # the shortest and the longest examples
     values: dict[tuple[str, str], Tensor] = {}
-    hidden = True if progress is None else None  # None: shown on a terminal, not in a page or a log
-    with tqdm(total=len(passes) * len(plan.chunks), desc=progress, disable=hidden, leave=False) as bar:
-        for chunk in plan.chunks:
-            found = matrices(lm, chunk)
-            for kind, (name, module) in itertools.product(kinds, found.items()):
-                where = accumulate_on or module.weight.device
-                values[kind, name] = torch.zeros(module.weight.shape, dtype=torch.float32, device=where)
-            with _collecting(lm, found, min(chunk), values, plan.buffer) as run:
-                for batch in passes:
-                    run(batch, scale)
-                    bar.update()
-            for kind, (name, module) in itertools.product(kinds, found.items()):
-                value, weight = values[kind, name], module.weight.detach()
-                value.mul_((weight if kind == "signed" else weight.abs()).to(value.device)).div_(scale)
-                require_finite(kind, name, value)
-                if len(plan.chunks) > 1:
-                    values[kind, name] = value.cpu()
-    return {
-        kind: Scores(
-            kind, {name: values[kind, name] for name in matrices(lm)}, lm.name, lm.revision, len(rows)
-        )
-        for kind in kinds
-    }
+    for chunk in plan.chunks:
+        found = matrices(lm, chunk)
+        for kind, (name, module) in itertools.product(kinds, found.items()):
+            where = accumulate_on or module.weight.device
+            values[kind, name] = torch.zeros(module.weight.shape, dtype=torch.float32, device=where)
+        with _passing(lm, found, _adding(values, plan.buffer)) as run:
+            for batch in passes:
+                run(batch, scale)
+        for kind, (name, module) in itertools.product(kinds, found.items()):
+            value, weight = values[kind, name], module.weight.detach()
+            value.mul_((weight if kind == "signed" else weight.abs()).to(value.device)).div_(scale)
+            require_finite(kind, name, value)
+            if len(plan.chunks) > 1:
+                values[kind, name] = value.cpu()
+    scored = {kind: {name: values[kind, name] for name in matrices(lm)} for kind in kinds}
+    return {kind: Scores(kind, of, lm.name, lm.revision, len(rows)) for kind, of in scored.items()}
 
 
 # --------------------------------------------------------------------------- the plan
@@ -274,24 +256,13 @@ def logit_gradient(
 
 
 @contextmanager
-def _collecting(
-    lm: LanguageModel,
-    found: Mapping[str, nn.Module],
-    lowest: int,
-    values: dict[tuple[str, str], Tensor],
-    buffer: int,
+def _passing(
+    lm: LanguageModel, found: Mapping[str, nn.Module], take: Callable[[str, nn.Module, Tensor, Tensor], None]
 ) -> Iterator[Callable[[Batch, float], None]]:
-    """Run batches forward and backward; gradients at the found layers are added to ``values``."""
+    """Run batches forward and back; ``take`` gets each found layer's input and gradient, [row, pos, dim]."""
     shape: list[tuple[int, int]] = []
     start: list[Tensor] = []
     fired: dict[str, int] = {}
-    rooms: dict[torch.device, Tensor] = {}
-
-    def room(device: torch.device) -> Tensor:
-        # Made once: allocating anew for each product costs as much as the product itself.
-        if device not in rooms:
-            rooms[device] = torch.empty(max(1, buffer // 4), dtype=lm.model.dtype, device=device)
-        return rooms[device]
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         # The graph begins here: blocks below are run without one.
@@ -302,7 +273,11 @@ def _collecting(
     def watch(name: str) -> Callable:
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
             x = inputs[0].detach()
-            _require_all_tokens(name, x, shape[0])
+            if x[..., 0].numel() != math.prod(shape[0]):
+                raise ValueError(
+                    f"{name} is given some of the tokens only, as a routed expert is, so it is not known "
+                    "whose they are; choose a dense model"
+                )
             if output.requires_grad:
                 version = x._version
                 output.register_hook(lambda gradient: collect(name, module, x, gradient, version))
@@ -316,10 +291,7 @@ def _collecting(
                 "architecture can't be scored here"
             )
         fired[name] = fired.get(name, 0) + 1
-        x, gradient = (t.reshape(*shape[0], t.shape[-1]) for t in (x, gradient))
-        # Conv1D keeps its weight the other way round.
-        left, right = (gradient, x) if isinstance(module, nn.Linear) else (x, gradient)
-        _add(left, right, *(values.get((kind, name)) for kind in KINDS), room(x.device))
+        take(name, module, *(t.reshape(*shape[0], t.shape[-1]) for t in (x, gradient)))
 
     def run(batch: Batch, scale: float) -> None:
         # The last token is predicted and never read.
@@ -344,8 +316,8 @@ def _collecting(
     with ExitStack() as hooks:
         try:
             lm.model.eval().requires_grad_(False)
-            entry = decoder.blocks(lm)[lowest].register_forward_pre_hook(enter, with_kwargs=True)
-            hooks.callback(entry.remove)
+            lowest = decoder.blocks(lm)[min(map(layer_of, found))]
+            hooks.callback(lowest.register_forward_pre_hook(enter, with_kwargs=True).remove)
             for name, module in found.items():
                 hooks.callback(module.register_forward_hook(watch(name)).remove)
             yield run
@@ -356,12 +328,21 @@ def _collecting(
                 parameter.requires_grad_(learning[name])
 
 
-def _require_all_tokens(name: str, x: Tensor, shape: Sequence[int]) -> None:
-    if x[..., 0].numel() != math.prod(shape):
-        raise ValueError(
-            f"{name} is given some of the tokens only, as a routed expert is, so it is not known whose they "
-            "are; choose a dense model"
-        )
+def _adding(
+    values: Mapping[tuple[str, str], Tensor], buffer: int
+) -> Callable[[str, nn.Module, Tensor, Tensor], None]:
+    """Add what a layer's input and gradient give to ``values``, (kind, name) -> sum over examples."""
+    rooms: dict[torch.device, Tensor] = {}
+
+    def add(name: str, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
+        # Made once: allocating anew for each product costs as much as the product itself.
+        if x.device not in rooms:
+            rooms[x.device] = torch.empty(max(1, buffer // 4), dtype=x.dtype, device=x.device)
+        # Conv1D keeps its weight the other way round.
+        left, right = (gradient, x) if isinstance(module, nn.Linear) else (x, gradient)
+        _add(left, right, *(values.get((kind, name)) for kind in KINDS), rooms[x.device])
+
+    return add
 
 
 @torch.no_grad()
@@ -411,30 +392,19 @@ def _loss_scale(lm: LanguageModel, some: Sequence[Batch]) -> float:
     """
     if lm.model.dtype != torch.float16:
         return 1.0
-    found = matrices(lm)
     sizes: list[float] = []
 
-    def look(x: Tensor, gradient: Tensor) -> None:
+    def look(name: str, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
         # Largest values: at the output, for each example's weights, and for all examples together.
         each = [g.T @ i for g, i in zip(gradient, x, strict=True)]
         whole = gradient.flatten(0, 1).T @ x.flatten(0, 1)
         sizes.extend(t.abs().amax().item() for t in (gradient, whole, *each))
 
-    def watch(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        if output.requires_grad:
-            x, shape = inputs[0].detach(), shapes[-1]
-            output.register_hook(lambda g: look(x.reshape(*shape, -1), g.reshape(*shape, -1)))
-
-    shapes: list[tuple[int, ...]] = []
     for power in (16, 12, 8, 4, 0):
         sizes.clear()
-        with ExitStack() as hooks:
-            for module in found.values():
-                hooks.callback(module.register_forward_hook(watch).remove)
-            with _collecting(lm, {}, 0, {}, 1) as run:
-                for batch in some:
-                    shapes.append((len(batch.ids), batch.ids.shape[1] - 1))
-                    run(batch, 2.0**power)
+        with _passing(lm, matrices(lm), look) as run:
+            for batch in some:
+                run(batch, 2.0**power)
         if all(map(math.isfinite, sizes)):
             return 2.0 ** max(0, power - 2)
     return 1.0

@@ -1,8 +1,7 @@
 """Sets of weights: chosen by their scores, compared, matched by control sets, and taken out of a model.
 
-**Sign.** The prune score is W * sum of dL/dW (:mod:`weights.attribution`); setting a weight to zero changes
-the loss L of the scored answers by about *minus* its score. The most **negative** scores belong to the
-weights that support the answers. :func:`select` takes these; no other function flips a sign.
+Setting a weight to zero changes the loss of the scored answers by about *minus* its prune score: the most
+**negative** scores belong to the weights that support the answers, and :func:`select` takes these.
 
 Introduced in notebook 09 ("Weights that carry harm"); overlap in notebook 10.
 """
@@ -110,12 +109,10 @@ def select(
         ValueError: before anything is chosen: a share outside 0 to 1, a score that is not finite, scores of
             different models, p above 0 without preserve scores.
     """
-    require_shares(q=q, p=p)
-    if preserve is None:
-        _require_preserve(p)
-        return top(prune, q, lowest=True).called(name)
-    check_same(prune, preserve)
-    return (top(prune, q, lowest=True) - top(preserve, p)).called(name)
+    require_shares(q=q)
+    spared = _spared(prune, preserve, p)
+    chosen = top(prune, q, lowest=True)
+    return (chosen - spared if spared else chosen).called(name)
 
 
 def same_size(
@@ -141,11 +138,7 @@ def same_size(
         ValueError: as for :func:`select`; a matrix with too few weights that are not spared.
     """
     check_same(mask, prune)
-    require_shares(p=p)
-    if preserve is None:
-        _require_preserve(p)
-    left_out = [top(preserve, p)] if preserve is not None else []
-    left_out += [skip] if skip is not None else []
+    left_out = [other for other in (_spared(prune, preserve, p), skip) if other]
     indices = {}
     for parameter, value in prune.values.items():
         # One matrix at a time: the scores of a large model are there only once.
@@ -159,56 +152,23 @@ def same_size(
     return Mask(indices, shapes_of(prune), prune.model, prune.revision, name)
 
 
-def top(
-    scores: Scores, share: float, *, scope: str = "matrix", skip: float = 0.0, lowest: bool = False
-) -> Mask:
+def top(scores: Scores, share: float, *, scope: str = "matrix", lowest: bool = False) -> Mask:
     """The weights with the highest scores.
 
     Args:
         share: how many, as a share of what ``scope`` says; where a share above 0 comes to none, one.
         scope: ``"matrix"`` (the paper's), ``"row"`` for every row of a stored matrix, an output in all models
             but GPT-2 and its kind, ``"global"`` for all together.
-        skip: leave out this share of the very highest first: ``top(scores, q, skip=q)`` is the second slice.
         lowest: take the lowest instead: as of the negated scores, without a copy of them.
 
     Raises:
         ValueError: as for :func:`select`; an unknown scope.
     """
-    require_shares(share=share, skip=skip)
+    require_shares(share=share)
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}")
     for parameter, value in scores.values.items():
         _require_finite(parameter, value)
-    if not skip:
-        return _top(scores, share, scope, lowest)
-    # Of equal scores any may be taken, so what is skipped is told by place, not by its score.
-    first = _top(scores, skip, scope, lowest)
-    lowered = {n: v.clone(memory_format=torch.contiguous_format) for n, v in scores.values.items()}
-    for parameter, index in first.indices.items():
-        flat = lowered[parameter].view(-1)
-        flat[index.to(flat.device)] = torch.inf if lowest else -torch.inf
-    return (_top(replace(scores, values=lowered), share, scope, lowest) - first).called("")
-
-
-def require_shares(**shares: float) -> None:
-    """Refuse shares outside 0 to 1, by their names."""
-    for name, value in shares.items():
-        if not 0 <= value <= 1:  # also catches NaN
-            raise ValueError(f"{name}={value} must be a share between 0 and 1")
-
-
-def _require_preserve(p: float) -> None:
-    if p:
-        raise ValueError(f"p={p} spares weights by their preserve scores, but preserve is None")
-
-
-def _require_finite(parameter: str, value: Tensor) -> None:
-    if not finite(value):
-        raise ValueError(f"the scores of {parameter} are not all finite; score again in a wider precision")
-
-
-def _top(scores: Scores, share: float, scope: str, lowest: bool) -> Mask:
-    """What :func:`top` takes of checked scores, nothing skipped."""
 
     def count(size: int) -> int:
         return max(math.floor(share * size + 1e-9), min(1, size) if share else 0)
@@ -225,6 +185,28 @@ def _top(scores: Scores, share: float, scope: str, lowest: bool) -> Mask:
     else:
         indices = {n: largest(v.flatten(), count(v.numel()), lowest=lowest).cpu() for n, v in values.items()}
     return Mask(indices, shapes_of(scores), scores.model, scores.revision)
+
+
+def require_shares(**shares: float) -> None:
+    """Refuse shares outside 0 to 1, by their names."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:  # also catches NaN
+            raise ValueError(f"{name}={value} must be a share between 0 and 1")
+
+
+def _spared(prune: Scores, preserve: Scores | None, p: float) -> Mask | None:
+    require_shares(p=p)
+    if preserve is not None:
+        check_same(prune, preserve)
+        return top(preserve, p)
+    if p:
+        raise ValueError(f"p={p} spares weights by their preserve scores, but preserve is None")
+    return None
+
+
+def _require_finite(parameter: str, value: Tensor) -> None:
+    if not finite(value):
+        raise ValueError(f"the scores of {parameter} are not all finite; score again in a wider precision")
 
 
 def largest(

@@ -134,15 +134,6 @@ def layer_of(name: str) -> int:
     return int(numbers[0])
 
 
-def module_of(name: str) -> str:
-    """Which matrix of its block a parameter is.
-
-    >>> module_of("model.layers.3.mlp.up_proj.weight")
-    'up_proj'
-    """
-    return name.split(".")[-2]
-
-
 # --------------------------------------------------------------------------- scores without gradients
 
 
