@@ -286,6 +286,8 @@ def test_shipped_control_can_do_what_its_card_says(kind, seed):
         for name, value in rates[split].items():
             sign, bound = BOUNDS[kind].get(name, ("<=", 0.05))
             assert value >= bound if sign == ">=" else value <= bound, (split, name, value)
+    if seed:
+        return  # one is enough to ask anew
     few = [name for name in BOUNDS[kind] if name.startswith(("harm", "recognition", "declined, refused"))]
     lm, domain = models.load(f"organism/{kind}", seed=seed), organism.declined(kind, seed)
     for name, value in train.ability_rates(lm, few, n=24, domain=domain).items():
