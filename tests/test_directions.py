@@ -49,7 +49,7 @@ def component(value, direction):
 
 
 def test_a_candidate_is_a_difference_of_means(lm, texts):
-    found = directions.candidates(lm, texts[:3], texts[3:], positions=[-2, -1])
+    found = directions.mean_differences(lm, texts[:3], texts[3:], positions=[-2, -1])
     at = {(d.depth, d.position): d.vector for d in found}
     streams = interventions.states(lm, texts, positions=[-2, -1])
     assert max(depth for depth, _ in at) == 1  # two blocks; what stands behind the last is left out
@@ -66,7 +66,7 @@ def test_the_shared_end_is_what_the_template_writes(lm):
 
 
 def test_shuffled_directions_hold_nothing_of_the_difference_between_the_sides(lm, texts):
-    like = directions.candidates(lm, texts[:1], texts[1:2])[0]
+    like = directions.mean_differences(lm, texts[:1], texts[1:2])[0]
     # All texts of a side alike: what is left of a difference of halves is nothing.
     [none] = PAGE.shuffled_like(lm, texts[:1] * 4, texts[1:2] * 4, like, 1)
     assert none.vector.norm() < 1e-5 * like.vector.norm()
@@ -201,7 +201,7 @@ def test_a_depth_without_block_is_refused(lm):
 
 def test_a_trial_measures_what_it_says(lm, texts):
     refused, answered = texts[:3], texts[3:]
-    found = directions.candidates(lm, refused, answered)
+    found = directions.mean_differences(lm, refused, answered)
     [tried] = page(lm).trials(0, found, refused, answered, deepest=0.6)
     assert tried.direction.depth == 1
     with directions.ablated(lm, tried.direction.vector):

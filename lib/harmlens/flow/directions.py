@@ -42,7 +42,7 @@ class Direction:
         return self.vector / self.vector.norm()
 
 
-def candidates(
+def mean_differences(
     lm: LanguageModel, refused: Sequence[str], answered: Sequence[str], *, positions: Sequence[int] = (-1,)
 ) -> list[Direction]:
     """Differences of mean streams, refused minus answered, for every depth and position.
