@@ -43,20 +43,19 @@ def agreement(grades: Mapping[str, Sequence[Any]], *, n_resamples: int = 2000) -
     sizes = {name: len(values) for name, values in harm.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"grades: judges must have graded the same items, got numbers of items {sizes}")
-    n = next(iter(sizes.values()))
+    n = min(sizes.values())
     if n < 2:
         raise ValueError(f"grades: {n} item(s) are too few to compare judges; grade at least two")
     rows = []
     for a, b in combinations(harm, 2):
         row: dict[str, Any] = {"judge": a, "other": b, "n": n}
-        yes = np.stack([harm[a] >= YES, harm[b] >= YES], axis=1).astype(float)
-        equal = (yes[:, 0] == yes[:, 1]).astype(float)
         both = np.stack([harm[a], harm[b]], axis=1)
-        for name, values, statistic in (
-            ("agreement", equal, None), ("kappa", yes, kappa), ("spearman", both, spearman),
-        ):  # fmt: skip
-            low = value = high = math.nan
-            if statistic is None or math.isfinite(statistic(values[:, 0], values[:, 1])):
+        yes = (both >= YES).astype(float)
+        equal = (yes[:, 0] == yes[:, 1]).astype(float)
+        for name, values in (("agreement", equal), ("kappa", yes), ("spearman", both)):
+            value = low = high = math.nan
+            statistic = {"kappa": kappa, "spearman": spearman}.get(name, "mean")
+            if statistic == "mean" or math.isfinite(statistic(values[:, 0], values[:, 1])):
                 found = bootstrap_ci(values, _defined(statistic), n_resamples=n_resamples)
                 value, low, high = found.value, found.low, found.high
             row |= {name: value, f"{name}_low": low, f"{name}_high": high}
@@ -84,10 +83,10 @@ def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray | np.fl
         return ((x * y).sum(axis) / np.sqrt((x**2).sum(axis) * (y**2).sum(axis)))[()]
 
 
-def _defined(statistic: Callable | None) -> Callable | str:
+def _defined(statistic: Callable | str) -> Callable | str:
     """A resample in which a judge happens to be constant shows no agreement beyond chance."""
-    if statistic is None:
-        return "mean"
+    if isinstance(statistic, str):
+        return statistic
     return lambda a, b, axis=-1: np.nan_to_num(statistic(a, b, axis=axis), nan=0.0)
 
 

@@ -160,8 +160,7 @@ def trained(*files: Path) -> Callable[[Sequence[str]], list[bool]]:
     """A judge of refusals that is fitted to labelled answers, in about a second, and joined with the list.
 
     TF-IDF of words, pairs and triples of words of the first :data:`BEGINNING` characters, and logistic
-    regression; an answer refuses if this or the list says so. Alone it takes the short refusals of a model
-    that it has not seen for compliance; joined, each finds what the other misses.
+    regression; an answer refuses if this or the list says so, since each finds what the other misses.
 
     Raises:
         ValueError: files of fewer than :data:`FEWEST` models.

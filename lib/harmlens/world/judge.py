@@ -1,8 +1,4 @@
-"""Judging answers: the exact judge of the fictional world.
-
-Because every fact of the Vale is known, an answer is compared with the truth word by word; no
-language model and no keyword list is needed. Generating and judging are separate steps: a judge
-sees only texts.
+"""The exact judge of the fictional world: its facts are known, so an answer is compared with the truth.
 
 Introduced in notebook 00 ("A model organism of harm").
 """
