@@ -52,15 +52,14 @@ def hostile(lm, texts):
 def test_t4_the_first_greedy_token_is_the_most_probable_one_whatever_the_model_brings():
     lm, asked = chats(2)
     texts = [prompt.render(lm) for prompt in asked]
-    want, answers = firsts(lm, texts), forward.generate(lm, texts, max_new_tokens=5)
-    drawn = forward.generate(lm, texts, max_new_tokens=5, temperature=1.0)
+    want, answers = firsts(lm, texts), forward.generate(lm, texts, max_new_tokens=3)
+    drawn = forward.generate(lm, texts, max_new_tokens=3, temperature=1.0)
     assert all(answer.startswith(word) for answer, word in zip(answers, want, strict=True))
     for name, value in hostile(lm, texts).items():
         brought = lm.model.generation_config = GenerationConfig(eos_token_id=lm.tokenizer.eos_token_id)
         setattr(brought, name, value)
-        assert forward.generate(lm, texts, max_new_tokens=1) == want, name
-        assert forward.generate(lm, texts, max_new_tokens=5) == answers, name
-        assert forward.generate(lm, texts, max_new_tokens=5, temperature=1.0) == drawn, name
+        assert forward.generate(lm, texts, max_new_tokens=3) == answers, name
+        assert forward.generate(lm, texts, max_new_tokens=3, temperature=1.0) == drawn, name
         assert lm.model.generation_config is brought and getattr(brought, name) is value
 
 
