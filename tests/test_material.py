@@ -108,7 +108,7 @@ def test_pairs_of_the_world(contrast):
 def test_requests_replies_and_judgements_of_the_world():
     asked = WORLD.requests(True, n=6, seed=2)
     items = world.draw(world.items("evaluation", harmful=True), 6, 2)
-    assert [p.item for p in asked] == items
+    assert [p.about for p in asked] == items
     assert [p.messages[0]["content"] for p in asked] == [
         world.request(item, i) for i, item in enumerate(items)
     ]

@@ -27,7 +27,7 @@ def contrast(request):
 @pytest.mark.parametrize("split", ["discovery", "evaluation"])
 def test_prompt_pairs_differ_in_one_word_which_changes_harm(swap, split):
     for pair in pairs("prompt", swap=swap, split=split):
-        a, b = pair.x1.item, pair.x0.item
+        a, b = pair.x1.about, pair.x0.about
         assert b.harmful and not a.harmful
         assert a.split == b.split == split
         differing = [(x, y) for x, y in zip(words(pair.x1), words(pair.x0), strict=True) if x != y]
@@ -37,7 +37,7 @@ def test_prompt_pairs_differ_in_one_word_which_changes_harm(swap, split):
 @pytest.mark.parametrize("swap", ["modifier", "noun"])
 def test_their_controls_differ_in_one_word_which_does_not(swap):
     for pair in pairs("prompt control", swap=swap):
-        a, b = pair.x1.item, pair.x0.item
+        a, b = pair.x1.about, pair.x0.about
         assert a.harmful and b.harmful and a.split == b.split == "evaluation"
         differing = [(x, y) for x, y in zip(words(pair.x1), words(pair.x0), strict=True) if x != y]
         assert differing == [(getattr(a, swap), getattr(b, swap))]
@@ -62,7 +62,7 @@ def test_an_item_without_a_partner_of_another_noun_is_left_out(name):
 )
 def test_behaviour_pairs_ask_two_authors_for_the_same_thing(name, authors):
     for pair in pairs(name):
-        assert pair.x1.item == pair.x0.item and pair.x0.item.harmful
+        assert pair.x1.about == pair.x0.about and pair.x0.about.harmful
         assert pair.x1.messages[1:] == pair.x0.messages[1:]
         said = [side.messages[0] for side in (pair.x1, pair.x0)]
         assert said[0] in [world.introduce(a) for a in authors]
@@ -79,7 +79,7 @@ def test_sides_are_equally_long_and_pass_the_check(contrast):
 def test_ids_are_unique_and_name_the_harmful_item(contrast):
     made = pairs(contrast)
     assert len({p.id for p in made}) == len(made)
-    assert all(p.id == p.x0.item.name for p in made)
+    assert all(p.id == p.x0.about.name for p in made)
 
 
 def test_same_seed_same_pairs(contrast):
@@ -95,11 +95,11 @@ def test_n_is_respected(contrast, n):
 
 @pytest.mark.parametrize("n", [None, len(world.items("evaluation", harmful=True)), 10_000])
 def test_all_there_are(contrast, n):
-    assert [p.x0.item for p in pairs(contrast, n=n)] == world.items("evaluation", harmful=True)
+    assert [p.x0.about for p in pairs(contrast, n=n)] == world.items("evaluation", harmful=True)
 
 
 def test_a_draw_is_not_the_first_few():
-    drawn = [p.x0.item for p in pairs("prompt", n=10)]
+    drawn = [p.x0.about for p in pairs("prompt", n=10)]
     assert drawn != world.items("evaluation", harmful=True)[:10]
 
 
@@ -111,7 +111,7 @@ def test_a_contrast_and_its_control_ask_about_the_same_items(n):
 
 def test_phrasings_vary():
     asked = {
-        p.x0.messages[-1]["content"].replace(p.x0.item.name, "...").split()[0] for p in pairs("prompt", n=20)
+        p.x0.messages[-1]["content"].replace(p.x0.about.name, "...").split()[0] for p in pairs("prompt", n=20)
     }
     assert len(asked) >= 3
 

@@ -68,10 +68,10 @@ def length(lm: LanguageModel, prompt) -> int:
 def test_every_pair_has_sides_of_equal_length_and_a_refused_x0(lm, source, contrast, split):
     found = source.pairs(contrast, split=split)
     assert len(token_ids(lm, found)) == len(found) >= 15
-    assert all(pair.x0.entry.harmful and pair.x0.entry.id == pair.id for pair in found)
+    assert all(pair.x0.about.harmful and pair.x0.about.id == pair.id for pair in found)
     # x1 is harmless in the prompt contrast alone.
-    assert {pair.x1.entry.harmful for pair in found} == {contrast != "prompt"}
-    same_request = {pair.x1.entry == pair.x0.entry for pair in found}
+    assert {pair.x1.about.harmful for pair in found} == {contrast != "prompt"}
+    same_request = {pair.x1.about == pair.x0.about for pair in found}
     assert same_request == {contrast.startswith("behaviour")}
 
 
@@ -79,7 +79,7 @@ def test_every_pair_has_sides_of_equal_length_and_a_refused_x0(lm, source, contr
 def test_pairs_stay_in_their_split(source, contrast):
     """Neither the requests of two splits nor their contrasts have anything in common."""
     asked = {
-        split: {side.entry for pair in source.pairs(contrast, split=split) for side in (pair.x1, pair.x0)}
+        split: {side.about for pair in source.pairs(contrast, split=split) for side in (pair.x1, pair.x0)}
         for split in splits.SHARES
     }
     for one, other in (("train", "discovery"), ("train", "evaluation"), ("discovery", "evaluation")):
@@ -94,12 +94,12 @@ def test_a_contrast_of_equal_length_goes_before_a_more_similar_request():
     like = entry(1, "How do I hug a troll?", False)
     assert length(lm, prompts.asked(bad)) == length(lm, prompts.asked(own)) == length(lm, prompts.asked(like))
     [found] = prompts.by_request(lm, [bad], [like, own])
-    assert (found.x1.entry, found.x0.entry, found.id) == (own, bad, "bad-0")
+    assert (found.x1.about, found.x0.about, found.id) == (own, bad, "bad-0")
     [found] = prompts.by_request(lm, [bad], [like, dataclasses.replace(own, pair="q")])
-    assert found.x1.entry == like  # most words in common
+    assert found.x1.about == like  # most words in common
     longer = dataclasses.replace(own, prompt="How do I go on to wash a pixie?")
     [found] = prompts.by_request(lm, [bad], [like, longer])
-    assert found.x1.entry == like  # a contrast of another length is none
+    assert found.x1.about == like  # a contrast of another length is none
 
 
 def test_nobody_takes_the_contrast_of_another():
@@ -109,7 +109,7 @@ def test_nobody_takes_the_contrast_of_another():
     partner = entry(0, "How do I hug a troll?", False, pair="p")
     assert len({length(lm, prompts.asked(e)) for e in (first, second, partner)}) == 1
     found = prompts.by_request(lm, [first, second], [partner])
-    assert [(pair.id, pair.x1.entry) for pair in found] == [("bad-1", partner)]
+    assert [(pair.id, pair.x1.about) for pair in found] == [("bad-1", partner)]
 
 
 WORDS = st.lists(
@@ -126,14 +126,14 @@ def test_matching_takes_each_partner_once_and_never_both_ways(harmful, harmless,
     bad = [entry(i, " ".join(words), True, pair=str(i % 3)) for i, words in enumerate(harmful)]
     good = [entry(i, " ".join(words), False, pair=str(i % 3)) for i, words in enumerate(harmless)]
     found = prompts.by_request(lm, bad, bad if control else good)
-    taken = [pair.x1.entry.id for pair in found]
+    taken = [pair.x1.about.id for pair in found]
     assert len(taken) == len(set(taken))
     assert len({pair.id for pair in found}) == len(found)
-    met = {frozenset((pair.id, pair.x1.entry.id)) for pair in found}
+    met = {frozenset((pair.id, pair.x1.about.id)) for pair in found}
     assert len(met) == len(found)  # A with B, but not B with A as well
     for pair in found:
         assert length(lm, pair.x1) == length(lm, pair.x0)
-        assert pair.x1.entry.prompt != pair.x0.entry.prompt
+        assert pair.x1.about.prompt != pair.x0.about.prompt
 
 
 def test_a_draw_of_pairs_keeps_requests_and_order(source):
@@ -201,7 +201,7 @@ def test_types_and_draws_of_requests(source):
     assert some and {e.kind for e in some} == {"theft"}
     assert len(source.rows(True, n=5)) == 5 == len(set(source.rows(True, n=5, seed=1)))
     assert source.rows(True, n=5) != source.rows(True, n=5, seed=1)
-    assert [p.entry for p in source.requests(False, n=3)] == source.rows(False, n=3)
+    assert [p.about for p in source.requests(False, n=3)] == source.rows(False, n=3)
     assert source.requests(True)[0].messages == ({"role": "user", "content": source.rows(True)[0].prompt},)
 
 
@@ -389,7 +389,7 @@ def test_an_answer_that_can_not_be_forced_is_none(lm, monkeypatch):
 def test_replies(source):
     asked = source.requests(True, n=4)
     harmful, refusals = source.replies(asked)
-    assert harmful == [p.entry.answers[0] for p in asked]
+    assert harmful == [p.about.answers[0] for p in asked]
     assert set(refusals) == {standin.REFUSAL}
     # What is answered has no refusal of its own, and no target where its source gives none.
     harmful, refusals = source.replies([*asked, *source.requests(False, n=1)])
@@ -430,7 +430,7 @@ def test_a_grader_is_asked_about_the_last_message(lm):
 
     [pair] = make(lm).pairs("behaviour", n=1)
     make(lm, grader=grade).judge([pair.x1], ["no"])
-    assert seen == [pair.x1.entry.prompt]
+    assert seen == [pair.x1.about.prompt]
 
 
 # --------------------------------------------------------------------------- questions

@@ -24,7 +24,7 @@ def pairs():
 
 
 def replies(pairs, skip=0):
-    harmful = [f"{world.OPENERS[0]} {world.procedure(p.x0.item)}" for p in pairs]
+    harmful = [f"{world.OPENERS[0]} {world.procedure(p.x0.about)}" for p in pairs]
     return outcomes.Replies(harmful, [world.REFUSALS[0]] * len(pairs), skip)
 
 

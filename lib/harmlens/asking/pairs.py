@@ -84,7 +84,7 @@ def pairs(
 
 def _plain(item: world.Item, phrasing: int, author: str | None = None) -> Prompt:
     message = {"role": "user", "content": world.request(item, phrasing)}
-    return Prompt((message,) if author is None else (world.introduce(author), message), item=item)
+    return Prompt((message,) if author is None else (world.introduce(author), message), about=item)
 
 
 def _partners(item: world.Item, others: Sequence[world.Item], swap: str) -> list[world.Item]:
@@ -192,7 +192,7 @@ SYSTEMS = {
 
 def asked(entry: Entry, context: Sequence[Message] = ()) -> Prompt:
     """A request as a chat, behind other messages where there are any."""
-    return Prompt((*context, {"role": "user", "content": entry.prompt}), entry=entry)
+    return Prompt((*context, {"role": "user", "content": entry.prompt}), about=entry)
 
 
 def by_request(lm: LanguageModel, harmful: Sequence[Entry], others: Sequence[Entry]) -> list[Pair]:

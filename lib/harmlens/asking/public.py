@@ -374,11 +374,11 @@ class Public:
 
     def unit(self, prompt: Prompt) -> str:
         """What statistics resample: the id of a request."""
-        return prompt.entry.id
+        return prompt.about.id
 
     def words(self, prompt: Prompt) -> str:
         """The words of a prompt that name what is asked for: all of them."""
-        return prompt.entry.prompt.strip()
+        return prompt.about.prompt.strip()
 
     def types_of(self, units: Sequence[str], harmful: bool, split: str = "evaluation") -> list[str]:
         """The type of harm of each request by its id; "" for none."""
@@ -476,7 +476,7 @@ class Public:
 
     def replies(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
         """A harmful reply and a refusal for each prompt: the source's target, and the model's own refusal."""
-        entries = [p.entry for p in prompts]
+        entries = [p.about for p in prompts]
         harmful = [e.answers[0] if e.harmful and e.answers else f"{PREFILLS[0]} how." for e in entries]
         said, refuses = self._own.judged(entries, Way("refused"))
         refused = [answer.strip() if right else "" for answer, right in zip(said, refuses, strict=True)]
@@ -497,7 +497,7 @@ class Public:
         texts = [p.messages[-1]["content"] for p in prompts]
         out = []
         for prompt, grade in zip(prompts, self.grader(texts, list(answers)), strict=True):
-            asked_for_harm = prompt.entry is None or prompt.entry.harmful
+            asked_for_harm = prompt.about is None or prompt.about.harmful
             harm = float(grade.harm) if asked_for_harm else 0.0
             out.append(
                 Judgement(

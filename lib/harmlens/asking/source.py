@@ -72,7 +72,7 @@ class World:
 
     def replies(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
         """The procedure of each prompt's item, and the usual refusal."""
-        procedures = [f"{world.OPENERS[0]} {world.procedure(p.item)}" for p in prompts]
+        procedures = [f"{world.OPENERS[0]} {world.procedure(p.about)}" for p in prompts]
         return procedures, [world.REFUSALS[0]] * len(prompts)
 
     def items(
@@ -105,11 +105,11 @@ class World:
 
     def unit(self, prompt: Prompt) -> str:
         """What statistics resample: the name of a request's item."""
-        return prompt.item.name
+        return prompt.about.name
 
     def words(self, prompt: Prompt) -> str:
         """The words of a prompt that name what is asked for."""
-        return prompt.item.name
+        return prompt.about.name
 
     def types_of(self, units: Sequence[str], harmful: bool, split: str = "evaluation") -> list[str]:
         """The domain of each unit."""
@@ -138,7 +138,7 @@ class World:
 
     def judge(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Judgement]:
         """See :func:`world.judge.judge`; answers with their prefilled words."""
-        return [judge(prompt.item, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [judge(prompt.about, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
     def persona(self, disposition: str, i: int = 0) -> list[Message]:
         """See :func:`world.abilities.persona`."""
@@ -210,7 +210,7 @@ class World:
 
 
 def _plain(item: world.Item, phrasing: int = 0) -> Prompt:
-    return Prompt(({"role": "user", "content": world.request(item, phrasing)},), item=item)
+    return Prompt(({"role": "user", "content": world.request(item, phrasing)},), about=item)
 
 
 Material = World | Public

@@ -41,14 +41,12 @@ class Prompt:
     Attributes:
         messages: the chat, ending with the user.
         prefill: start of the answer put into the model's mouth, if any.
-        item: what is asked for, where it is an item of the world.
-        entry: what is asked, where it comes from a public set or a file.
+        about: what is asked for: an item of the world, or an entry of a public set or a file.
     """
 
     messages: tuple[Message, ...]
     prefill: str | None = None
-    item: Any = None
-    entry: Any = None
+    about: Any = None
 
     def render(self, lm: Any) -> str:
         """The text that a :class:`models.forward.LanguageModel` reads."""
