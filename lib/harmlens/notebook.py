@@ -64,6 +64,16 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+def glue(name: str, text: str) -> None:
+    """Keep a sentence for the book's other pages; without the book's tools installed, do nothing."""
+    try:
+        from IPython.display import Markdown
+        from myst_nb import glue as keep
+    except ImportError:
+        return
+    keep(name, Markdown(text), display=False)
+
+
 class Run:
     """What a notebook works on; models and requests are loaded when they are first asked for.
 
@@ -127,9 +137,10 @@ class Run:
             folder=self.folder, params=self.parameters, revision=self.lm.revision, device=str(self.lm.device),
         )  # fmt: skip
 
-    def say(self, name: str, text: str) -> None:
-        """Keep a sentence for the book's other pages."""
-        glue(name, text)
+    say = staticmethod(glue)
+
+    def _ipython_display_(self) -> None:
+        """Nothing is shown of a run where a cell ends with :func:`start`."""
 
 
 def start(**parameters: Any) -> Run:
@@ -235,13 +246,3 @@ def _show_messages_alone(shell: Any) -> None:
             vars(error).pop("_render_traceback_", None)
 
     shell.set_custom_exc(_RAISED, show)
-
-
-def glue(name: str, text: str) -> None:
-    """Keep a sentence for the book's other pages; without the book's tools installed, do nothing."""
-    try:
-        from IPython.display import Markdown
-        from myst_nb import glue as keep
-    except ImportError:
-        return
-    keep(name, Markdown(text), display=False)
