@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmlens.flow.cells import Freeze
+from harmlens.flow.engine import Freeze
 from harmlens.models.chats import Pair, tokens
 from harmlens.models.forward import LanguageModel
 
@@ -153,7 +153,7 @@ def sweep(
     positions: Callable[[int], Sequence[Sequence[int]]],
     *,
     direction: str = "denoising",
-    window: int = 1,
+    layers: Sequence[range] | None = None,
     freeze: Freeze | None = None,
     replies: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,9 +163,10 @@ def sweep(
         read: outcome of logits [pos, vocab], for the pair of this index.
         cells: sites, with the units of each layer where they have some.
         positions: groups of positions for the pair of this index.
+        layers: what is patched at once; default: each layer on its own.
     """
-    net, half = Naive(lm), window // 2
-    depth = len(net.blocks)
+    net = Naive(lm)
+    together = windows(len(net.blocks), 1) if layers is None else layers
     y1, y0, patched = [], [], []
     for k, pair in enumerate(pairs):
         ids = ids_of(lm, pair, () if replies is None else replies[k])
@@ -174,16 +175,20 @@ def sweep(
         y0.append(read(runs[1]["logits"][0], k))
         at, there = (1, 0) if direction == "denoising" else (0, 1)
         for site, units in cells:
-            for layer in range(depth):
-                near = range(max(0, layer - half), min(depth, layer + half + 1))
+            for near in together:
                 for where in positions(k):
                     found = net.patched(
                         ids[at], runs[at], runs[there], site, near, where,
-                        units=units.get(layer, ()), freeze=freeze,
+                        units=units.get(near[0], ()), freeze=freeze,
                     )  # fmt: skip
                     patched.append(read(found[0], k))
-    shape = (len(pairs), len(cells), depth, -1)
+    shape = (len(pairs), len(cells), len(together), -1)
     return torch.stack(y1), torch.stack(y0), torch.stack(patched).reshape(shape).permute(1, 2, 3, 0)
+
+
+def windows(depth: int, size: int) -> list[range]:
+    """Neighbouring layers around each layer, cut off at the ends of the stack."""
+    return [range(max(0, i - size // 2), min(depth, i + size // 2 + 1)) for i in range(depth)]
 
 
 def heads(lm: LanguageModel) -> list[tuple[str, dict[int, range]]]:

@@ -20,7 +20,7 @@ from harmlens.asking import datasets, public, tasks
 from harmlens.asking import pairs as prompts
 from harmlens.asking.public import PREFILLS, Public
 from harmlens.flow import interventions, neurons, outcomes, patching
-from harmlens.flow.cells import Freeze
+from harmlens.flow.engine import Freeze
 from harmlens.judging import completions, graders
 from harmlens.judging.graders import Grade
 from harmlens.models import chats, forward
@@ -35,6 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 BEHIND_A_NORM = {"gemma2", "gemma3", "olmo2"}  # a norm stands behind the MLP: no closed form
 HARMFUL_VERBS = tuple(harmful for _, harmful, _ in standin.VERBS)
 LAYERS, WIDTH, HIDDEN = 2, 32, 64
+MODULES = ("mlp_out", "attn_out")
 
 
 @functools.cache
@@ -165,19 +166,19 @@ def test_pairs_of_every_contrast_have_sides_of_equal_length(exact, exact_source,
 
 def test_both_sides_differ_in_the_outcome(exact, pairs, y1):
     """Otherwise nothing below would mean anything."""
-    total = patching.layers(exact, pairs, y1).total
+    total = patching.patch(exact, pairs, y1).total
     assert total.mean() > 0.1  # a pair may have none: its words lie outside the window of some models
 
 
 @pytest.mark.parametrize("direction", patching.DIRECTIONS)
 def test_patching_everything_gives_the_total_effect(lm, pairs, y1, direction):
-    found = patching.residual(lm, pairs, y1, positions="all", direction=direction)
+    found = patching.patch(lm, pairs, y1, sites="resid_post", positions="all", direction=direction)
     near(found.at("resid_post"), found.total.expand(LAYERS, -1), lm)
 
 
 def test_replies_are_scored_alike_with_and_without_patching(lm, source, pairs):
     harmful, refusals = source.replies([pair.x0 for pair in pairs])
-    found = patching.residual(lm, pairs, outcomes.Replies(harmful, refusals), layers=[0])
+    found = patching.patch(lm, pairs, outcomes.Replies(harmful, refusals), sites="resid_post", layers=[0])
     scored = outcomes.sequence_score(lm, [pair.x1.render(lm) for pair in pairs], harmful, refusals)
     near(found.y1, scored, lm)
 
@@ -192,16 +193,17 @@ def test_a_run_patched_with_itself_is_unchanged(exact, pairs, y1):
 
 
 def test_before_the_first_difference_there_is_nothing_to_patch(exact, pairs, y1):
-    found = patching.modules(exact, pairs, y1, positions=lambda lm, pair: {"before": range(4)})
+    before = {"before": range(4)}
+    found = patching.patch(exact, pairs, y1, sites=MODULES, positions=lambda lm, pair: before)
     assert found.effects.abs().max() == 0
 
 
 def test_severed_paths(exact, pairs, y1):
     """Behind the last layer's MLP nothing can react; behind the first layer's, attention or MLP does."""
-    free = patching.modules(exact, pairs, y1, positions="all")
+    free = patching.patch(exact, pairs, y1, sites=MODULES, positions="all")
     moved = 0.0
     for site in ("mlp_out", "attn_out"):
-        cut = patching.modules(exact, pairs, y1, positions="all", freeze=Freeze(site))
+        cut = patching.patch(exact, pairs, y1, sites=MODULES, positions="all", freeze=Freeze(site))
         near(cut.at("mlp_out")[-1], free.at("mlp_out")[-1], exact)
         moved += float((cut.at("mlp_out")[0] - free.at("mlp_out")[0]).abs().max())
     assert moved > 10 * forward.tolerance(exact)
@@ -213,9 +215,9 @@ def test_units_of_the_last_mlp(lm, pairs, y1):
     assert found.method == ("patching" if architecture in BEHIND_A_NORM else "closed form")
     some = (0, 5, HIDDEN - 1)
     units = {str(u): {LAYERS - 1: [u]} for u in some}
-    real = patching.sweep(lm, pairs, y1, sites=("neurons",), layers=[LAYERS - 1], units=units)
+    real = patching.patch(lm, pairs, y1, sites=units, layers=[LAYERS - 1])
     near(torch.stack([found.at(u) for u in some]), real.effects[:, 0, 0], lm)
-    whole = patching.sweep(lm, pairs, y1, sites=("mlp_out",), layers=[LAYERS - 1])
+    whole = patching.patch(lm, pairs, y1, sites="mlp_out", layers=[LAYERS - 1])
     order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(0)).tolist()
     grown = neurons.set_effects(lm, pairs, y1, {k: order[:k] for k in (0, len(order))})
     near(grown.at(0), torch.zeros(len(pairs)), lm)

@@ -81,7 +81,7 @@ LM = tiny.model()
 
 def same_as_hooks(lm, sites=("layer", "attn_out", "mlp_out", "resid_post"), **options):
     """A sweep at the last position is what whole runs with one hook each give."""
-    found = patching.sweep(lm, PAIRS, Y1, sites=sites, **options)
+    found = patching.patch(lm, PAIRS, Y1, sites=sites, **options)
     y1, y0, patched = naive.sweep(lm, PAIRS, read, [(site, {}) for site in sites], last, **options)
     torch.testing.assert_close(found.y1, y1, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.y0, y0, atol=1e-4, rtol=1e-4)
@@ -111,12 +111,12 @@ def test_h5_modules_of_blocks_that_add_in_place(falcon, options):
 
 
 def test_h5_windows_of_blocks_that_add_in_place(falcon):
-    same_as_hooks(falcon, ("layer", "attn_out", "mlp_out"), window=3)
+    same_as_hooks(falcon, ("layer", "attn_out", "mlp_out"), layers=naive.windows(3, 3))
 
 
 def test_h5_units_of_blocks_that_add_in_place(falcon):
     units = {layer: (1, 5) for layer in range(3)}
-    found = patching.sweep(falcon, PAIRS, Y1, sites=("neurons",), units={"some": units})
+    found = patching.patch(falcon, PAIRS, Y1, sites={"some": units})
     _, y0, patched = naive.sweep(falcon, PAIRS, read, [("neurons", units)], last)
     torch.testing.assert_close(found.patched, patched, atol=1e-4, rtol=1e-4)
     single = neurons.last_layer(falcon, PAIRS, Y1)
@@ -128,7 +128,7 @@ def test_h5_units_of_blocks_that_add_in_place(falcon):
 def test_h5_a_first_mlp_that_reads_the_same_word_has_no_effect():
     """In a parallel block it reads the embedding alone, and the last word of both prompts is the same."""
     lm = make(FalconConfig, ffn_hidden_size=48, alibi=False, **FALCONS["7B"])
-    found = patching.modules(lm, PAIRS, Y1)
+    found = patching.patch(lm, PAIRS, Y1, sites=("mlp_out", "attn_out"))
     assert found.at("mlp_out")[0].abs().max() < 1e-5 < found.at("attn_out")[0].abs().max()
 
 
@@ -244,7 +244,7 @@ def test_t9_h26_blocks_that_cant_be_patched_are_refused_in_the_same_words(name):
     lm = make(made, **options)
     v = torch.ones(32)
     for call in (
-        lambda: patching.layers(lm, PAIRS, Y1),
+        lambda: patching.patch(lm, PAIRS, Y1),
         lambda: patching.across(lm, lm, [PAIRS[0].x1], Y1),
         lambda: neurons.last_layer(lm, PAIRS, Y1),
         lambda: neurons.set_effects(lm, PAIRS, Y1, [[0]]),
@@ -271,7 +271,7 @@ def test_t9_models_of_several_streams_are_named():
     )  # fmt: skip
     texts = [pair.x1.render(lm) for pair in PAIRS]
     for call in (
-        lambda: patching.layers(lm, PAIRS, Y1),
+        lambda: patching.patch(lm, PAIRS, Y1),
         lambda: interventions.activations(lm, ["a"], {0: [0]}),
         lambda: interventions.states(lm, texts),
         lambda: interventions.states(lm, texts, normed=True),
@@ -314,25 +314,25 @@ def test_h29_a_sweep_of_a_steered_model_is_what_hooks_give(architecture, how):
     falcon = architecture == "falcon"
     lm = make(FalconConfig, alibi=False, **FALCONS["7B"]) if falcon else tiny.model(architecture, layers=3)
     v = torch.randn(32, generator=torch.Generator().manual_seed(1))
-    plain = patching.layers(lm, PAIRS, Y1)
+    plain = patching.patch(lm, PAIRS, Y1)
     with directions.added(lm, directions.Direction(v, 1)) if how == "added" else directions.ablated(lm, v):
         steered = same_as_hooks(lm)
-        same_as_hooks(lm, ("layer", "attn_out", "mlp_out"), window=3)
+        same_as_hooks(lm, ("layer", "attn_out", "mlp_out"), layers=naive.windows(3, 3))
     assert (steered.at("layer") - plain.at("layer")).abs().max() > 1e-3
 
 
 def test_h29_hooks_under_which_blocks_cant_be_run_in_part_are_named():
     """Such as one that scales by the number of positions, or acts on the last word of a prompt only."""
     lm = tiny.model()
-    patching.layers(lm, PAIRS, Y1)  # what was right without hooks is looked at again with them
+    patching.patch(lm, PAIRS, Y1)  # what was right without hooks is looked at again with them
     lm.model.model.layers[1].register_forward_pre_hook(
         lambda m, args: (args[0] * args[0].shape[1], *args[1:])
     )
     with pytest.raises(ValueError, match=r"carries hooks \(steering\?\) on model\.layers\.1,.*take them off"):
-        patching.layers(lm, PAIRS, Y1)
+        patching.patch(lm, PAIRS, Y1)
     lm = tiny.model()
     with (
         interventions.overwriting(lm, {0: [1, 2, 3]}, interventions.scale(9.0), where="both"),
         pytest.raises(ValueError, match=r"carries hooks \(steering\?\) on model\.layers\.0\.mlp\.down_proj"),
     ):
-        patching.layers(lm, PAIRS, Y1)
+        patching.patch(lm, PAIRS, Y1)

@@ -15,10 +15,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from harmlens.asking import pairs as prompts
 from harmlens.evidence import results
 from harmlens.evidence.stats import Estimate
-from harmlens.flow import directions, interventions, outcomes, patching
+from harmlens.flow import directions, interventions
 from harmlens.judging import completions, graders
 from harmlens.keep import digests, remember
 from harmlens.keep.files import data_dir
@@ -285,11 +284,8 @@ def test_h1_runs_and_scores_of_a_steered_model_are_its_own(lm, tmp_path):
         assert not torch.equal(value, steered.values[name])
 
 
-def test_h13_shuffled_weights_are_swept_and_scored_anew(lm, tmp_path):
-    pairs, y1 = prompts.pairs("prompt", n=2), outcomes.y1(outcomes.TokenSets((5, 9, 20), (7, 31)))
-    file = tmp_path / "sweep.jsonl"
+def test_h13_shuffled_weights_are_scored_anew(lm, tmp_path):
     scored = attribution.prune_score(lm, rows(), folder=tmp_path)
-    swept = patching.layers(lm, pairs, y1, save=file)
     for change in (shuffle, columns):
         changed = tiny.model()
         change(changed)
@@ -297,9 +293,6 @@ def test_h13_shuffled_weights_are_swept_and_scored_anew(lm, tmp_path):
         for name, value in fresh.values.items():
             assert torch.equal(found.values[name], value)
         assert any(not torch.equal(found.values[name], value) for name, value in scored.values.items())
-        again, new = (patching.layers(changed, pairs, y1, save=f) for f in (file, None))
-        assert torch.equal(again.patched, new.patched) and not torch.equal(again.patched, swept.patched)
-    assert torch.equal(patching.layers(lm, pairs, y1, save=file).patched, swept.patched)
 
 
 # --------------------------------------------------------------------------- files: order, processes, crashes

@@ -484,7 +484,7 @@ def test_h20_texts_that_are_too_long_are_refused_everywhere(kind, tmp_path):
         "follow": lambda: forward.follow(lm, [text], ["yes"]),
         "write": lambda: completions.complete(lm, [one], file=tmp_path / "a.jsonl", max_new_tokens=1),
         "states": lambda: interventions.states(lm, [text]),
-        "sweep": lambda: patching.layers(lm, [pair], y1),
+        "sweep": lambda: patching.patch(lm, [pair], y1),
         "pairs": lambda: prompts.token_ids(lm, [pair]),
         "scores": lambda: attribution.prune_score(lm, [row]),
     }
@@ -509,7 +509,7 @@ def test_h20_a_reply_counts_too():
     one, other = (asked(f"{word} " + " ".join(["river"] * 40)) for word in ("yes", "no"))
     replies = outcomes.Reply([" ".join(["sea"] * 40)])
     with pytest.raises(ValueError, match=r"pair 'p' with its reply has \d+ tokens, more than the 64"):
-        patching.layers(lm, [Pair("p", one, other)], replies)
+        patching.patch(lm, [Pair("p", one, other)], replies)
 
 
 def test_a_model_that_passes_is_left_as_it_was(saved, tmp_path):

@@ -166,9 +166,9 @@ def test_a_sweep_does_little_more_than_it_must(lm, shape):
     assert sizes.texts >= 2
     y1 = outcomes.y1(outcomes.TokenSets((5, 6, 7, 8), (9, 10, 11, 12)))
     sites = {"sites": ("layer", "mlp_out", "attn_out"), "positions": "all"}
-    patching.sweep(lm, pairs[:1], y1, **sites)  # tries once whether its blocks can be patched
+    patching.patch(lm, pairs[:1], y1, **sites)  # tries once whether its blocks can be patched
     close_above(
-        counted(lambda: patching.sweep(lm, pairs, y1, **sites)), floors.patch(shape, sizes).flops, 1.8
+        counted(lambda: patching.patch(lm, pairs, y1, **sites)), floors.patch(shape, sizes).flops, 1.8
     )
     close_above(counted(lambda: neurons.last_layer(lm, pairs, y1)), floors.neurons(shape, sizes).flops, 1.8)
 

@@ -38,8 +38,8 @@ def test_every_last_layer_unit_equals_real_patching(architecture, direction):
     got = neurons.last_layer(lm, PAIRS, Y1, direction=direction)
     units = {str(u): {1: [u]} for u in range(UNITS)}
     options = {"layers": [1], "direction": direction}
-    real = patching.sweep(lm, PAIRS, Y1, sites=("neurons",), units=units, **options)
-    whole = patching.sweep(lm, PAIRS, Y1, sites=("mlp_out",), **options)
+    real = patching.patch(lm, PAIRS, Y1, sites=units, **options)
+    whole = patching.patch(lm, PAIRS, Y1, sites="mlp_out", **options)
     assert got.method == ("patching" if architecture in BEHIND_A_NORM else "closed form")
     assert got.effects.abs().max() > 0.01
     torch.testing.assert_close(got.effects, real.effects[:, 0, 0].T, atol=1e-4, rtol=0)
@@ -67,7 +67,7 @@ def test_half_precision_agrees_with_patching_as_far_as_it_carries(dtype):
     lm.model.to(dtype)
     got = neurons.last_layer(lm, PAIRS, Y1)
     units = {str(u): {1: [u]} for u in range(UNITS)}
-    real = patching.sweep(lm, PAIRS, Y1, sites=("neurons",), units=units, layers=[1])
+    real = patching.patch(lm, PAIRS, Y1, sites=units, layers=[1])
     assert got.effects.dtype == torch.float32
     assert (got.effects - real.effects[:, 0, 0].T).abs().max() < 0.1
 
@@ -80,7 +80,7 @@ def test_half_precision_agrees_with_patching_as_far_as_it_carries(dtype):
 def test_other_outcomes_too(lm, outcome):
     got = neurons.last_layer(lm, PAIRS, outcome)
     units = {str(u): {1: [u]} for u in range(UNITS)}
-    real = patching.sweep(lm, PAIRS, outcome, sites=("neurons",), units=units, layers=[1])
+    real = patching.patch(lm, PAIRS, outcome, sites=units, layers=[1])
     torch.testing.assert_close(got.effects, real.effects[:, 0, 0].T, atol=1e-4, rtol=0)
 
 
@@ -129,7 +129,7 @@ def test_sets_equal_real_patching_in_every_layer(architecture, direction):
         got = neurons.set_effects(lm, PAIRS, Y1, sets, layer=layer, direction=direction)
         units = {name: {layer: list(some)} for name, some in sets.items()}
         options = {"layers": [layer], "direction": direction}
-        real = patching.sweep(lm, PAIRS, Y1, sites=("neurons",), units=units, **options)
+        real = patching.patch(lm, PAIRS, Y1, sites=units, **options)
         torch.testing.assert_close(got.effects, real.effects[:, 0, 0].T, atol=1e-4, rtol=0)
         torch.testing.assert_close(got.at("all"), got.whole, atol=1e-4, rtol=0)
 

@@ -1,8 +1,9 @@
 """Sweeps: identities that any right patching obeys, what is saved, and what is refused by name."""
 
+import copy
 import dataclasses
-import json
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harmlens.asking import pairs as prompts
-from harmlens.flow import outcomes, patching
-from harmlens.flow.cells import SITES, Freeze
+from harmlens.evidence import stats
+from harmlens.flow import engine, outcomes, patching
+from harmlens.flow.engine import SITES, Freeze
 from harmlens.flow.outcomes import Outcome, Replies, Reply, TokenSets
-from harmlens.flow.patching import Sweep, sweep
+from harmlens.flow.patching import Effects, patch
+from harmlens.models import forward
 from harmlens.models.chats import Pair, Prompt
 from harmlens.models.forward import LanguageModel
 
@@ -39,14 +42,14 @@ def lm(request):
 
 @pytest.mark.parametrize("direction", patching.DIRECTIONS)
 def test_the_whole_residual_stream_carries_the_whole_effect(lm, direction):
-    found = patching.residual(lm, PAIRS, Y1, positions="all", direction=direction)
+    found = patching.patch(lm, PAIRS, Y1, sites="resid_post", positions="all", direction=direction)
     torch.testing.assert_close(found.at("resid_post"), found.total.expand(3, -1), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("direction", patching.DIRECTIONS)
 def test_behind_the_last_block_the_last_position_is_all_there_is(lm, direction):
     """Whatever the model: this is no finding."""
-    found = patching.residual(lm, PAIRS, Y1, direction=direction, positions=prompts.roles)
+    found = patching.patch(lm, PAIRS, Y1, sites="resid_post", direction=direction, positions=prompts.roles)
     torch.testing.assert_close(found.at("resid_post", "last")[-1], found.total, atol=1e-4, rtol=0)
     for other in ("changed", "request", "template"):
         assert found.at("resid_post", other)[-1].abs().max() < 1e-5
@@ -56,8 +59,8 @@ def test_both_directions_are_one_experiment_seen_from_two_sides(lm):
     """Noising x1 is denoising with the sides swapped: TIE = Y(x1) - Y(x1; M(x0))."""
     swapped = [Pair(p.id, p.x0, p.x1) for p in PAIRS]
     options = {"sites": SITES[:5], "positions": prompts.roles}
-    tie = sweep(lm, PAIRS, Y1, direction="noising", **options)
-    nie = sweep(lm, swapped, Y1, direction="denoising", **options)
+    tie = patch(lm, PAIRS, Y1, direction="noising", **options)
+    nie = patch(lm, swapped, Y1, direction="denoising", **options)
     torch.testing.assert_close(tie.patched, nie.patched, atol=1e-5, rtol=0)
     torch.testing.assert_close(tie.effects, -nie.effects, atol=1e-5, rtol=0)
     torch.testing.assert_close(tie.total, -nie.total, atol=1e-5, rtol=0)
@@ -65,7 +68,7 @@ def test_both_directions_are_one_experiment_seen_from_two_sides(lm):
 
 def test_the_first_differing_word_carries_everything_at_the_start(lm):
     """Patching the changed word behind block 0 in one run is, before anything moved on, the other run."""
-    found = patching.residual(lm, PAIRS, Y1, positions=lambda lm, p: {
+    found = patching.patch(lm, PAIRS, Y1, sites="resid_post", positions=lambda lm, p: {
         "from here": range(prompts.roles(lm, p)["changed"][0], prompts.roles(lm, p)["last"][0] + 1)
     })  # fmt: skip
     torch.testing.assert_close(found.at("resid_post"), found.total.expand(3, -1), atol=1e-4, rtol=0)
@@ -91,7 +94,7 @@ def test_both_directions_agree_where_everything_is_linear():
     lm.model.model.norm = nn.Identity()
     pairs = [Pair(p.id, *(dataclasses.replace(s, prefill=w) for s, w in ((p.x1, "sure"), (p.x0, "no"))))
              for p in prompts.pairs("behaviour", n=3)]  # fmt: skip
-    found = {d: sweep(lm, pairs, linear, sites=PLAIN, direction=d) for d in patching.DIRECTIONS}
+    found = {d: patch(lm, pairs, linear, sites=PLAIN, direction=d) for d in patching.DIRECTIONS}
     nie, tie = (found[d].effects for d in patching.DIRECTIONS)
     torch.testing.assert_close(nie, tie, atol=1e-4, rtol=1e-4)
     ids = [lm.tokenizer(word, add_special_tokens=False)["input_ids"][-1] for word in ("sure", "no")]
@@ -119,10 +122,10 @@ def linear(logits):
 # --------------------------------------------------------------------------- the record of a sweep
 
 
-def made(direction="denoising", pairs=3, layers=2, positions=("changed", "last"), seed=0) -> Sweep:
+def made(direction="denoising", pairs=3, layers=2, positions=("changed", "last"), seed=0) -> Effects:
     g = torch.Generator().manual_seed(seed)
     shape = (2, layers, len(positions), pairs)
-    return Sweep(
+    return Effects(
         ("mlp_out", "attn_out"), tuple(range(layers)), positions, tuple(f"pair {i}" for i in range(pairs)),
         direction, torch.randn(pairs, generator=g) + 5, torch.randn(pairs, generator=g),
         torch.randn(shape, generator=g), torch.rand(shape, generator=g),
@@ -133,7 +136,7 @@ def test_effects_worked_by_hand():
     patched = torch.tensor([2.0, 7.0]).view(1, 1, 1, 2)
     y1, y0 = torch.tensor([4.0, 8.0]), torch.tensor([1.0, 3.0])
     for direction, want in (("denoising", [1.0, 4.0]), ("noising", [2.0, 1.0])):
-        found = Sweep(("layer",), (0,), ("last",), ("a", "b"), direction, y1, y0, patched, patched)
+        found = Effects(("layer",), (0,), ("last",), ("a", "b"), direction, y1, y0, patched, patched)
         assert found.total.tolist() == [3.0, 5.0]
         assert found.at("layer").tolist() == [want]
 
@@ -157,22 +160,6 @@ def test_sites_and_positions_are_asked_for_by_name():
         found.at("mlp_out", "first")
 
 
-def test_the_table_has_a_row_for_each_patch():
-    found = made()
-    table = found.to_dataframe()
-    assert len(table) == 2 * 2 * 2 * 3
-    assert list(table) == ["site", "layer", "position", "pair", "effect", "patched", "size", "total"]
-    row = table[
-        (table.site == "attn_out")
-        & (table.layer == 1)
-        & (table.position == "last")
-        & (table.pair == "pair 2")
-    ]
-    assert row.effect.item() == found.effects[1, 1, 1, 2].item()
-    assert row["size"].item() == found.size[1, 1, 1, 2].item()
-    assert row.total.item() == found.total[2].item()
-
-
 def test_a_difference_of_sweeps():
     one, other = made(seed=1), made(seed=2)
     less = one.minus(other)
@@ -194,49 +181,10 @@ def test_sweeps_of_different_cells_have_no_difference(name, other):
         made().minus(other)
 
 
-def test_weak_pairs_are_left_out_by_name():
-    found = dataclasses.replace(made(pairs=4), y1=torch.tensor([5.0, 0.1, 4.0, -6.0]), y0=torch.zeros(4))
-    assert found.weak() == ["pair 1"]
-    assert found.weak(floor=4.5) == ["pair 1", "pair 2"]
-    with pytest.warns(UserWarning, match=r"1 of 4 pairs have \(nearly\) no total effect.*left out: pair 1$"):
-        strong = found.strong()
-    keep = [0, 2, 3]
-    assert strong.pairs == ("pair 0", "pair 2", "pair 3") and strong.weak() == []
-    assert torch.equal(strong.effects, found.effects[..., keep])
-    assert torch.equal(strong.total, found.total[keep]) and torch.equal(strong.size, found.size[..., keep])
-
-
-def test_without_weak_pairs_nothing_is_left_out(recwarn):
-    found = dataclasses.replace(made(), y1=torch.tensor([5.0, 4.0, 6.0]), y0=torch.zeros(3))
-    assert found.strong() is found and not recwarn.list
-
-
-@pytest.mark.parametrize("total", [0.0, 1.0])
-def test_without_any_total_effect_there_is_nothing_to_mediate(total):
-    found = dataclasses.replace(made(), y1=torch.full((3,), total), y0=torch.zeros(3))
-    with pytest.raises(ValueError, match="none of 3 has a total effect"):
-        found.strong(floor=1.0)
-
-
-def test_normalized_effects_are_ratios_of_means():
-    found = dataclasses.replace(made(pairs=12), y1=torch.linspace(4, 6, 12), y0=torch.zeros(12))
-    got = found.normalized("mlp_out", "last")
-    for layer in range(2):
-        want = found.effects[0, layer, 1].mean() / found.total.mean()
-        assert got[layer].value == pytest.approx(want.item(), rel=1e-5)
-        assert got[layer].low < got[layer].value < got[layer].high
-
-
-def test_without_a_total_effect_there_is_no_ratio():
-    found = dataclasses.replace(made(pairs=4), y1=torch.tensor([1.0, -1.0, 2.0, -2.0]), y0=torch.zeros(4))
-    with pytest.raises(ValueError, match="can't be told from zero, so a ratio means nothing"):
-        found.normalized("mlp_out", "last")
-
-
 def test_axes_of_a_sweep():
-    found = sweep(
-        LM, PAIRS, Y1, sites=("head", "neurons", "layer"), layers=[2, 0], positions=prompts.roles,
-        units={"a": {2: [3]}, "b": {0: [4, 5]}},
+    found = patch(
+        LM, PAIRS, Y1, sites=("head", {"a": {2: [3]}, "b": {0: [4, 5]}}, "layer"), layers=[2, 0],
+        positions=prompts.roles,
     )  # fmt: skip
     assert found.sites == ("head 0", "head 1", "head 2", "head 3", "a", "b", "layer")
     assert found.layers == (2, 0) and found.positions == ("changed", "request", "template", "last")
@@ -244,149 +192,18 @@ def test_axes_of_a_sweep():
     assert found.patched.shape == found.size.shape == (7, 2, 4, 4)
     assert (found.at("a", "last")[1] == 0).all() and (found.at("b", "last")[0] == 0).all()  # nothing there
     assert (found.at("a", "last")[0] != 0).all() and (found.at("b", "changed")[1] != 0).all()
-    whole = sweep(LM, PAIRS, Y1, sites=("layer",), positions=prompts.roles)
+    whole = patch(LM, PAIRS, Y1, sites="layer", positions=prompts.roles)
     torch.testing.assert_close(found.effects[6], whole.effects[0][[2, 0]], atol=1e-5, rtol=0)
-
-
-def test_named_sweeps_are_sweeps():
-    for name, sites in (
-        ("layers", ("layer",)), ("modules", ("mlp_out", "attn_out")), ("residual", ("resid_post",)),
-        ("heads", ("head",)),
-    ):  # fmt: skip
-        found = getattr(patching, name)(LM, PAIRS[:1], Y1, direction="noising")
-        assert torch.equal(found.patched, sweep(LM, PAIRS[:1], Y1, sites=sites, direction="noising").patched)
 
 
 def test_units_may_be_given_as_anything_with_numbers_in_it():
     many = [3, 1, 2]
     kinds = [many, tuple(many), range(1, 4), [3, 1, 1, 2]]
-    found = [sweep(LM, PAIRS[:1], Y1, sites=("neurons",), units={"a": {1: units}}) for units in kinds]
+    found = [patch(LM, PAIRS[:1], Y1, sites={"a": {1: units}}) for units in kinds]
     assert found[0].effects.abs().max() > 0
     for other in found[1:]:
         assert torch.equal(other.patched, found[0].patched)
     assert Freeze("neurons", units=range(1, 4)) == Freeze("neurons", units=(1, 2, 3))
-
-
-# --------------------------------------------------------------------------- saved as they come
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Counts the recordings and the patched batches."""
-    counted = {"record": 0, "run_cells": 0}
-    for module, name in ((patching.runs.stack, "record"), (patching.cells, "run_cells")):
-        real = getattr(module, name)
-
-        def counting(*args, real=real, name=name, **options):
-            counted[name] += 1
-            return real(*args, **options)
-
-        monkeypatch.setattr(module, name, counting)
-    return counted
-
-
-def test_nothing_is_run_again(tmp_path, calls):
-    file = tmp_path / "new folder" / "sweep.jsonl"
-    first = sweep(LM, PAIRS, Y1, sites=PLAIN, save=file)
-    before = dict(calls)
-    assert before["record"] == 3 and len(file.read_text().splitlines()) == 4
-    again = sweep(LM, PAIRS, Y1, sites=PLAIN, save=file)
-    assert calls == before
-    for name in ("y1", "y0", "patched", "size"):
-        assert torch.equal(getattr(again, name), getattr(first, name))
-    assert (again.pairs, again.sites) == (first.pairs, first.sites)
-
-
-def test_an_interrupted_sweep_keeps_what_is_done(tmp_path, calls, monkeypatch):
-    file = tmp_path / "sweep.jsonl"
-    whole = sweep(LM, PAIRS, Y1)
-    real, n = patching.cells.run_cells, []
-
-    def stops(*args, **options):
-        n.append(1)
-        if len(n) == 3:
-            raise KeyboardInterrupt
-        return real(*args, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(patching.cells, "run_cells", stops)
-        sweep(LM, PAIRS, Y1, save=file, batch_size=1)
-    done = [json.loads(line)["pair"] for line in file.read_text().splitlines()]
-    assert len(done) == 2
-    before = calls["run_cells"]
-    found = sweep(LM, PAIRS, Y1, save=file, batch_size=1)
-    assert calls["run_cells"] == before + 2
-    torch.testing.assert_close(found.patched, whole.patched, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("rest", ['{"key": "a', "\n", '{"key": 1}\n', "[]\n", "null\n", "\x00\x00"])
-def test_a_line_that_was_cut_off_is_survived(tmp_path, calls, rest):
-    file = tmp_path / "sweep.jsonl"
-    first = sweep(LM, PAIRS, Y1, save=file)
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:-1]) + rest)
-    before = calls["record"]
-    again = sweep(LM, PAIRS, Y1, save=file)
-    assert calls["record"] == before + 1
-    torch.testing.assert_close(again.patched, first.patched, atol=1e-5, rtol=0)
-    before = calls["record"]
-    sweep(LM, PAIRS, Y1, save=file)  # and what was added behind it can be read
-    assert calls["record"] == before
-
-
-OTHERS = {
-    "nothing": {},
-    "layers": {"layers": [0, 1]},
-    "as many cells": {"layers": [1, 0, 2]},
-    "sites": {"sites": ("resid_post",)},
-    "positions": {"positions": "all"},
-    "direction": {"direction": "noising"},
-    "window": {"window": 3},
-    "null": {"null": 0},
-    "another null": {"null": 1},
-    "noise": {"noise": 1.0},
-    "more noise": {"noise": 2.0},
-    "freeze": {"freeze": Freeze("mlp_out")},
-    "another freeze": {"freeze": Freeze("mlp_out", layers=(1,))},
-    "units": {"sites": ("neurons",), "units": {"a": {0: range(40)}}},
-    "other units": {"sites": ("neurons",), "units": {"a": {0: range(1, 41)}}},
-    "tokens": {"outcome": outcomes.y1(TokenSets((5,), (7,)))},
-    "as many other tokens": {"outcome": outcomes.y1(TokenSets((5, 9, 21), (7, 31)))},
-    "Y2": {"outcome": outcomes.y2(SETS)},
-    "Y2 of other tokens": {"outcome": outcomes.y2(TokenSets((5, 9, 20), (7,)))},
-    "function": {"outcome": lambda logits: logits[:, 5]},
-    "another function": {"outcome": lambda logits: logits[:, 6]},
-    "reply": {"outcome": Reply(["sure. take"] * 2)},
-    "end of the reply": {"outcome": Reply(["sure. take"] * 2, skip=1)},
-    "another reply": {"outcome": Reply(["no. take"] * 2)},
-    "two replies": {"outcome": Replies(["sure. take"] * 2, ["no."] * 2)},
-    "seed of the model": {"lm": tiny.model(layers=3, seed=1)},
-    "prompts": {"pairs": [Pair(p.id, p.x0, p.x1) for p in PAIRS[:2]]},
-    "names": {"pairs": [Pair(a.id, b.x1, b.x0) for a, b in zip(PAIRS[:2], PAIRS[1::-1], strict=True)]},
-}
-
-
-def test_other_arguments_are_not_mixed_up(tmp_path):
-    """All into one file, each then read from it: the same as without a file."""
-    file = tmp_path / "sweep.jsonl"
-    asked = {name: {"lm": LM, "pairs": PAIRS[:2], "outcome": Y1, **other} for name, other in OTHERS.items()}
-    alone = {name: sweep(**options) for name, options in asked.items()}
-    for _ in range(2):
-        for name, options in asked.items():
-            got = sweep(**options, save=file)
-            assert torch.equal(got.patched, alone[name].patched), name
-            assert got.pairs == alone[name].pairs
-
-
-def test_a_model_that_was_changed_is_another_model(tmp_path):
-    """Pruned or trained under its old name."""
-    lm = tiny.model(layers=3)
-    first = sweep(lm, PAIRS, Y1, save=tmp_path / "sweep.jsonl")
-    with torch.no_grad():
-        lm.model.model.layers[1].mlp.down_proj.weight[:, 7] = 0
-    second = sweep(lm, PAIRS, Y1, save=tmp_path / "sweep.jsonl")
-    assert torch.equal(second.patched, sweep(lm, PAIRS, Y1).patched)
-    assert not torch.equal(second.patched, first.patched)
 
 
 # --------------------------------------------------------------------------- bad input
@@ -404,29 +221,25 @@ def test_a_model_that_was_changed_is_another_model(tmp_path):
         ({"positions": lambda lm, p: {"a": [3], "b": []}}, r"positions: \['b'\] of pair .* are empty"),
         ({"positions": lambda lm, p: {p.id: [3]}}, "pairs do not have the same groups of positions"),
         ({"positions": "each"}, "'each' needs pairs of one length; with several lengths name groups by role"),
-        ({"window": 2}, "window=2 must be an odd number"),
-        ({"window": 0}, "window=0 must be an odd number"),
-        ({"window": -1}, "window=-1 must be an odd number"),
-        ({"window": 3, "sites": ("resid_post",)}, "window=3: only layer, attn_out and mlp_out"),
+        ({"layers": [range(2)], "sites": "resid_post"}, "only layer, attn_out and mlp_out can be patched"),
+        ({"layers": [range(2, 4)]}, r"layers=\[2, 3\] must be a non-empty list out of 0 to 2"),
         ({"layers": [3]}, r"layers=\[3\] must be a non-empty list out of 0 to 2"),
         ({"layers": [-1]}, r"layers=\[-1\] must be a non-empty list out of 0 to 2"),
         ({"layers": []}, r"layers=\[\] must be a non-empty list"),
-        ({"sites": ("neurons",)}, "units: give sets of hidden units with the site 'neurons'"),
-        ({"units": {"a": {0: [1]}}}, "units: give sets of hidden units with the site 'neurons'"),
-        ({"sites": ("neurons",), "units": {"a": {7: [1]}}}, r"units\['a'\]: there is no layer 7"),
-        ({"sites": ("neurons",), "units": {"a": {1: [64]}}}, r"units\['a'\]: layer 1 .* 0 to 63, not \[64\]"),
-        ({"sites": ("neurons",), "units": {"a": {1: [-2]}}}, r"layer 1 has .* units 0 to 63, not \[-2\]"),
+        ({"sites": "neurons"}, r"unknown \['neurons'\]; .* or give sets of hidden units as {name: {layer"),
+        ({"sites": {}}, r"unknown \[{}\]; .* or give sets of hidden units as {name: {layer: units}}"),
+        ({"sites": {"a": {7: [1]}}}, r"sites\['a'\]: there is no layer 7"),
+        ({"sites": {"a": {1: [64]}}}, r"sites\['a'\]: layer 1 .* 0 to 63, not \[64\]"),
+        ({"sites": {"a": {1: [-2]}}}, r"layer 1 has .* units 0 to 63, not \[-2\]"),
         ({"freeze": Freeze("mlp_out", layers=(4,))}, "freeze: there is no layer 4; choose out of 0 to 2"),
         ({"freeze": Freeze("neurons", units=(64,))}, r"freeze: layer 0 has the hidden units 0 to 63"),
         ({"noise": -1.0}, "noise=-1.0 must be a number of standard deviations"),
         ({"noise": float("nan")}, "noise=nan must be a number of standard deviations"),
-        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        sweep(LM, PAIRS, Y1, **options)
+        patch(LM, PAIRS, Y1, **options)
 
 
 @pytest.mark.parametrize(
@@ -445,20 +258,20 @@ def test_what_can_be_frozen(options, message):
 def test_pairs_are_checked():
     longer = Pair("odd one", ask("what do you hope for the salted baker?"), PAIRS[0].x0)
     with pytest.raises(ValueError, match=r"1 of 2 pairs have sides of unequal length: odd one \(\d+ and \d+"):
-        sweep(LM, [PAIRS[0], longer], Y1)
+        patch(LM, [PAIRS[0], longer], Y1)
     with pytest.raises(ValueError, match="both sides are the same text, so there is no effect: twin"):
-        sweep(LM, [PAIRS[0], Pair("twin", PAIRS[0].x0, PAIRS[0].x0)], Y1)
+        patch(LM, [PAIRS[0], Pair("twin", PAIRS[0].x0, PAIRS[0].x0)], Y1)
     with pytest.raises(ValueError, match=f"these occur twice: {PAIRS[1].id}$"):
-        sweep(LM, [*PAIRS, PAIRS[1]], Y1)
+        patch(LM, [*PAIRS, PAIRS[1]], Y1)
     with pytest.raises(ValueError, match="pairs is empty"):
-        sweep(LM, [], Y1)
+        patch(LM, [], Y1)
 
 
 def test_padding_in_a_prompt_is_refused():
     pad = LM.tokenizer.pad_token
     x1, x0 = (ask(f"tell me {pad} how to {verb} a baker.") for verb in ("cast", "build"))
     with pytest.raises(ValueError, match=r"holds '<\|pad\|>', which this model reads as a control token"):
-        sweep(LM, [PAIRS[0], Pair("padded one", x1, x0)], Y1)
+        patch(LM, [PAIRS[0], Pair("padded one", x1, x0)], Y1)
 
 
 @pytest.mark.parametrize("stands_for", ["eos_token", "unk_token"])
@@ -470,12 +283,12 @@ def test_a_padding_token_that_is_also_a_word_is_none_of_our_business(stands_for)
     # The template ends each turn with the one, and a word that nobody knows is the other.
     x1, x0 = (ask(f"tell me zzqx how to {verb} a baker.") for verb in ("cast", "build"))
     assert tok.pad_token_id in lm.tokenizer(x1.render(lm), add_special_tokens=False)["input_ids"]
-    assert sweep(lm, [Pair("a", x1, x0)], Y1).total.abs() > 0
+    assert patch(lm, [Pair("a", x1, x0)], Y1).total.abs() > 0
 
 
 def test_an_empty_token_set_is_refused():
     with pytest.raises(ValueError, match="the refuse token set is empty"):
-        sweep(LM, PAIRS, outcomes.y1(TokenSets((5,), ())))
+        patch(LM, PAIRS, outcomes.y1(TokenSets((5,), ())))
 
 
 @pytest.mark.parametrize(
@@ -493,30 +306,23 @@ def test_an_empty_token_set_is_refused():
 )
 def test_outcomes_are_checked(outcome, message):
     with pytest.raises(ValueError, match=message):
-        sweep(LM, PAIRS, outcome)
+        patch(LM, PAIRS, outcome)
 
 
-def test_an_overflow_is_reported_with_the_pair_and_a_remedy(tmp_path):
+def test_an_overflow_is_reported_with_the_pair_and_a_remedy():
     lm = tiny.model("qwen2")
     with torch.no_grad():
         lm.model.model.layers[1].mlp.down_proj.weight *= 3e5
     lm.model.to(torch.float16)
-    file = tmp_path / "sweep.jsonl"
     with pytest.raises(
         ValueError, match=f"pair '{PAIRS[0].id}' is not finite.*dtype='bfloat16' or 'float32'"
     ):
-        sweep(lm, PAIRS[:1], Y1, save=file)
-    assert not file.exists()
+        patch(lm, PAIRS[:1], Y1)
 
 
 def test_an_outcome_of_nan_is_reported():
     with pytest.raises(ValueError, match="is not finite"):
-        sweep(LM, PAIRS, Outcome("broken", lambda logits: (logits[:, 0] - 1e9).log()))
-
-
-def test_a_single_string_is_no_list_of_sites():
-    with pytest.raises(ValueError, match="choose from resid_post"):
-        sweep(LM, PAIRS, Y1, sites="layer")
+        patch(LM, PAIRS, Outcome("broken", lambda logits: (logits[:, 0] - 1e9).log()))
 
 
 @settings(max_examples=12)
@@ -529,11 +335,271 @@ def test_a_single_string_is_no_list_of_sites():
 def test_positions_patched_in_one_go_do_not_depend_on_how_they_are_told(where, site, direction, limit):
     """Order, other groups beside it and the size of batches change nothing."""
     first, options = PAIRS[:1], {"sites": (site,), "direction": direction}
-    alone = sweep(LM, first, Y1, positions=lambda lm, p: {"some": sorted(where)}, **options)
-    among = sweep(
-        LM, first, Y1, positions=lambda lm, p: {"one": [16], "some": where, "all": range(19)},
-        max_tokens=limit, **options,
-    )  # fmt: skip
+    alone = patch(LM, first, Y1, positions=lambda lm, p: {"some": sorted(where)}, **options)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine, "MAX_TOKENS", limit)
+        groups = {"one": [16], "some": where, "all": range(19)}
+        among = patch(LM, first, Y1, positions=lambda lm, p: groups, **options)
     torch.testing.assert_close(among.at(site, "some"), alone.at(site), atol=1e-4, rtol=0)
     if where == [18]:
-        assert torch.equal(alone.patched, sweep(LM, first, Y1, **options).patched)
+        assert torch.equal(alone.patched, patch(LM, first, Y1, **options).patched)
+
+
+# --------------------------------------------------------------------------- several outcomes
+
+
+@pytest.mark.parametrize("noise", [None, 3.0])
+@pytest.mark.parametrize("direction", patching.DIRECTIONS)
+def test_several_outcomes_off_the_same_runs_are_those_of_each_alone(direction, noise):
+    options = {
+        "sites": ("layer", "mlp_out"),
+        "positions": "all",
+        "direction": direction,
+        "noise": noise,
+        "null": 1,
+    }
+    reply = Reply(["sure. take salt and honey.", "sure.", "sure. take salt", "take salt"])
+    asked = [Y1, outcomes.y2(SETS), reply, dataclasses.replace(reply, skip=1)]
+    together = patch(LM, PAIRS, asked, **options)
+    assert len(together) == 4
+    for one, found in zip(asked, together, strict=True):
+        alone = patch(LM, PAIRS, one, **options)
+        for name in ("y1", "y0", "patched"):
+            torch.testing.assert_close(getattr(found, name), getattr(alone, name), atol=1e-4, rtol=1e-4)
+
+
+def test_replies_with_other_texts_are_not_read_off_the_same_runs():
+    with pytest.raises(ValueError, match="replies that are read off the same runs must have the same texts"):
+        patch(LM, PAIRS, [Reply(["sure."] * 4), Reply(["no."] * 4)])
+
+
+# --------------------------------------------------------------------------- between two models
+
+TWO = tiny.model("llama")
+CHATS = [pair.x0 for pair in prompts.pairs("prompt", n=6)]
+
+
+def changed(lm, part, layer=1):
+    """The same model with one module's weights moved."""
+    other = dataclasses.replace(lm, model=copy.deepcopy(lm.model))
+    with torch.no_grad():
+        for p in getattr(other.model.model.layers[layer], part).parameters():
+            p += 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    return other
+
+
+@pytest.mark.parametrize(("part", "site"), [("mlp", "mlp_out"), ("self_attn", "attn_out")])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_changed_module_carries_all_and_nothing_below_it_any(part, site, layer):
+    source = changed(TWO, part, layer)
+    w = patching.across(TWO, source, CHATS, Y1, sites=("mlp_out", "attn_out"))
+    assert w.total.abs().min() > 1e-3
+    torch.testing.assert_close(w.at(site)[layer], w.total, atol=1e-4, rtol=1e-4)
+    for other in ("mlp_out", "attn_out"):
+        for below in range(layer):
+            assert w.at(other)[below].abs().max() < 1e-5
+
+
+def test_outcomes_are_those_of_the_two_models():
+    source = changed(TWO, "mlp")
+    w = patching.across(TWO, source, CHATS, Y1, positions="last")
+    for each, got in ((source, w.y1), (TWO, w.y0)):
+        logits = forward.last_logits(each, [chat.render(each) for chat in CHATS])
+        torch.testing.assert_close(got, outcomes.logit_difference(logits, SETS), atol=1e-4, rtol=0)
+
+
+def test_a_model_and_itself_differ_in_nothing():
+    w = patching.across(TWO, TWO, CHATS, Y1, sites=SITES[:4])
+    assert w.effects.abs().max() < 1e-4 and w.size.abs().max() < 1e-4
+
+
+def test_models_of_another_shape_and_bad_input_are_refused():
+    small = tiny.model("llama", seed=1)
+    small.model.model.layers = small.model.model.layers[:1]
+    small.model.config.num_hidden_layers = 1
+    with pytest.raises(ValueError, match="shape"):
+        patching.across(TWO, small, CHATS, Y1)
+    with pytest.raises(ValueError, match="positions"):
+        patching.across(TWO, TWO, CHATS, Y1, positions="each")
+    with pytest.raises(ValueError, match="chats"):
+        patching.across(TWO, TWO, [], Y1)
+
+
+FOUR = ("a", "b", "c", "d")
+
+
+def shaped(
+    effects, total=(1.0, 1.0, 1.0, 1.0), *, size=1.0, positions=("last",), direction="denoising", pairs=FOUR
+):
+    """A sweep with given effects [site, layer, position, pair] of ``mlp_out`` (and ``attn_out``)."""
+    effects = torch.as_tensor(effects, dtype=torch.float32)
+    y0, y1 = torch.zeros(len(pairs)), torch.tensor(total, dtype=torch.float32)
+    patched = y0 + effects if direction == "denoising" else y1 - effects
+    return Effects(
+        ("mlp_out", "attn_out")[: len(effects)], tuple(range(effects.shape[1])), positions, tuple(pairs),
+        direction, y1, y0, patched, torch.full_like(effects, size),
+    )  # fmt: skip
+
+
+def flat(*layers):
+    """One array of identical units for each layer."""
+    return [np.full(3, float(value)) for value in layers]
+
+
+# --------------------------------------------------------------------------- statistics of depth
+
+
+@given(st.integers(1, 100))
+def test_each_layer_is_shared_out_whole_and_thirds_are_equal(depth):
+    weights = patching.thirds(depth)
+    assert weights.shape == (3, depth) and (weights >= 0).all()
+    assert np.allclose(weights.sum(0), 1)
+    assert np.allclose(weights.sum(1), depth / 3)
+
+
+def test_thirds_of_eight_layers():
+    expected = [[1, 1, 2 / 3, 0, 0, 0, 0, 0], [0, 0, 1 / 3, 1, 1, 1 / 3, 0, 0], [0, 0, 0, 0, 0, 2 / 3, 1, 1]]
+    assert np.allclose(patching.thirds(8), expected)
+
+
+@given(st.integers(3, 100))
+def test_last_of_the_first_third_is_the_last_one_wholly_in_it(depth):
+    layer = patching.last_of_first_third(depth)
+    inside = patching.thirds(depth)[0]
+    assert inside[layer] == pytest.approx(1)
+    assert inside[layer + 1] < 1 - 1e-6
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_shallow_models_end_their_first_third_with_the_first_layer(depth):
+    assert patching.last_of_first_third(depth) == 0
+
+
+def test_shares_of_thirds_by_hand():
+    assert np.allclose(patching.third_shares(*flat(1, 2, -1)), [0.25, 0.5, 0.25])
+    # The middle layer of two lies half in the first and half in the last third, plus the middle one.
+    assert np.allclose(patching.third_shares(*flat(1, 1)), [1 / 3, 1 / 3, 1 / 3])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-5, 5).filter(lambda x: abs(x) > 1e-3), min_size=2, max_size=12), st.floats(0.1, 9))
+def test_shares_add_up_and_ignore_scale_and_sign(effects, factor):
+    shares = patching.third_shares(*flat(*effects))
+    assert shares.sum() == pytest.approx(1)
+    assert np.allclose(shares, patching.third_shares(*flat(*(-factor * e for e in effects))))
+    surplus = patching.late_surplus(*flat(*effects))
+    assert -1 - 1e-9 <= surplus <= 1 + 1e-9
+    assert surplus == pytest.approx(shares[2] - max(shares[0], shares[1]))
+
+
+@pytest.mark.parametrize(
+    ("effects", "surplus"), [((0, 0, 3), 1), ((3, 0, 0), -1), ((0, 3, 0), -1), ((1, 1, 1), 0)]
+)
+def test_late_surplus_of_one_layer_alone(effects, surplus):
+    assert patching.late_surplus(*flat(*effects)) == pytest.approx(surplus)
+
+
+def test_units_are_averaged_before_absolute_values():
+    """Noise of single pairs that cancels is no effect."""
+    layers = [np.array([5.0, -5.0]), np.array([1.0, 1.0])]
+    assert patching.mlp_surplus(*layers) == -1
+
+
+def test_mlp_surplus_by_hand():
+    assert patching.mlp_surplus(*flat(3, 0), *flat(0, 1)) == pytest.approx(0.5)
+    assert patching.mlp_surplus(*flat(1, -1), *flat(2, 0)) == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.floats(0.01, 5), st.floats(-5, 5)), min_size=1, max_size=8))
+def test_mlp_surplus_turns_its_sign_when_the_modules_change_places(pairs):
+    mlp, attention = zip(*pairs, strict=True)
+    one = patching.mlp_surplus(*flat(*mlp), *flat(*attention))
+    assert -1 <= one <= 1
+    assert one == pytest.approx(-patching.mlp_surplus(*flat(*attention), *flat(*mlp)))
+
+
+def test_removed_surplus_by_hand():
+    """Of an effect of 4, freezing one kind leaves 1 and the other 3: 3/4 removed against 1/4."""
+    effect, frozen, other = (np.array(v) for v in ([3.0, 5.0], [0.0, 2.0], [3.0, 3.0]))
+    assert patching.removed_surplus(effect, frozen, other) == pytest.approx(0.5)
+    assert patching.removed_surplus(effect, other, frozen) == pytest.approx(-0.5)
+
+
+STATISTICS = {"late_surplus": patching.late_surplus, "mlp_surplus": patching.mlp_surplus}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_statistics_work_on_many_resamples_at_once(name):
+    """over_seeds hands them [resample, unit]; each row must give what it gives alone."""
+    layers = [np.random.default_rng(i).normal(1, 1, size=(5, 7)) for i in range(6)]
+    together = STATISTICS[name](*layers, axis=-1)
+    assert together.shape == (5,)
+    assert np.allclose(together, [STATISTICS[name](*(layer[i] for layer in layers)) for i in range(5)])
+
+
+def test_interval_of_a_statistic_over_seeds():
+    values = {s: np.random.default_rng(s).normal([3, 0, 1, 0], 0.1, size=(20, 4)) for s in (0, 1)}
+    got = stats.over_seeds(values, patching.mlp_surplus, shared_units=True, n_resamples=200)
+    assert set(got.per_seed) == {0, 1} and got.n == 20
+    assert 0.3 < got.low <= got.value <= got.high < 0.6  # (3 - 1) / (3 + 1), give or take
+
+
+# --------------------------------------------------------------------------- effects by seed
+
+
+def test_strong_keeps_what_has_a_total_effect_in_every_seed():
+    effects = np.ones((1, 2, 1, 4))
+    sweeps = {0: shaped(effects, (1.0, 0.0, 1.0, 1.0)), 1: shaped(effects, (1.0, 1.0, 0.01, 1.0))}
+    assert patching.strong_pairs(sweeps) == ["a", "d"]
+
+
+def test_strong_refuses_seeds_on_different_pairs_and_pairs_without_effect():
+    effects = np.ones((1, 1, 1, 4))
+    with pytest.raises(ValueError, match="same pairs"):
+        patching.strong_pairs({0: shaped(effects), 1: shaped(effects, pairs=("a", "b", "d", "c"))})
+    with pytest.raises(ValueError, match="none of 4 pairs"):
+        patching.strong_pairs({0: shaped(effects, (1, 1, 0, 0)), 1: shaped(effects, (0, 0, 1, 1))})
+
+
+def test_columns_are_layers_of_each_series_in_order_and_rows_the_kept_pairs():
+    effects = np.arange(2 * 3 * 2 * 4).reshape(2, 3, 2, 4)
+    sweep = shaped(effects, positions=("changed", "last"))
+    got = sweep.only(["c", "a"]).columns(("attn_out", "last"), ("mlp_out", "changed"))
+    expected = [
+        [*effects[1, :, 1, pair], *effects[0, :, 0, pair]]  # by hand: site, layer, position, pair
+        for pair in (2, 0)
+    ]
+    assert got.tolist() == expected and got.dtype == np.float64
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_columns_hold_effects_of_either_direction(direction):
+    sweep = shaped(np.full((1, 2, 1, 4), 0.25), direction=direction)
+    assert np.allclose(sweep.columns("mlp_out"), 0.25)
+
+
+def test_columns_refuse_what_was_not_swept():
+    sweep = shaped(np.ones((1, 2, 2, 4)), positions=("changed", "last"))
+    with pytest.raises(ValueError, match="was not swept"):
+        sweep.columns(("attn_out", "last"))
+    with pytest.raises(ValueError, match="choose one of changed, last"):
+        sweep.columns("mlp_out")
+
+
+def test_curve_is_the_ratio_of_means_and_not_the_mean_of_ratios():
+    effects = np.zeros((1, 2, 1, 4))
+    effects[0, 1, 0] = [0.5, 0, 0, 0]  # half of a pair's total effect of 1
+    sweeps = {s: shaped(effects, (1.0, 1.0, 1.0, 5.0)) for s in (0, 1)}
+    first, second = patching.curve(sweeps, list(FOUR), "mlp_out", n_resamples=200)
+    assert first.value == first.low == first.high == 0
+    assert second.value == pytest.approx(0.5 / 8) and second.n == 4
+    (_, kept) = patching.curve(sweeps, ["a", "d"], "mlp_out", n_resamples=200)
+    assert kept.value == pytest.approx(0.5 / 6)
+
+
+def test_curve_averages_over_seeds():
+    sweeps = {s: shaped(np.full((1, 1, 1, 4), share)) for s, share in enumerate((0.2, 0.6))}
+    (got,) = patching.curve(sweeps, list(FOUR), "mlp_out", n_resamples=200)
+    assert got.value == pytest.approx(0.4)
+    assert [e.value for e in got.per_seed.values()] == pytest.approx([0.2, 0.6])

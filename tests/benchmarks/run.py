@@ -47,7 +47,9 @@ from transformer_lens.patching import (
 )
 
 from harmlens.asking import pairs as prompts
-from harmlens.flow import cells, neurons, outcomes, patching, runs
+from harmlens.flow import neurons, outcomes, patching
+from harmlens.flow.engine import check_partial
+from harmlens.flow.record import record_pairs
 from harmlens.keep.files import build_dir, write_json
 from harmlens.models import loading as models
 from harmlens.models import parts as decoder
@@ -114,16 +116,15 @@ def case(name: str, contrast: str, n: int | None) -> Case:
 
 def ours(case: Case, positions: str) -> Tensor:
     """Y1 of every patched run [site, layer, position, pair]."""
-    found = patching.sweep(case.lm, case.pairs, outcomes.y1(case.sets), sites=SITES, positions=positions)
+    found = patching.patch(case.lm, case.pairs, outcomes.y1(case.sets), sites=SITES, positions=positions)
     return found.patched
 
 
 def our_runs(case: Case, positions: str) -> Any:
     """What :func:`ours` does before it patches."""
     parts = decoder.stack(case.lm)
-    encoded = runs.encode(case.lm, case.pairs, outcomes.y1(case.sets), positions)
-    for group in runs.groups(case.lm, parts, encoded):
-        cells.check_partial(group)
+    for group in record_pairs(case.lm, parts, case.pairs, outcomes.y1(case.sets), positions):
+        check_partial(group)
 
 
 def our_neurons(case: Case) -> Tensor:

@@ -172,7 +172,7 @@ class Bench:
         forward.generate(self.lm, self.texts, max_new_tokens=self.sizes.answer)
 
     def patch(self) -> None:
-        patching.sweep(self.lm, self.pairs, self.outcome, **SWEPT)
+        patching.patch(self.lm, self.pairs, self.outcome, **SWEPT)
 
     def neurons(self) -> None:
         self.notes["neurons"] = neurons.last_layer(self.lm, self.pairs, self.outcome).method

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from harmlens.flow import partial
+from harmlens.flow.engine import patchable
 from harmlens.flow.interventions import shown, states
 from harmlens.models import parts as decoder
 from harmlens.models.forward import LanguageModel
@@ -76,7 +76,7 @@ def ablated(lm: LanguageModel, vector: Float[Tensor, " width"]) -> Iterator[Lang
     """
     unit = _checked(lm, vector)
     unit = unit / unit.norm()
-    blocks = partial.patchable(lm, in_part=False).blocks
+    blocks = patchable(lm, in_part=False).blocks
     written: list[
         Tensor
     ] = []  # what a module wrote last: a norm that reads this very tensor stands behind it

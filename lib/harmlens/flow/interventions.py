@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from harmlens.flow import partial
+from harmlens.flow.engine import patchable
 from harmlens.models import forward
 from harmlens.models import parts as decoder
 from harmlens.models.chats import tokens
@@ -314,7 +314,7 @@ def _units_shown(
 
 
 def _check(lm: LanguageModel, units: Units) -> decoder.Stack:
-    parts = partial.patchable(lm, in_part=False)
+    parts = patchable(lm, in_part=False)
     if not units or not all(len(some) for some in units.values()):
         raise ValueError("units: give at least one unit for each layer, as {layer: [unit, ...]}")
     for layer, some in units.items():

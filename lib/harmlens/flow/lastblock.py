@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens.flow import partial, runs
+from harmlens.flow.engine import compose, patchable
 from harmlens.flow.outcomes import Reply
-from harmlens.flow.runs import Group
+from harmlens.flow.record import Group, Record, record_pairs
 from harmlens.models import parts as decoder
 from harmlens.models.chats import Pair
 from harmlens.models.forward import LanguageModel
@@ -71,66 +71,56 @@ class _Form:
 
 
 @torch.no_grad()
-def groups(
-    lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, direction: str, batch_size: int
-) -> Iterator[Last]:
-    """Record pairs (see :func:`flow.runs.groups`) and prepare each group."""
-    parts = partial.patchable(lm)
-    linear = decoder.mlp(parts.blocks[-1])
-    weight = decoder.projection_weight(linear).detach().float()
-    encoded = runs.encode(lm, pairs, outcome, "last")
-    for group in runs.groups(lm, parts, encoded, details=["hidden"], size=batch_size):
+def last_blocks(lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, direction: str) -> Iterator[Last]:
+    """Record pairs (see :func:`flow.record.record_pairs`) and prepare each group."""
+    parts = patchable(lm)
+    weight = decoder.projection_weight(decoder.mlp(parts.blocks[-1])).detach().float()
+    for group in record_pairs(lm, parts, pairs, outcome, details=["hidden"]):
         base, source = group.runs(direction)
         (column,) = group.columns["last"]
-        cut = slice(column, column + 1)
         resid = base.resid[-1][:, column].float()
         delta = (source.hidden[-1][:, column] - base.hidden[-1][:, column]).float()
         change = (source.mlp[-1][:, column] - base.mlp[-1][:, column]).float()
-        plain = _adds(group, base, column, change)
-        value = _through(group, base, cut, plain)
-        form = _form(group, encoded.outcome, resid, change, value) if plain else None
-        ids = getattr(encoded.outcome, "ids", None)
+        value, plain = _through(group, base, column, change)
+        form = _form(group, outcome, resid, change, value) if plain else None
+        ids = getattr(outcome, "ids", None)
         breadth = max(len(weight), parts.head.weight.shape[0] if ids is None else len(ids)) * group.read
         yield Last(group, resid, delta, weight, change, value, form, breadth)
 
 
-def _adds(group: Group, base: Any, column: int, change: Tensor) -> bool:
-    """Whether what the MLP gives out is simply added to the residual stream."""
-    cut = slice(column, column + 1)
-    layer = group.parts.depth - 1
-    moved = (base.mlp[-1][:, cut].float() + change[:, None]).to(base.mlp[-1].dtype)
-    after = partial.compose(
-        group.parts, base, layer, base.resid[-2][:, cut], attn=base.attn[-1][:, cut], mlp_out=moved
+def _through(
+    group: Group, base: Record, column: int, change: Tensor
+) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """Outcome of changed MLP outputs through the model's own block, norm and head.
+
+    And whether what the MLP gives out is simply added to the residual stream: then no block is called.
+    """
+    parts, cut = group.parts, slice(column, column + 1)
+    before, attn, mlp, after = (
+        t[:, cut] for t in (base.resid[-2], base.attn[-1], base.mlp[-1], base.resid[-1])
     )
-    expected = base.resid[-1][:, cut].float() + change[:, None]
-    return _close(after.float(), expected, after.dtype)
 
+    def behind(moved: Tensor, at: Any) -> Tensor:
+        return compose(parts, base, parts.depth - 1, before[at], attn=attn[at], mlp_out=moved.to(mlp.dtype))
 
-def _close(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    loose = 1e-5 if dtype == torch.float32 else 2e-2
-    return bool((a - b).abs().max() <= loose * (1 + b.abs().max()))
-
-
-def _through(group: Group, base: Any, cut: slice, plain: bool) -> Callable[[Tensor], Tensor]:
-    """Outcome of changed MLP outputs through the model's own block, norm and head."""
-    parts, dtype = group.parts, base.resid[-1].dtype
-    before, attn, mlp = base.resid[-2][:, cut], base.attn[-1][:, cut], base.mlp[-1][:, cut]
+    expected = after.float() + change[:, None]
+    gap = (behind(mlp.float() + change[:, None], slice(None)).float() - expected).abs().max()
+    loose = 1e-5 if after.dtype == torch.float32 else 2e-2
+    plain = bool(gap <= loose * (1 + expected.abs().max()))
 
     @torch.no_grad()
     def value(changes: Float[Tensor, "pair change width"]) -> Float[Tensor, "pair change"]:
         n, count, _ = changes.shape
         index = torch.arange(n).repeat_interleave(count)
         if plain:
-            resid = (base.resid[-1][:, cut].float() + changes).to(dtype).flatten(0, 1)[:, None]
+            resid = (after.float() + changes).to(after.dtype).flatten(0, 1)[:, None]
         else:
-            at = index.to(before.device)
-            new = (mlp.float() + changes).to(dtype).flatten(0, 1)[:, None]
-            resid = partial.compose(parts, base, parts.depth - 1, before[at], attn=attn[at], mlp_out=new)
+            resid = behind((mlp.float() + changes).flatten(0, 1)[:, None], index.to(before.device))
         if group.read > 1:  # a reply: its other positions stay as they are, since no block follows
             resid = torch.cat([resid, base.resid[-1][index, cut.stop :]], dim=1)
         return group.outcome(resid, index).view(n, count)
 
-    return value
+    return value, plain
 
 
 @torch.no_grad()

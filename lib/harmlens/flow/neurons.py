@@ -28,16 +28,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens.flow import lastblock, partial, patching, runs
+from harmlens.flow import lastblock, patching
+from harmlens.flow.engine import patchable
 from harmlens.flow.interventions import shown
 from harmlens.flow.outcomes import Replies, Reply
-from harmlens.flow.runs import Group
+from harmlens.flow.record import Group, record_pairs
 from harmlens.models import parts as decoder
 from harmlens.models.chats import Pair
 from harmlens.models.forward import LanguageModel
 
 Sets = Mapping[Any, Sequence[int]] | Sequence[Sequence[int]]
-BATCH = 128  # most pairs recorded at once
 MOST_VALUES = 1 << 22  # numbers held at once (pairs times units times what is read of each); bounds memory
 
 
@@ -90,14 +90,14 @@ def last_layer(
     """Effect of every hidden unit of the last MLP at the last prompt position, exactly.
 
     Args:
-        outcome: as for :func:`flow.patching.sweep`.
+        outcome: as for :func:`flow.patching.patch`.
         direction: ``"denoising"`` (NIE) or ``"noising"`` (TIE).
 
     Returns:
         One column for each unit, in the model's order. ``method`` says whether the closed form held.
 
     Raises:
-        ValueError: bad pairs (see :func:`flow.runs.encode`), an MLP without a single output projection.
+        ValueError: bad pairs (see :func:`flow.record.record_pairs`), an MLP without one output projection.
     """
 
     def singles(last: lastblock.Last) -> tuple[Tensor, Tensor]:
@@ -121,12 +121,12 @@ def set_effects(
     Args:
         sets: name -> units, or a list of units for each set (labels are then 0, 1, ...). An empty set has
             no effect.
-        layer: None or -1 for the last one; others go through :func:`flow.patching.sweep`.
+        layer: None or -1 for the last one; others go through :func:`flow.patching.patch`.
 
     Raises:
         ValueError: no sets, a layer or a unit that the model does not have, a unit twice in one set.
     """
-    parts = partial.patchable(lm)
+    parts = patchable(lm)
     layer = parts.depth - 1 if layer in (None, -1) else layer
     if not 0 <= layer < parts.depth:
         raise ValueError(f"layer={layer} does not exist; choose 0 to {parts.depth - 1}")
@@ -134,10 +134,8 @@ def set_effects(
     _check_sets(named, decoder.projection_weight(decoder.mlp(parts.blocks[layer])).shape[1])
     if layer < parts.depth - 1:
         units = {str(name): {layer: tuple(some)} for name, some in named.items()}
-        sites = ("neurons", "mlp_out")
-        swept = patching.sweep(
-            lm, pairs, outcome, sites=sites, units=units, layers=[layer], direction=direction
-        )
+        sites = (units, "mlp_out")
+        swept = patching.patch(lm, pairs, outcome, sites=sites, layers=[layer], direction=direction)
         effects, sizes = swept.effects[:, 0, 0].T, swept.size[:, 0, 0].T
         return NeuronEffects(
             layer,
@@ -185,7 +183,7 @@ def greedy(
         raise ValueError(
             "outcome: greedy needs one outcome, such as Y1; it can't use a difference of replies"
         )
-    groups = list(lastblock.groups(lm, pairs, outcome, direction, BATCH))
+    groups = list(lastblock.last_blocks(lm, pairs, outcome, direction))
     count = groups[0].delta.shape[1]
     if not 1 <= k <= count:
         raise ValueError(f"k={k} must lie between 1 and the number of units, {count}")
@@ -224,18 +222,17 @@ def screen(
     Raises:
         ValueError: an outcome of more than the first word; bad pairs.
     """
-    parts = partial.patchable(lm)
+    parts = patchable(lm)
     layers = range(parts.depth)
     if isinstance(outcome, Replies | Reply):
         raise ValueError("outcome: the screen reads the first word; use a first-token outcome such as Y1")
-    encoded = runs.encode(lm, pairs, outcome, "last")
     patching.check_direction(direction)
     denoising = direction == "denoising"
     effects: dict[int, list] = {layer: [None] * len(pairs) for layer in layers}
-    for group in runs.groups(lm, parts, encoded, details=["hidden"], size=BATCH):
+    for group in record_pairs(lm, parts, pairs, outcome, details=["hidden"]):
         base, source = group.runs(direction)
-        ids = torch.tensor([encoded.sides[i][int(denoising)] for i in group.index], device=lm.device)
-        grads = _gradients(group, ids, layers)
+        x1, x0 = group.ids.chunk(2)
+        grads = _gradients(group, x0 if denoising else x1, layers)
         for layer in layers:
             delta = (source.hidden[layer][:, -1] - base.hidden[layer][:, -1]).float()
             for row, i in enumerate(group.index):
@@ -298,7 +295,7 @@ def _last(
         return replace(a, **{field: getattr(a, field) - getattr(b, field) for field in fields})
     rows: dict[int, tuple[Tensor, ...]] = {}
     methods = set()
-    for last in lastblock.groups(lm, pairs, outcome, direction, BATCH):
+    for last in lastblock.last_blocks(lm, pairs, outcome, direction):
         group = last.group
         values, sizes = compute(last)
         whole = last.value(last.change[:, None])[:, 0]

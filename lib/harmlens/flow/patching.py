@@ -1,50 +1,51 @@
 """Activation patching: indirect effects of layers, modules, heads and neurons, at chosen positions.
 
-One engine, :func:`sweep`. For every pair it overwrites an activation of one run with that of the other
-and reads the outcome:
+For every pair :func:`patch` overwrites an activation of one run with that of the other and reads the outcome:
 
 * **denoising** patches x1's activation into the run on x0: NIE = Y(x0; M<-M(x1)) - Y(x0), sufficiency;
 * **noising** patches x0's activation into the run on x1: TIE = Y(x1) - Y(x1; M<-M(x0)), necessity.
 
-Both have the sign of the total effect TE = Y(x1) - Y(x0), where x1 is the run that answers.
+Both have the sign of the total effect TE = Y(x1) - Y(x0), where x1 is the run that answers. Only the part of
+a run that a patch can reach is computed again (:mod:`flow.engine`), and it equals a whole forward pass.
 
-Only the part of a run that a patch can reach is computed again: see :mod:`flow.cells`.
+Statistics of depth take one array of effects per layer (units along ``axis``), average over units first and
+take absolute values after that, so that noise of single pairs does not count as effect. They go straight into
+:func:`evidence.stats.over_seeds`, which resamples the units.
 
 Introduced in notebook 02 ("Layers").
 """
 
 from __future__ import annotations
 
-import hashlib
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import chain
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from harmlens.evidence import stats
-from harmlens.flow import cells, partial, runs, stack
-from harmlens.flow.cells import Freeze
+from harmlens.flow import engine
+from harmlens.flow.engine import SITES, Cell, Freeze, patchable
 from harmlens.flow.outcomes import Outcome, Replies, Reply
-from harmlens.keep import digests, files
+from harmlens.flow.record import Group, Positions, reader, record_pairs, record_run
 from harmlens.models import parts as decoder
 from harmlens.models.chats import Pair, Prompt, tokens
 from harmlens.models.forward import LanguageModel, require_room
 from harmlens.models.parts import Stack
 
 DIRECTIONS = ("denoising", "noising")
+Units = Mapping[str, Mapping[int, Sequence[int]]]  # name -> layer -> hidden units of its MLP
+Sites = str | Units | Sequence[str | Units]
+Numbers = np.ndarray | np.floating  # one for each resample, or a single one
+Target = Outcome | Replies | Reply | Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Effects:
     """Outcomes of patched runs, with what they have to be compared with.
 
     Attributes:
@@ -56,7 +57,7 @@ class Sweep:
     """
 
     sites: tuple[str, ...]
-    layers: tuple[int, ...]
+    layers: tuple[int | range, ...]
     positions: tuple[str, ...]
     pairs: tuple[str, ...]
     direction: str
@@ -72,7 +73,7 @@ class Sweep:
 
     @property
     def effects(self) -> Float[Tensor, "site layer position pair"]:
-        """NIE of a denoising sweep, TIE of a noising one, in units of the outcome."""
+        """NIE of denoising, TIE of noising, in units of the outcome."""
         return self.patched - self.y0 if self.direction == "denoising" else self.y1 - self.patched
 
     def at(self, site: str, position: str | None = None) -> Float[Tensor, "layer pair"]:
@@ -86,43 +87,25 @@ class Sweep:
         where = 0 if position is None else self.positions.index(position)
         return self.effects[self.sites.index(site), :, where]
 
-    def weak(self, floor: float | None = None) -> list[str]:
-        """Pairs whose total effect is too small to be mediated.
-
-        Args:
-            floor: in units of the outcome; default: a tenth of the median absolute total effect.
-        """
-        limit = 0.1 * self.total.abs().median() if floor is None else floor
-        return [name for name, te in zip(self.pairs, self.total, strict=True) if te.abs() <= limit]
-
-    def strong(self, floor: float | None = None) -> Sweep:
-        """The sweep without its weak pairs, which a warning names.
-
-        Raises:
-            ValueError: no pair is left.
-        """
-        weak = set(self.weak(floor))
-        if not weak:
-            return self
-        if len(weak) == len(self.pairs):
-            raise ValueError(f"pairs: none of {len(weak)} has a total effect, so there is nothing to mediate")
-        names = ", ".join(sorted(weak)[:5]) + (" ..." if len(weak) > 5 else "")
-        warnings.warn(
-            f"{len(weak)} of {len(self.pairs)} pairs have (nearly) no total effect and are left out: {names}",
-            stacklevel=2,
-        )
-        keep = torch.tensor([name not in weak for name in self.pairs])
+    def only(self, pairs: Sequence[str]) -> Effects:
+        """The same for some of the pairs, by their ids."""
+        rows = [self.pairs.index(name) for name in pairs]
         return replace(
-            self, pairs=tuple(name for name in self.pairs if name not in weak), y1=self.y1[keep],
-            y0=self.y0[keep], patched=self.patched[..., keep], size=self.size[..., keep],
+            self, pairs=tuple(pairs), y1=self.y1[rows], y0=self.y0[rows], patched=self.patched[..., rows],
+            size=self.size[..., rows],
         )  # fmt: skip
 
-    def normalized(self, site: str, position: str | None = None) -> list[stats.Estimate]:
-        """Ratio of mean effect to mean total effect for each layer, with bootstrap intervals over pairs."""
-        return [stats.ratio_of_means(e, self.total) for e in self.at(site, position)]
+    def columns(self, *series: str | tuple[str, str | None]) -> np.ndarray:
+        """Effects as one row for each pair: the layers of the first series, then those of the next.
 
-    def minus(self, other: Sweep) -> Sweep:
-        """The same sweep for the difference of two outcomes.
+        Args:
+            series: a site, or (site, position label).
+        """
+        both = [(one,) if isinstance(one, str) else one for one in series]
+        return np.concatenate([self.at(*one).T.double().numpy() for one in both], axis=1)
+
+    def minus(self, other: Effects) -> Effects:
+        """The same for the difference of two outcomes.
 
         Raises:
             ValueError: the other one patched something else.
@@ -134,110 +117,71 @@ class Sweep:
             self, y1=self.y1 - other.y1, y0=self.y0 - other.y0, patched=self.patched - other.patched
         )
 
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row for each site, layer, position and pair."""
-        index = pd.MultiIndex.from_product(
-            [self.sites, self.layers, self.positions, self.pairs], names=["site", "layer", "position", "pair"]
-        )
-        columns = {"effect": self.effects, "patched": self.patched, "size": self.size}
-        frame = pd.DataFrame({k: v.flatten().numpy() for k, v in columns.items()}, index=index).reset_index()
-        return frame.assign(total=np.tile(self.total.numpy(), len(frame) // len(self.pairs)))
-
 
 @torch.no_grad()
-def sweep(
+def patch(
     lm: LanguageModel,
     pairs: Sequence[Pair],
-    outcome: Outcome | Replies | Reply | Callable[[Tensor], Tensor],
+    outcome: Target | Sequence[Target],
     *,
-    sites: Sequence[str] = ("layer",),
-    layers: Sequence[int] | None = None,
-    positions: runs.Positions = "last",
+    sites: Sites = "layer",
+    layers: Sequence[int | range] | None = None,
+    positions: Positions = "last",
     direction: str = "denoising",
-    window: int = 1,
-    units: Mapping[str, Mapping[int, Sequence[int]]] | None = None,
     freeze: Freeze | None = None,
     null: int | None = None,
     noise: float | None = None,
-    max_tokens: int = 3072,
-    batch_size: int = 128,
-    progress: str | None = None,
-    save: str | Path | None = None,
-) -> Sweep:
+) -> Any:
     """Patch every site in every layer at every position, for every pair.
 
     Args:
         outcome: :func:`flow.outcomes.y1`, ``y2``, a :class:`~flow.outcomes.Replies` for Y3, or
-            any function of last-position logits [row, vocab] that gives one value for each row.
-        sites: out of :data:`flow.cells.SITES`. ``resid_post`` is the block's output; ``layer`` its own
-            contribution (output minus input); ``attn_out`` and ``mlp_out`` are the modules' outputs;
-            ``head`` stands for every attention head; ``neurons`` for each set in ``units``. What comes
-            later in the same block reacts to the patch, unless it is frozen.
-        layers: None for all.
+            any function of last-position logits [row, vocab] that gives one value for each row. Of several
+            (replies among them with the same texts) all are read off the same runs.
+        sites: one or several out of :data:`flow.engine.SITES`. ``resid_post`` is the block's output;
+            ``layer`` its own contribution (output minus input); ``attn_out`` and ``mlp_out`` are the modules'
+            outputs; ``head`` stands for every attention head. In place of a name: sets of hidden units of the
+            MLPs, name -> layer -> units. What comes later in the same block reacts to the patch, unless it
+            is frozen.
+        layers: None for all. A range stands for neighbouring layers that are patched at once.
         positions: ``"last"`` prompt position; ``"all"`` prompt positions at once; ``"each"`` on its
             own; or a function that names groups of positions, such as :func:`asking.pairs.roles`.
         direction: ``"denoising"`` (NIE) or ``"noising"`` (TIE).
-        window: patch this many neighbouring layers at once (an odd number).
-        units: name -> layer -> hidden units of its MLP, for the site ``neurons``.
         freeze: modules that do not react to the patch.
         null: a seed: each patch becomes a random direction of the same norm (per pair and position).
         noise: corrupt x0 otherwise: instead of its own words, x1's embeddings where the two differ, plus
             Gaussian noise of this many standard deviations of the model's embeddings.
-        max_tokens: most tokens (rows times positions) that go through a block at once; bounds memory.
-        batch_size: most pairs recorded at once.
-        progress: label of a progress bar; shown on a terminal only.
-        save: JSON-lines file to which each pair's outcomes are added as they come. Pairs found there,
-            from a call with the same arguments on the same model, are not run again; a second process waits
-            for the first.
 
     Returns:
-        A :class:`Sweep` on the CPU, float32.
+        :class:`Effects` on the CPU, float32; of several outcomes a list of them.
 
     Raises:
         ValueError: pairs of unequal length or with two equal sides (named), an unknown site, direction
             or position, a site that the model does not have, blocks that can't be patched.
     """
-    _check(sites, direction, window, units, noise, max_tokens, batch_size)
-    if isinstance(outcome, Replies):
-        # Y3 is a difference of two outcomes, and patching is done for each of them.
+    if isinstance(outcome, Replies):  # a difference of two outcomes, and patching is done for each of them
         options = {k: v for k, v in locals().items() if k not in ("lm", "pairs", "outcome")}
-        parts_of = [sweep(lm, pairs, part, **options) for part in outcome.parts()]
-        return parts_of[0].minus(parts_of[1])
-    parts = partial.patchable(lm)
-    chosen = decoder.some_layers(parts, layers)
-    encoded = runs.encode(lm, pairs, outcome, positions)
-    labels = encoded.labels
-    _check_units(parts, units, freeze)
-    names = _site_names(parts, sites, units)
-    settings = [names, chosen, labels, direction, window, freeze, null, noise]
-    key = "" if save is None else _key(lm, parts, outcome, [encoded.fingerprint, *settings])
-    hidden = True if progress is None else None
-    checked = False
-    alone = nullcontext() if save is None else files.locked(Path(save))
-    with alone, tqdm(total=len(pairs), desc=progress, disable=hidden, leave=False) as bar:
-        rows = _Rows(save, key, len(names) * len(chosen) * len(labels))
-        todo = [i for i in range(len(pairs)) if pairs[i].id not in rows.done]
-        bar.update(len(pairs) - len(todo))
-        for group in runs.groups(
-            lm, parts, encoded, todo, details=_details(sites, freeze), noise=noise, size=batch_size
-        ):
-            if not checked:
-                cells.check_partial(group)
-                checked = True
-            patches = list(_cells(group, names, chosen, labels, window))
-            y1, y0 = group.unpatched(group.x1), group.unpatched(group.x0)
-            values, sizes = cells.run_cells(
-                group, patches, direction=direction, freeze=freeze, null=null, max_tokens=max_tokens
-            )
-            for row, i in enumerate(group.index):
-                rows.add(pairs[i].id, y1[row], y0[row], values[:, row], sizes[:, row])
-            bar.update(len(group.index))
-    shape = (len(names), len(chosen), len(labels), len(pairs))
-    y1, y0, values, sizes = rows.collect([pair.id for pair in pairs])
-    return Sweep(
-        tuple(name for name, *_ in names), tuple(chosen), tuple(labels), tuple(pair.id for pair in pairs),
-        direction, y1, y0, values.T.reshape(shape), sizes.T.reshape(shape),
+        one, other = (patch(lm, pairs, part, **options) for part in outcome.parts())
+        return one.minus(other)
+    check_direction(direction)
+    if noise is not None and not 0 <= noise < float("inf"):
+        raise ValueError(f"noise={noise} must be a number of standard deviations, 0 or more")
+    parts = patchable(lm)
+    named = _sites(parts, sites)
+    chosen = _layers(parts, layers, named)
+    if freeze is not None:
+        for layer in range(parts.depth) if freeze.layers is None else freeze.layers:
+            _check_units(parts, "freeze", layer, freeze.units)
+    several = isinstance(outcome, Sequence)
+    groups = record_pairs(
+        lm, parts, pairs, tuple(outcome) if several else outcome, positions,
+        details=_details(named, freeze), noise=noise,
     )  # fmt: skip
+    some = next(groups)
+    engine.check_partial(some)
+    options = {"direction": direction, "freeze": freeze, "null": null}
+    found = _effects(chain([some], groups), [pair.id for pair in pairs], named, chosen, **options)
+    return found if several else found[0]
 
 
 @torch.no_grad()
@@ -247,10 +191,9 @@ def across(
     chats: Sequence[Prompt],
     outcome: Outcome | Callable[[Tensor], Tensor],
     *,
-    sites: Sequence[str] = ("layer",),
+    sites: Sites = "layer",
     positions: str = "all",
-    max_tokens: int = 3072,
-) -> Sweep:
+) -> Effects:
     """Patch activations of *another model* that reads the same prompts: the model contrast.
 
     Where two models differ in some weights, the first module whose patch has an effect is the first that
@@ -262,13 +205,13 @@ def across(
         positions: ``"all"`` or ``"last"``.
 
     Returns:
-        A denoising :class:`Sweep` with y1 the source's outcome and y0 that of ``lm``.
+        Denoising :class:`Effects` with y1 the source's outcome and y0 that of ``lm``.
 
     Raises:
         ValueError: models of different shape, no prompts, an unknown site or position.
     """
-    _check(sites, "denoising", 1, None, None, max_tokens, 1)
-    parts, theirs = partial.patchable(lm), partial.patchable(source)
+    parts, theirs = patchable(lm), patchable(source)
+    named = _sites(parts, sites)
     if (parts.depth, parts.width) != (theirs.depth, theirs.width):
         raise ValueError(
             f"source: {source.name!r} has another shape than {lm.name!r}; choose a relative of it"
@@ -277,50 +220,56 @@ def across(
         raise ValueError(f"chats must not be empty and positions be 'all' or 'last', got {positions!r}")
     ids = [tokens(lm.tokenizer, chat.render(lm)) for chat in chats]
     require_room(lm, ids)
-    names = _site_names(parts, sites, None)
-    depth, n = parts.depth, len(ids)
-    values, sizes = torch.zeros(len(names) * depth, n), torch.zeros(len(names) * depth, n)
-    y1, y0 = torch.zeros(n), torch.zeros(n)
+    groups, y1 = [], torch.zeros(len(ids))
     for length in sorted(set(map(len, ids))):
-        index = [i for i in range(n) if len(ids[i]) == length]
+        index = [i for i, row in enumerate(ids) if len(row) == length]
         rows = torch.tensor([ids[i] for i in index])
-        columns = {positions: tuple(range(length)) if positions == "all" else (length - 1,)}
         here, there = (
-            stack.record(p, rows.to(model.device), details=_details(sites, None), share=False)
+            record_run(p, rows.to(model.device), details=_details(named, None), share=False)
             for p, model in ((parts, lm), (theirs, source))
         )
-        read = runs.first_token(parts, outcome)
-        group = runs.Group(parts, index, there, here, columns, 0, 1, read, [str(i) for i in index])
-        y1[index] = runs.first_token(theirs, outcome)(there.resid[-1], torch.tensor(index)).cpu()
-        y0[index] = group.unpatched(here).cpu()
-        patches = list(_cells(group, names, range(depth), list(columns), 1))
-        values[:, index], sizes[:, index] = cells.run_cells(group, patches, max_tokens=max_tokens)
-    shape = (len(names), depth, 1, n)
-    return Sweep(
-        tuple(name for name, *_ in names), tuple(range(depth)), (positions,), tuple(map(str, range(n))),
-        "denoising", y1, y0, values.view(shape), sizes.view(shape),
-    )  # fmt: skip
+        columns = {positions: tuple(range(length)) if positions == "all" else (length - 1,)}
+        names, read = [str(i) for i in index], reader(parts, outcome)
+        groups.append(Group(parts, index, names, rows, there, here, columns, 0, 1, read))
+        y1[index] = reader(theirs, outcome)(there.resid[-1][:, -1:], torch.tensor(index)).cpu()
+    [found] = _effects(groups, [str(i) for i in range(len(ids))], named, _layers(parts, None, named))
+    return replace(found, y1=y1)
 
 
-# Named sweeps, as the field asks for them.
-def layers(lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, **options: Any) -> Sweep:
-    """Each layer's own contribution, attention and MLP together (mediation paper, layer level)."""
-    return sweep(lm, pairs, outcome, sites=("layer",), **options)
-
-
-def modules(lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, **options: Any) -> Sweep:
-    """MLP and attention output of each layer (mediation paper, module level)."""
-    return sweep(lm, pairs, outcome, sites=("mlp_out", "attn_out"), **options)
-
-
-def residual(lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, **options: Any) -> Sweep:
-    """The residual stream after each layer: at the last position it ends at 1, whatever the model."""
-    return sweep(lm, pairs, outcome, sites=("resid_post",), **options)
-
-
-def heads(lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, **options: Any) -> Sweep:
-    """Every attention head of each layer."""
-    return sweep(lm, pairs, outcome, sites=("head",), **options)
+def _effects(
+    groups: Iterable[Group], names: Sequence[str], named: Sequence[tuple[str, str, Any]],
+    layers: Sequence[range], **options: Any,
+) -> list[Effects]:  # fmt: skip
+    """Run every cell of all groups: one :class:`Effects` for each value that the outcome gives."""
+    found = []
+    for group in groups:
+        cells = [
+            Cell(site, some[0], some[-1], at, units.get(some[0], ()) if isinstance(units, dict) else units)
+            for _, site, units in named
+            for some in layers
+            for at in group.columns.values()
+        ]
+        y1, y0 = (group.unpatched(run).cpu() for run in (group.x1, group.x0))
+        values, sizes = engine.run_cells(group, cells, **options)
+        finite = torch.stack([y1, y0, *values], dim=1).isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(
+                f"the outcome of pair {group.names[int(finite.long().argmin())]!r} is not finite. In float16 "
+                "activations can overflow: load the model with dtype='bfloat16' or 'float32'"
+            )
+        found.append((torch.tensor(group.index), y1, y0, values.transpose(0, 1), sizes.T))
+    index, *columns = (torch.cat(column) for column in zip(*found, strict=True))
+    y1, y0, values, sizes = (column[index.argsort()] for column in columns)
+    y1, y0, values = y1.view(len(names), -1), y0.view(len(names), -1), values.reshape(*sizes.shape, -1)
+    shape = (len(named), len(layers), len(group.columns), len(names))
+    return [
+        Effects(
+            tuple(name for name, *_ in named), tuple(some[0] if len(some) == 1 else some for some in layers),
+            tuple(group.columns), tuple(names), options.get("direction", "denoising"), y1[:, k], y0[:, k],
+            values[..., k].T.reshape(shape), sizes.T.reshape(shape),
+        )
+        for k in range(y1.shape[1])
+    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------- checks and labels
@@ -332,131 +281,145 @@ def check_direction(direction: str) -> None:
         raise ValueError(f"direction={direction!r} is unknown; choose 'denoising' or 'noising'")
 
 
-def _check(
-    sites: Sequence[str], direction: str, window: int, units: Any, noise: float | None, max_tokens: int,
-    batch_size: int,
-) -> None:  # fmt: skip
-    unknown = [site for site in sites if site not in cells.SITES]
-    if unknown or not sites:
-        raise ValueError(f"sites={list(sites)}: unknown {unknown}; choose from {', '.join(cells.SITES)}")
-    check_direction(direction)
-    if window < 1 or window % 2 == 0:
-        raise ValueError(f"window={window} must be an odd number of layers, such as 1 or 3")
-    if window > 1 and not set(sites) <= {"layer", "attn_out", "mlp_out"}:
-        raise ValueError(f"window={window}: only layer, attn_out and mlp_out can be patched in windows")
-    if ("neurons" in sites) != bool(units):
-        raise ValueError("units: give sets of hidden units with the site 'neurons', and only with it")
-    if noise is not None and not 0 <= noise < float("inf"):
-        raise ValueError(f"noise={noise} must be a number of standard deviations, 0 or more")
-    for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-
-
-def _check_units(parts: Stack, units: Any, freeze: Freeze | None) -> None:
+def _check_units(parts: Stack, name: str, layer: int, units: Sequence[int]) -> None:
     """What a model does not have would silently count as not patched or not frozen."""
-    every = range(parts.depth)
-    asked = [
-        (f"units[{name!r}]", layer, chosen)
-        for name, u in (units or {}).items()
-        for layer, chosen in u.items()
-    ]
-    if freeze is not None:
-        where = every if freeze.layers is None else freeze.layers
-        asked += [("freeze", layer, freeze.units) for layer in where]
-    for name, layer, chosen in asked:
-        if layer not in every:
-            raise ValueError(f"{name}: there is no layer {layer}; choose out of 0 to {parts.depth - 1}")
-        if len(chosen):
-            count = decoder.projection_weight(decoder.mlp(parts.blocks[layer])).shape[1]
-            wrong = [int(u) for u in chosen if not 0 <= u < count]
-            if wrong:
-                raise ValueError(
-                    f"{name}: layer {layer} has the hidden units 0 to {count - 1}, not {wrong[:5]}"
-                )
+    if not 0 <= layer < parts.depth:
+        raise ValueError(f"{name}: there is no layer {layer}; choose out of 0 to {parts.depth - 1}")
+    count = decoder.projection_weight(decoder.mlp(parts.blocks[layer])).shape[1] if units else 0
+    wrong = [int(unit) for unit in units if not 0 <= unit < count]
+    if wrong:
+        raise ValueError(f"{name}: layer {layer} has the hidden units 0 to {count - 1}, not {wrong[:5]}")
 
 
-def _site_names(parts: Stack, sites: Sequence[str], units: Any) -> list[tuple[str, str, Any]]:
+def _sites(parts: Stack, sites: Sites) -> list[tuple[str, str, Any]]:
     """Label, site and units of each entry of the first axis; heads are slices of their projection's input."""
-    out: list[tuple[str, str, Any]] = []
-    for site in sites:
-        if site == "head":
+    given, out = (sites,) if isinstance(sites, str | Mapping) else tuple(sites), []
+    unknown = [one for one in given if one not in SITES and not (one and isinstance(one, Mapping))]
+    if unknown or not given:
+        raise ValueError(
+            f"sites={list(given)}: unknown {unknown}; choose from {', '.join(SITES)}, or give sets of hidden "
+            "units as {name: {layer: units}}"
+        )
+    for site in given:
+        if isinstance(site, Mapping):
+            for name, sets in site.items():
+                for layer, units in sets.items():
+                    _check_units(parts, f"sites[{name!r}]", layer, tuple(units))
+                units = {layer: tuple(sorted({int(u) for u in units})) for layer, units in sets.items()}
+                out.append((name, "neurons", units))
+        elif site == "head":
             count = parts.model.config.get_text_config().num_attention_heads
             size = decoder.projection_weight(decoder.attention(parts.blocks[0])).shape[1] // count
             out += [(f"head {h}", site, tuple(range(h * size, (h + 1) * size))) for h in range(count)]
-        elif site == "neurons":
-            out += [
-                (
-                    name,
-                    site,
-                    {layer: tuple(sorted({int(u) for u in chosen})) for layer, chosen in sets.items()},
-                )
-                for name, sets in units.items()
-            ]
         else:
             out.append((site, site, ()))
     return out
 
 
-def _details(sites: Sequence[str], freeze: Freeze | None) -> list[str]:
-    out = ["heads"] if "head" in sites else []
-    return [*out, "hidden"] if "neurons" in sites or (freeze and freeze.site == "neurons") else out
+def _layers(parts: Stack, layers: Sequence[int | range] | None, named: Sequence[Any]) -> list[range]:
+    """What is patched at once: one layer, or several neighbouring ones."""
+    given = range(parts.depth) if layers is None else layers
+    chosen = [one if isinstance(one, range) else range(int(one), int(one) + 1) for one in given]
+    decoder.some_layers(parts, [layer for some in chosen for layer in some])
+    if any(len(some) != 1 for some in chosen) and {site for _, site, _ in named} - {"layer", *engine.MODULES}:
+        raise ValueError(f"layers={layers}: only layer, attn_out and mlp_out can be patched in several")
+    return chosen
 
 
-def _cells(
-    group: runs.Group,
-    names: Sequence[tuple[str, str, Any]],
-    chosen: Sequence[int],
-    labels: Sequence[str],
-    window: int,
-) -> Iterator[cells.Cell]:
-    depth = group.parts.depth
-    for _, site, units in names:
-        for layer in chosen:
-            for label in labels:
-                which = tuple(units.get(layer, ())) if isinstance(units, dict) else units
-                yield cells.windowed(site, layer, depth, window, group.columns[label], which)
+def _details(named: Sequence[tuple[str, str, Any]], freeze: Freeze | None) -> list[str]:
+    sites = {site for _, site, _ in named} | {freeze.site if freeze else ""}
+    return [name for name, site in (("heads", "head"), ("hidden", "neurons")) if site in sites]
 
 
-# --------------------------------------------------------------------------- results as they come
+# --------------------------------------------------------------------------- statistics of depth
 
 
-def _key(lm: LanguageModel, parts: Stack, outcome: Any, settings: Any) -> str:
-    """Of everything that outcomes depend on: model as it is now, outcome with its tokens, settings."""
-    # A function says what it is by what it does: on a few made-up logits.
-    if isinstance(outcome, Reply):
-        reads: Any = outcome.skip
-    else:
-        ids = getattr(outcome, "ids", None)
-        count = parts.head.weight.shape[0] if ids is None else len(ids)
-        made_up = 3 * torch.randn(4, count, generator=torch.Generator().manual_seed(0))
-        values = getattr(outcome, "value", outcome)(made_up.to(parts.head.weight.device))
-        reads = (ids, [f"{v:.6g}" for v in values.flatten().tolist()])
-    text = repr((lm.name, lm.revision, digests.model_digest(lm), reads, settings))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def strong_pairs(effects: Mapping[int, Effects]) -> list[str]:
+    """Pairs that have a total effect in every seed (above a tenth of the median); the rest can't be mediated.
+
+    Raises:
+        ValueError: the seeds have different pairs, or no pair is left.
+    """
+    if len({of_seed.pairs for of_seed in effects.values()}) != 1:
+        raise ValueError("effects: the seeds must have the same pairs in the same order")
+    sizes = [of_seed.total.abs() for of_seed in effects.values()]
+    strong = torch.stack([size > 0.1 * size.median() for size in sizes]).all(0)
+    pairs = next(iter(effects.values())).pairs
+    kept = [name for name, enough in zip(pairs, strong, strict=True) if enough]
+    if not kept:
+        raise ValueError(f"effects: none of {len(pairs)} pairs has a total effect in every seed")
+    return kept
 
 
-class _Rows:
-    """Outcomes by pair; with a file, each is added to it at once, and those of an earlier run are there."""
+def curve(
+    effects: Mapping[int, Effects], pairs: Sequence[str], site: str, position: str | None = None,
+    **options: int,
+) -> list[stats.Estimate]:  # fmt: skip
+    """Normalised effect of each layer: ratio of means over pairs, then the mean over seeds."""
+    kept = {seed: of_seed.only(pairs) for seed, of_seed in effects.items()}
+    both = {s: np.column_stack([e.columns((site, position)), e.total.double()]) for s, e in kept.items()}
+    total = next(iter(both.values())).shape[1] - 1
+    each = [{s: values[:, [layer, total]] for s, values in both.items()} for layer in range(total)]
+    return [stats.over_seeds(values, "ratio", shared_units=True, **options) for values in each]
 
-    def __init__(self, path: str | Path | None, key: str, cells: int) -> None:
-        self.key, self.done = key, {}
-        self.path = None if path is None else Path(path)
-        for row in files.read_lines(self.path) if self.path is not None else ():
-            if isinstance(row, dict) and row.get("key") == key and len(row["values"]) == cells:
-                self.done[row["pair"]] = (row["y1"], row["y0"], row["values"], row["sizes"])
 
-    def add(self, pair: str, y1: Tensor, y0: Tensor, values: Tensor, sizes: Tensor) -> None:
-        row = (y1.item(), y0.item(), values.tolist(), sizes.tolist())
-        if not np.isfinite([*row[:2], *row[2]]).all():
-            raise ValueError(
-                f"the outcome of pair {pair!r} is not finite. In float16 activations can overflow: load "
-                "the model with dtype='bfloat16' or 'float32'"
-            )
-        self.done[pair] = row
-        if self.path is not None:
-            line = dict(zip(("y1", "y0", "values", "sizes"), row, strict=True))
-            files.append_lines(self.path, [{"key": self.key, "pair": pair, **line}])
+def thirds(depth: int) -> np.ndarray:
+    """Weights [3, layer]: how much of each layer lies in each third of the depth.
 
-    def collect(self, pairs: Sequence[str]) -> tuple[Tensor, ...]:
-        return tuple(torch.tensor(column) for column in zip(*(self.done[p] for p in pairs), strict=True))
+    Layer l of L covers l/L to (l+1)/L.
+
+    >>> thirds(4).round(2).tolist()
+    [[1.0, 0.33, 0.0, 0.0], [0.0, 0.67, 0.67, 0.0], [0.0, 0.0, 0.33, 1.0]]
+    """
+    edges = np.arange(depth + 1) / depth
+    low, high = edges[:-1], edges[1:]
+    overlap = [np.minimum(high, (k + 1) / 3) - np.maximum(low, k / 3) for k in range(3)]
+    return np.clip(np.stack(overlap), 0, None) * depth
+
+
+def last_of_first_third(depth: int) -> int:
+    """The last layer that lies wholly in the first third of the depth (layer 0 in very shallow models).
+
+    >>> [last_of_first_third(depth) for depth in (2, 8, 12)]
+    [0, 1, 3]
+    """
+    return max(depth // 3 - 1, 0)
+
+
+def absolute_means(*layers: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Absolute value of the mean effect of each layer."""
+    return np.abs(np.stack([np.mean(effects, axis=axis) for effects in layers]))
+
+
+def third_shares(*layers: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Share of the summed absolute effect in the first, middle and last third of the depth."""
+    means = absolute_means(*layers, axis=axis)
+    return np.tensordot(thirds(len(layers)), means, axes=1) / means.sum(0)
+
+
+def late_surplus(*layers: np.ndarray, axis: int = -1) -> Numbers:
+    """Share of the last third minus the larger of the other two: above 0 if effects are late (claim C1)."""
+    first, middle, last = third_shares(*layers, axis=axis)
+    return last - np.maximum(first, middle)
+
+
+def mlp_surplus(*layers: np.ndarray, axis: int = -1) -> Numbers:
+    """(MLP - attention) / (MLP + attention), of effects summed over layers in absolute value (claim C2).
+
+    Args:
+        layers: first those of the MLPs, then those of attention.
+    """
+    means = absolute_means(*layers, axis=axis)
+    half = len(layers) // 2
+    mlp, attention = means[:half].sum(0), means[half:].sum(0)
+    return (mlp - attention) / (mlp + attention)
+
+
+def removed_surplus(effect: np.ndarray, frozen: np.ndarray, other: np.ndarray, *, axis: int = -1) -> Numbers:
+    """Share of an effect that freezing some modules removes, minus that by freezing others (claim C2b).
+
+    Args:
+        effect: of the patch with nothing frozen; its mean must not be (nearly) zero.
+        frozen, other: of the same patch with the one and with the other kind of module frozen.
+    """
+    return (np.mean(other, axis=axis) - np.mean(frozen, axis=axis)) / np.mean(effect, axis=axis)

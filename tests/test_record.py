@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from harmlens.asking import pairs as prompts
-from harmlens.flow import outcomes, partial, patching, stack
-from harmlens.flow.cells import SITES
+from harmlens.flow import engine, outcomes, patching
 from harmlens.flow.outcomes import TokenSets
+from harmlens.flow.record import record_run
 from harmlens.models import parts as decoder
 from harmlens.models.forward import LanguageModel
 
@@ -76,7 +76,7 @@ def test_a_mixture_of_experts_has_no_output_projection():
     """Its router is a matrix too, but writes nothing."""
     lm = other(small(MixtralConfig, intermediate_size=48, num_key_value_heads=2, num_local_experts=4))
     with pytest.raises(ValueError, match=r"SparseMoeBlock has no single output projection.*attn_out"):
-        patching.sweep(lm, PAIRS, Y1, sites=("neurons",), units={"a": {0: [1]}})
+        patching.patch(lm, PAIRS, Y1, sites={"a": {0: [1]}})
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def test_a_mixture_of_experts_has_no_output_projection():
 def test_models_with_traits_of_their_own(config):
     """Mixtures of experts, learned positions, logits that are scaled, branches that are scaled."""
     lm = other(config)
-    found = patching.residual(lm, PAIRS, Y1, positions="all")
+    found = patching.patch(lm, PAIRS, Y1, sites="resid_post", positions="all")
     torch.testing.assert_close(found.at("resid_post"), found.total.expand(2, -1), atol=1e-4, rtol=0)
     sites = ("resid_post", "layer", "attn_out", "mlp_out")
-    last = patching.sweep(lm, PAIRS, Y1, sites=sites)
+    last = patching.patch(lm, PAIRS, Y1, sites=sites)
     for k, pair in enumerate(PAIRS):
         ids = naive.ids_of(lm, pair)
         for got, row in ((last.y1[k], ids[0]), (last.y0[k], ids[1])):
@@ -111,7 +111,7 @@ def test_models_with_traits_of_their_own(config):
 def test_a_record_is_what_the_model_does(lm):
     ids = rows(lm)
     parts, plain = decoder.stack(lm), naive.Naive(lm).record(ids)
-    run = stack.record(parts, ids, details=("heads", "hidden"))
+    run = record_run(parts, ids, details=("heads", "hidden"))
     assert 0 < run.offset < ids.shape[1] and run.length == ids.shape[1]
     for mine, theirs in (
         (run.resid[:-1], "before"), (run.resid[1:], "resid_post"), (run.attn, "attn_out"),
@@ -132,32 +132,32 @@ def test_a_record_is_what_the_model_does(lm):
 def test_blocks_run_in_part_give_what_they_gave(lm, back):
     ids = rows(lm)
     parts = decoder.stack(lm)
-    run = stack.record(parts, ids)
+    run = record_run(parts, ids)
     start = ids.shape[1] - back
     for layer in range(3):
         before = run.resid[layer][:, start - run.offset :].repeat(2, 1, 1)  # two copies of all rows
         after = run.resid[layer + 1][:, start - run.offset :].repeat(2, 1, 1)
-        again = partial.run_block(parts, run, layer, before, start)
+        again = engine.run_block(parts, run, layer, before, start)
         torch.testing.assert_close(again, after, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_a_block_is_composed_of_its_modules(lm):
     parts = decoder.stack(lm)
-    run = stack.record(parts, rows(lm))
+    run = record_run(parts, rows(lm))
     for layer in range(3):
         given = {"attn": run.attn[layer][:, [1, 3]]}
         want = run.resid[layer + 1][:, [1, 3]]
         for more in ({}, {"mlp_out": run.mlp[layer][:, [1, 3]]}):
-            got = partial.compose(parts, run, layer, run.resid[layer][:, [1, 3]], **given, **more)
+            got = engine.compose(parts, run, layer, run.resid[layer][:, [1, 3]], **given, **more)
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_of_a_record():
     lm = tiny.model()
     parts, ids = decoder.stack(lm), rows(lm)
-    run = stack.record(parts, ids, details=("heads",)).rows(slice(1, 2))
-    alone = stack.record(parts, ids[1:])  # of a single row only the last position is not common
+    run = record_run(parts, ids, details=("heads",)).rows(slice(1, 2))
+    alone = record_run(parts, ids[1:])  # of a single row only the last position is not common
     torch.testing.assert_close(run.resid[-1][:, -1:], alone.resid[-1], atol=1e-4, rtol=1e-4)
     assert {len(t) for t in (*run.resid, *run.heads, *run.attn, *run.mlp, *run.kv[0])} == {1}
 
@@ -167,7 +167,7 @@ def test_rows_of_a_record():
     [([[1, 2, 3], [1, 2, 4]], 2), ([[1, 2, 3], [1, 2, 3]], 2), ([[1, 2, 3], [4, 2, 3]], 0), ([[7]], 0)],
 )
 def test_the_common_prefix_leaves_the_last_position_out(ids, length):
-    assert stack.record(decoder.stack(tiny.model()), torch.tensor(ids)).offset == length
+    assert record_run(decoder.stack(tiny.model()), torch.tensor(ids)).offset == length
 
 
 def test_a_stubbed_module_computes_nothing_and_comes_back():
@@ -189,7 +189,7 @@ def test_a_stubbed_module_computes_nothing_and_comes_back():
 def test_a_recurrent_model_is_refused():
     lm = other(MambaConfig(vocab_size=370, hidden_size=32, num_hidden_layers=2, state_size=4))
     with pytest.raises(ValueError, match=r"have no attention module \(block 0: norm, mixer\)"):
-        patching.layers(lm, PAIRS, Y1)
+        patching.patch(lm, PAIRS, Y1)
 
 
 def test_a_model_without_a_list_of_blocks_is_refused():
@@ -209,7 +209,7 @@ def test_blocks_without_an_mlp_module_are_refused():
         )
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"have no MLP module \(block 0: self_attn.*fc1"):
-        patching.layers(lm, PAIRS, Y1)
+        patching.patch(lm, PAIRS, Y1)
 
 
 @pytest.mark.parametrize("kind", ["flash_attention_2", "flex_attention"])
@@ -222,10 +222,10 @@ def test_attention_that_takes_no_full_mask_is_refused(kind):
 
 def test_a_mask_of_another_kind_is_refused():
     lm = tiny.model()
-    run = stack.record(decoder.stack(lm), rows(lm))
+    run = record_run(decoder.stack(lm), rows(lm))
     run.kwargs[0]["attention_mask"] = torch.ones(2, 5)
     with pytest.raises(ValueError, match=r"takes no full mask.*attn_implementation='sdpa' or 'eager'"):
-        partial.run_block(decoder.stack(lm), run, 0, run.resid[0][:, -1:], run.length - 1)
+        engine.run_block(decoder.stack(lm), run, 0, run.resid[0][:, -1:], run.length - 1)
 
 
 @pytest.mark.parametrize("name", ["self_attn", "mlp"])
@@ -235,7 +235,7 @@ def test_a_hook_that_never_fires_is_reported(name, monkeypatch):
     module = getattr(lm.model.model.layers[1], name)
     monkeypatch.setattr(type(module), "__call__", lambda self, *a, **k: self.forward(*a, **k))
     with pytest.raises(ValueError, match=r"blocks of this model .* since a hook never fired.*can't be done"):
-        patching.layers(lm, PAIRS, Y1)
+        patching.patch(lm, PAIRS, Y1)
 
 
 def test_an_output_projection_that_is_bypassed_is_reported(monkeypatch):
@@ -246,7 +246,7 @@ def test_an_output_projection_that_is_bypassed_is_reported(monkeypatch):
             block.mlp, "forward", lambda x, down=down: down.forward(x[..., :1].expand(*x.shape[:-1], 64))
         )
     with pytest.raises(ValueError, match="a hook never fired"):
-        patching.sweep(lm, PAIRS, Y1, sites=("neurons",), units={"a": {0: [1]}})
+        patching.patch(lm, PAIRS, Y1, sites={"a": {0: [1]}})
 
 
 def test_an_output_projection_that_does_not_write_the_output_is_reported(monkeypatch):
@@ -255,9 +255,9 @@ def test_an_output_projection_that_does_not_write_the_output_is_reported(monkeyp
     for block in lm.model.model.layers:
         before = block.mlp.forward
         monkeypatch.setattr(block.mlp, "forward", lambda x, before=before: before(x) + x)
-    assert patching.modules(lm, PAIRS, Y1).effects.abs().max() > 0
+    assert patching.patch(lm, PAIRS, Y1, sites=("mlp_out", "attn_out")).effects.abs().max() > 0
     with pytest.raises(ValueError, match="LlamaMLP does not give out what its output projection writes"):
-        patching.sweep(lm, PAIRS, Y1, sites=("neurons",), units={"a": {0: [1]}})
+        patching.patch(lm, PAIRS, Y1, sites={"a": {0: [1]}})
 
 
 def test_something_behind_the_final_norm_is_reported():
@@ -272,7 +272,7 @@ def test_something_behind_the_final_norm_is_reported():
     with pytest.raises(
         ValueError, match=r"carries hooks.* on model,.* are followed by more than the final norm"
     ):
-        stack.record(parts, rows(lm))
+        record_run(parts, rows(lm))
 
 
 def test_partial_runs_that_do_not_reproduce_the_whole_are_reported():
@@ -282,7 +282,7 @@ def test_partial_runs_that_do_not_reproduce_the_whole_are_reported():
         lambda m, args: (args[0] * args[0].shape[1], *args[1:])
     )
     with pytest.raises(ValueError, match=r"carries hooks \(steering\?\) on model.layers.1, and with them"):
-        patching.sweep(lm, prompts.pairs("behaviour", n=6), Y1, sites=SITES[:1])
+        patching.patch(lm, prompts.pairs("behaviour", n=6), Y1, sites="resid_post")
 
 
 def test_a_cache_that_is_not_used_as_recorded_is_reported():
@@ -296,4 +296,4 @@ def test_a_cache_that_is_not_used_as_recorded_is_reported():
         with_kwargs=True,
     )
     with pytest.raises(ValueError, match=r"carries hooks \(steering\?\) on model, and with them"):
-        patching.layers(lm, PAIRS, Y1)
+        patching.patch(lm, PAIRS, Y1)

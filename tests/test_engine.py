@@ -1,6 +1,7 @@
 """Patched runs: whatever is reused, the numbers are those of whole forward passes."""
 
 import copy
+from unittest import mock
 
 import naive
 import pytest
@@ -11,9 +12,10 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
 from harmlens.asking import pairs as prompts
-from harmlens.flow import outcomes, patching, runs
-from harmlens.flow.cells import SITES, Cell, Freeze, _drawn, check_partial, run_cells
+from harmlens.flow import engine, outcomes, patching
+from harmlens.flow.engine import SITES, Cell, Freeze, check_partial, run_cells
 from harmlens.flow.outcomes import Replies, Reply, TokenSets
+from harmlens.flow.record import record_pairs
 from harmlens.models import parts as decoder
 from harmlens.models.chats import tokens
 from harmlens.models.forward import LanguageModel
@@ -39,16 +41,14 @@ def positions(lm, pairs, how):
     }.get(how) or (lambda k: list(how(lm, pairs[k]).values()))
 
 
-def check(lm, pairs, how, tolerance=1e-4, sites=SITES, **options):
+def check(lm, pairs, how, tolerance=1e-4, sites=(*SITES, "neurons"), **options):
     """Compare with whole forward passes; at least some effect must be far above the tolerance."""
     cells = [(site, {}) for site in sites if site not in ("head", "neurons")]
     cells += naive.heads(lm) if "head" in sites else []
     cells += [("neurons", UNITS)] if "neurons" in sites else []
-    units = {"some": UNITS} if "neurons" in sites else None
-    if units:
-        depth = len(decoder.stack(lm).blocks)
-        units = {"some": {layer: u for layer, u in UNITS.items() if layer < depth}}
-    found = patching.sweep(lm, pairs, Y1, sites=sites, positions=how, units=units, **options)
+    units = {"some": {layer: u for layer, u in UNITS.items() if layer < decoder.stack(lm).depth}}
+    asked = [units if site == "neurons" else site for site in sites]
+    found = patching.patch(lm, pairs, Y1, sites=asked, positions=how, **options)
     wanted = naive.sweep(lm, pairs, value, cells, positions(lm, pairs, how), **options)
     for got, want in zip((found.y1, found.y0, found.patched), wanted, strict=True):
         torch.testing.assert_close(got, want, atol=tolerance, rtol=0)
@@ -76,7 +76,7 @@ def test_every_site_at_all_positions(lm):
 
 
 def test_every_site_by_role(lm):
-    check(lm, PAIRS[3:], prompts.roles, sites=[site for site in SITES if site != "head"])
+    check(lm, PAIRS[3:], prompts.roles, sites=(*SITES[:4], "neurons"))
 
 
 def test_noising_by_role_where_prompts_differ_early():
@@ -100,8 +100,8 @@ def test_eager_attention():
 
 def test_positions_may_come_in_any_order():
     lm = tiny.model()
-    shuffled = patching.sweep(lm, PAIRS, Y1, positions=lambda lm, p: {"a": [17, 14, 16, 17], "b": (15,)})
-    ordered = patching.sweep(lm, PAIRS, Y1, positions=lambda lm, p: {"a": [14, 16, 17], "b": [15]})
+    shuffled = patching.patch(lm, PAIRS, Y1, positions=lambda lm, p: {"a": [17, 14, 16, 17], "b": (15,)})
+    ordered = patching.patch(lm, PAIRS, Y1, positions=lambda lm, p: {"a": [14, 16, 17], "b": [15]})
     torch.testing.assert_close(shuffled.patched, ordered.patched, atol=1e-5, rtol=0)
     assert shuffled.effects[:, :, 0].abs().max() > 0.1
 
@@ -116,7 +116,7 @@ def test_half_precision_is_as_good_as_a_whole_pass_in_half_precision(architectur
     cells, where = [(site, {}) for site in sites], positions(exact, pairs, "last")
     truth = naive.sweep(exact, pairs, value, cells, where)[2]
     plain = naive.sweep(half, pairs, value, cells, where)[2]
-    found = patching.sweep(half, pairs, Y1, sites=sites)
+    found = patching.patch(half, pairs, Y1, sites=sites)
     assert found.patched.dtype == torch.float32
     off, expected = (found.patched - truth).abs(), (plain - truth).abs()
     assert off.max() <= 2 * expected.max()
@@ -154,7 +154,7 @@ def test_transformer_lens_cell_by_cell(architecture, kind, tokenizer_folder):
     pairs = same_length(lm, prompts.pairs("behaviour"))
     x1, x0 = (torch.cat(side) for side in zip(*(naive.ids_of(lm, pair) for pair in pairs), strict=True))
     _, cache = bridge.run_with_cache(x1)
-    ours = patching.sweep(
+    ours = patching.patch(
         lm, pairs, lambda logits: logits[:, 17], sites=("resid_post", "attn_out", "mlp_out"), positions="each"
     )
     assert ours.effects.std() > 0.01
@@ -184,7 +184,7 @@ def test_heads_of_transformer_lens(tokenizer_folder):
     theirs = reference.get_act_patch_attn_head_out_by_pos(
         bridge, x0, cache, lambda logits: logits[:, -1, 17], reduce="none"
     ).values  # layer, position, head, pair
-    ours = patching.heads(lm, pairs, lambda logits: logits[:, 17], positions="each").patched
+    ours = patching.patch(lm, pairs, lambda logits: logits[:, 17], sites="head", positions="each").patched
     torch.testing.assert_close(ours, theirs.permute(2, 0, 1, 3), atol=1e-4, rtol=0)
 
 
@@ -196,14 +196,14 @@ def test_heads_of_transformer_lens(tokenizer_folder):
 def test_windows(architecture, direction):
     lm = tiny.model(architecture, layers=4)
     sites = ("layer", "attn_out", "mlp_out")
-    check(lm, PAIRS[1:3], first_and_last, sites=sites, window=3, direction=direction)
+    check(lm, PAIRS[1:3], first_and_last, sites=sites, layers=naive.windows(4, 3), direction=direction)
 
 
 def test_a_window_moves_what_its_layers_move():
     lm = tiny.model(layers=4)
     options = {"sites": ("layer", "attn_out", "mlp_out"), "positions": "all"}
-    wide = patching.sweep(lm, PAIRS, Y1, window=3, **options).size
-    single = patching.sweep(lm, PAIRS, Y1, **options).size
+    wide = patching.patch(lm, PAIRS, Y1, layers=naive.windows(4, 3), **options).size
+    single = patching.patch(lm, PAIRS, Y1, **options).size
     for layer in range(4):
         near = single[:, max(0, layer - 1) : layer + 2]
         torch.testing.assert_close(wide[:, layer], near.square().sum(1).sqrt(), atol=1e-3, rtol=1e-4)
@@ -228,9 +228,9 @@ def first_and_last(lm, pair):
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])
 def test_frozen_modules(architecture, freeze):
     """Also the MLP of the block whose attention is patched, unless the two run in parallel."""
-    lm, sites = tiny.model(architecture, layers=3), [site for site in SITES if site != "head"]
+    lm, sites = tiny.model(architecture, layers=3), (*SITES[:4], "neurons")
     frozen = check(lm, PAIRS[1:2], first_and_last, freeze=freeze, sites=sites)
-    free = patching.sweep(lm, PAIRS[1:2], Y1, sites=sites, positions=first_and_last, units={"some": UNITS})
+    free = patching.patch(lm, PAIRS[1:2], Y1, sites=(*SITES[:4], {"some": UNITS}), positions=first_and_last)
     assert (frozen.patched - free.patched).abs().max() > 1e-3
 
 
@@ -244,14 +244,14 @@ def test_frozen_modules_in_a_window_are_patched_where_the_window_says():
         for direction in patching.DIRECTIONS:
             check(
                 tiny.model("qwen3", layers=4), PAIRS[1:2], first_and_last, sites=("attn_out", "mlp_out"),
-                window=3, freeze=freeze, direction=direction,
+                layers=naive.windows(4, 3), freeze=freeze, direction=direction,
             )  # fmt: skip
 
 
 def test_freezing_everything_downstream_leaves_the_direct_path():
     """With every attention and MLP output held, a patch adds to the final residual stream and no more."""
     lm = tiny.model(layers=3)
-    both = patching.sweep(lm, PAIRS[1:3], Y1, sites=("attn_out",), freeze=Freeze("mlp_out"))
+    both = patching.patch(lm, PAIRS[1:3], Y1, sites="attn_out", freeze=Freeze("mlp_out"))
     net = naive.Naive(lm)
     for k, pair in enumerate(PAIRS[1:3]):
         x1, x0 = (net.record(ids) for ids in naive.ids_of(lm, pair))
@@ -265,8 +265,8 @@ def test_freezing_everything_downstream_leaves_the_direct_path():
 
 NULLS = [
     {"null": 3, "sites": ("resid_post", "layer", "attn_out", "head")},
-    {"null": 3, "sites": ("layer", "attn_out", "mlp_out"), "window": 3},
-    {"null": 3, "sites": ("neurons",), "units": {"some": UNITS}},
+    {"null": 3, "sites": ("layer", "attn_out", "mlp_out"), "layers": naive.windows(3, 3)},
+    {"null": 3, "sites": {"some": UNITS}},
     {"freeze": Freeze("attn_out", null=5), "sites": ("resid_post", "mlp_out")},
     {"freeze": Freeze("mlp_out", null=5), "sites": ("attn_out", "layer")},
     {"freeze": Freeze("neurons", null=5, units=(1, 2, 3)), "sites": ("attn_out", "layer")},
@@ -278,28 +278,29 @@ NULLS = [
 def test_random_draws_depend_on_the_seed_and_the_pair_alone(options):
     lm = tiny.model(layers=3)
     options = {**options, "positions": first_and_last}
-    first = patching.sweep(lm, PAIRS, Y1, **options)
-    for other in ({"batch_size": 1, "max_tokens": 30}, {"max_tokens": 100}):
-        again = patching.sweep(lm, PAIRS, Y1, **options, **other)
+    first = patching.patch(lm, PAIRS, Y1, **options)
+    for limit in (30, 100):
+        with mock.patch.object(engine, "MAX_TOKENS", limit):
+            again = patching.patch(lm, PAIRS, Y1, **options)
         torch.testing.assert_close(again.patched, first.patched, atol=1e-4, rtol=0)
         torch.testing.assert_close(again.size, first.size, atol=1e-4, rtol=1e-5)
-    back = patching.sweep(lm, PAIRS[::-1], Y1, **options)
+    back = patching.patch(lm, PAIRS[::-1], Y1, **options)
     torch.testing.assert_close(back.patched.flip(-1), first.patched, atol=1e-4, rtol=0)
-    few = patching.sweep(lm, PAIRS[2:], Y1, **options)
+    few = patching.patch(lm, PAIRS[2:], Y1, **options)
     torch.testing.assert_close(few.patched, first.patched[..., 2:], atol=1e-4, rtol=0)
     if "noise" not in options:
         other = {**options, "null": 4} if "null" in options else options
         if "freeze" in options:
             other = {**options, "freeze": Freeze(**{**vars(options["freeze"]), "null": 6})}
-        assert (patching.sweep(lm, PAIRS, Y1, **other).patched - first.patched).abs().max() > 1e-2
+        assert (patching.patch(lm, PAIRS, Y1, **other).patched - first.patched).abs().max() > 1e-2
 
 
 def test_a_random_direction_is_as_long_as_the_patch():
     lm = tiny.model(layers=3)
-    options = {"sites": SITES, "units": {"some": UNITS}, "positions": prompts.roles}
-    real = patching.sweep(lm, PAIRS, Y1, **options)
+    options = {"sites": (*SITES, {"some": UNITS}), "positions": prompts.roles}
+    real = patching.patch(lm, PAIRS, Y1, **options)
     for seed in (0, 1):
-        null = patching.sweep(lm, PAIRS, Y1, null=seed, **options)
+        null = patching.patch(lm, PAIRS, Y1, null=seed, **options)
         torch.testing.assert_close(null.size, real.size)
         assert (null.patched - real.patched).abs().max() > 0.1
     assert (real.size > 0).any()
@@ -307,7 +308,7 @@ def test_a_random_direction_is_as_long_as_the_patch():
 
 def test_the_size_is_the_norm_of_what_is_moved():
     lm = tiny.model(layers=3)
-    found = patching.sweep(lm, PAIRS[:1], Y1, sites=("resid_post", "attn_out", "mlp_out"), positions="all")
+    found = patching.patch(lm, PAIRS[:1], Y1, sites=("resid_post", "attn_out", "mlp_out"), positions="all")
     x1, x0 = (naive.Naive(lm).record(ids) for ids in naive.ids_of(lm, PAIRS[0]))
     for i, site in enumerate(found.sites):
         for layer in range(3):
@@ -321,19 +322,19 @@ def test_every_layer_of_a_window_is_moved_at_random():
     group, last = recorded(lm, PAIRS[:1]), prompts.roles(lm, PAIRS[0])["last"][0]
     column, seen = last - group.x0.offset, []
     group.outcome = lambda resid, index: seen.append(resid[:, -1]) or resid[:, -1, 0]
-    run_cells(group, [Cell("layer", 0, (column,), until=2)], null=3)
-    step = torch.zeros(1, 32)
+    run_cells(group, [Cell("layer", 0, 2, (column,))], null=3)
+    step, drawn = torch.zeros(1, 32), engine._Patching(group, group.x0, group.x1, None, 3).drawn
     for layer in range(3):
         own = [run.resid[layer + 1] - run.resid[layer] for run in (group.x1, group.x0)]
         far = (own[0] - own[1])[:, column].norm()
-        step += far * _drawn(group, (3, "layer", layer, ()), [column], slice(None), 32)[:, 0]
+        step += far * drawn((3, "layer", layer, ()), [column], 32)[:, 0]
     torch.testing.assert_close(seen[-1], group.x0.resid[-1][:, column] + step, atol=1e-4, rtol=1e-4)
 
 
 def test_a_null_draw_does_not_depend_on_what_else_is_swept():
     lm = tiny.model(layers=3)
-    alone = patching.sweep(lm, PAIRS, Y1, sites=("mlp_out",), null=1, layers=[1])
-    among = patching.sweep(lm, PAIRS, Y1, sites=("attn_out", "mlp_out"), null=1, positions=prompts.roles)
+    alone = patching.patch(lm, PAIRS, Y1, sites="mlp_out", null=1, layers=[1])
+    among = patching.patch(lm, PAIRS, Y1, sites=("attn_out", "mlp_out"), null=1, positions=prompts.roles)
     torch.testing.assert_close(alone.at("mlp_out")[0], among.at("mlp_out", "last")[1], atol=1e-5, rtol=0)
 
 
@@ -347,7 +348,7 @@ def test_the_null_of_a_freeze_moves_as_far_as_freezing():
         group = recorded(lm, PAIRS[:1])
         kept = []
         handle = lm.model.model.layers[1].register_forward_hook(lambda m, i, o, kept=kept: kept.append(o))
-        run_cells(group, [Cell("resid_post", 0, (group.x0.length - group.x0.offset - 1,))], freeze=freeze)
+        run_cells(group, [Cell("resid_post", 0, 0, (group.x0.length - group.x0.offset - 1,))], freeze=freeze)
         handle.remove()
         seen[name] = kept[-1][0, -1]
     torch.testing.assert_close(
@@ -359,37 +360,36 @@ def test_the_null_of_a_freeze_moves_as_far_as_freezing():
 # --------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize(
-    "options", [{"batch_size": 1}, {"batch_size": 3}, {"max_tokens": 1}, {"max_tokens": 37}], ids=str
-)
+@pytest.mark.parametrize("limit", [1, 37])
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt_neox"])
-def test_batches_change_nothing(architecture, options):
+def test_batches_change_nothing(architecture, limit, monkeypatch):
     lm = tiny.model(architecture, layers=3)
     fixed = {"sites": SITES[:4], "positions": prompts.roles}
-    whole = patching.sweep(lm, PAIRS, Y1, **fixed)
-    parts = patching.sweep(lm, PAIRS, Y1, **fixed, **options)
+    whole = patching.patch(lm, PAIRS, Y1, **fixed)
+    monkeypatch.setattr(engine, "MAX_TOKENS", limit)
+    parts = patching.patch(lm, PAIRS, Y1, **fixed)
     for name in ("y1", "y0", "patched", "size"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("limit", [20, 100, 400])
-def test_memory_is_bounded(limit):
-    """No block sees more than max_tokens tokens of patched runs, except for a single row's."""
+def test_memory_is_bounded(limit, monkeypatch):
+    """No block sees more than so many tokens of patched runs, except for a single row's."""
     lm, seen = tiny.model(layers=3), []
     group = recorded(lm, BEHAVIOUR)
     for block in lm.model.model.layers:
         block.register_forward_hook(lambda m, i, o: seen.append(o.shape[0] * o.shape[1]))
     columns = range(group.differs, group.x0.length - group.x0.offset)
     row = len(columns)
-    patches = [Cell("resid_post", layer, (c,)) for layer in range(3) for c in columns]
-    run_cells(group, patches, max_tokens=limit)
+    patches = [Cell("resid_post", layer, layer, (c,)) for layer in range(3) for c in columns]
+    monkeypatch.setattr(engine, "MAX_TOKENS", limit)
+    run_cells(group, patches)
     assert max(seen) <= max(limit, row)
 
 
 def recorded(lm: LanguageModel, pairs, outcome=Y1, **options):
     """The first group of pairs, recorded at all positions."""
-    encoded = runs.encode(lm, pairs, outcome, "all")
-    return next(iter(runs.groups(lm, decoder.stack(lm), encoded, **options)))
+    return next(record_pairs(lm, decoder.stack(lm), pairs, outcome, "all", **options))
 
 
 def test_nothing_is_kept_for_gradients():
@@ -397,7 +397,7 @@ def test_nothing_is_kept_for_gradients():
     assert all(p.requires_grad for p in lm.model.parameters())
     group = recorded(lm, PAIRS)
     check_partial(group)
-    values, sizes = run_cells(group, [Cell("mlp_out", 0, (group.x0.length - group.x0.offset - 1,))])
+    values, sizes = run_cells(group, [Cell("mlp_out", 0, 0, (group.x0.length - group.x0.offset - 1,))])
     assert not values.requires_grad and not sizes.requires_grad
 
 
@@ -405,9 +405,9 @@ def test_the_model_is_left_as_it_was():
     lm = tiny.model(layers=3)
     before = lm.model(torch.tensor([[1, 2, 3]])).logits
     for options in NULLS:
-        patching.sweep(lm, PAIRS, Y1, **options)
+        patching.patch(lm, PAIRS, Y1, **options)
     with pytest.raises(ZeroDivisionError):
-        patching.sweep(lm, PAIRS, lambda logits: 1 / 0, freeze=Freeze("mlp_out"))
+        patching.patch(lm, PAIRS, lambda logits: 1 / 0, freeze=Freeze("mlp_out"))
     assert torch.equal(lm.model(torch.tensor([[1, 2, 3]])).logits, before)
     for module in lm.model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
@@ -418,7 +418,8 @@ def test_the_model_is_left_as_it_was():
 
 def test_y2_against_whole_passes():
     lm = tiny.model("gemma2", layers=3)
-    found = patching.modules(lm, PAIRS, outcomes.y2(SETS), positions=prompts.roles)
+    sites = ("mlp_out", "attn_out")
+    found = patching.patch(lm, PAIRS, outcomes.y2(SETS), sites=sites, positions=prompts.roles)
     cells = [("mlp_out", {}), ("attn_out", {})]
 
     def read(logits, _):
@@ -437,7 +438,7 @@ REFUSALS = ["i will not help.", "no, i will not.", "sorry, no.", "no."]
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3", "gpt_neox"])
 def test_y3_of_both_runs_is_the_sequence_score(architecture, skip):
     lm = tiny.model(architecture)
-    found = patching.layers(lm, PAIRS, Replies(HARMFUL, REFUSALS, skip))
+    found = patching.patch(lm, PAIRS, Replies(HARMFUL, REFUSALS, skip))
     for got, side in ((found.y1, "x1"), (found.y0, "x0")):
         texts = [getattr(pair, side).render(lm) for pair in PAIRS]
         want = outcomes.sequence_score(lm, texts, HARMFUL, REFUSALS, skip=skip)
@@ -449,7 +450,7 @@ def test_y3_of_both_runs_is_the_sequence_score(architecture, skip):
 def test_y3_of_patched_runs(architecture, direction):
     lm = tiny.model(architecture, layers=3)
     sites = ("layer", "attn_out", "mlp_out")
-    found = patching.sweep(
+    found = patching.patch(
         lm, PAIRS, Replies(HARMFUL, REFUSALS, 1), sites=sites, positions=first_and_last, direction=direction
     )
     wanted = []
@@ -473,16 +474,16 @@ def test_both_replies_of_y3_get_the_same_random_patch():
     lm = tiny.model(layers=3)
     options = {"sites": ("layer",), "null": 2, "positions": prompts.roles, "noise": 3.0}
     parts = [Reply(HARMFUL), Reply(["sure. take salt and honey and salt."] * 4)]
-    one, other = (patching.sweep(lm, PAIRS, part, **options) for part in parts)
+    one, other = (patching.patch(lm, PAIRS, part, **options) for part in parts)
     torch.testing.assert_close(one.size, other.size, atol=1e-3, rtol=0)
-    first = [patching.sweep(lm, PAIRS, Reply([r] * 4), **options).patched for r in ("sure", "no")]
+    first = [patching.patch(lm, PAIRS, Reply([r] * 4), **options).patched for r in ("sure", "no")]
     assert not torch.equal(*first)
     # One token needs no reply behind the prompt: the same as reading the logits there.
-    plain = patching.sweep(
+    plain = patching.patch(
         lm, PAIRS, lambda z: z.log_softmax(-1)[:, tokens(lm.tokenizer, "sure")[0]], **options
     )
     torch.testing.assert_close(first[0], plain.patched, atol=1e-4, rtol=0)
-    both = [patching.sweep(lm, PAIRS, Reply([f"sure. {end}"] * 4), **options) for end in ("take salt", "no")]
+    both = [patching.patch(lm, PAIRS, Reply([f"sure. {end}"] * 4), **options) for end in ("take salt", "no")]
     torch.testing.assert_close(both[0].size, both[1].size, atol=1e-3, rtol=0)
 
 
@@ -490,8 +491,8 @@ def test_both_replies_of_y3_get_the_same_random_patch():
 def test_noise_corrupts_the_words_that_differ(architecture):
     """y1 is the clean run; y0 is x1 with noise on the embeddings where the pair differs, and only there."""
     lm = tiny.model(architecture, layers=3)
-    found = patching.sweep(lm, PAIRS, Y1, sites=("resid_post",), positions="all", noise=3.0)
-    clean = patching.sweep(lm, PAIRS, Y1)
+    found = patching.patch(lm, PAIRS, Y1, sites="resid_post", positions="all", noise=3.0)
+    clean = patching.patch(lm, PAIRS, Y1)
     torch.testing.assert_close(found.y1, clean.y1, atol=1e-5, rtol=0)
     assert (found.y0 - clean.y0).abs().max() > 0.1
     group = recorded(lm, PAIRS[:1], noise=3.0)
@@ -508,7 +509,7 @@ def test_noise_corrupts_the_words_that_differ(architecture):
 
 
 def test_noise_denoised_at_all_positions_is_the_clean_run():
-    found = patching.residual(tiny.model(), PAIRS, Y1, positions="all", noise=2.0)
+    found = patching.patch(tiny.model(), PAIRS, Y1, sites="resid_post", positions="all", noise=2.0)
     torch.testing.assert_close(found.at("resid_post"), found.total.expand(2, -1), atol=1e-4, rtol=0)
 
 
@@ -516,9 +517,7 @@ def test_noise_denoised_at_all_positions_is_the_clean_run():
 def test_patching_a_run_with_itself_does_nothing(pairs):
     """Without noise both runs are one."""
     lm = tiny.model(layers=3)
-    found = patching.sweep(
-        lm, pairs, Y1, sites=SITES, units={"some": UNITS}, positions=prompts.roles, noise=0.0
-    )
+    found = patching.patch(lm, pairs, Y1, sites=(*SITES, {"some": UNITS}), positions=prompts.roles, noise=0.0)
     assert found.total.abs().max() < 1e-5
     assert found.effects.abs().max() < 1e-5
     assert found.size.max() < 1e-4
