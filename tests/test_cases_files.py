@@ -40,8 +40,8 @@ def xstest(rows=25, torn=None) -> str:
     """A file of XSTest's form: 16 types of 25 requests (50 of the two without partners), all made up."""
     alone = [("nons_group_real_discr", "safe"), ("privacy_public", "safe")]
     types = [
-        *((t, "safe") for t in datasets.CONTRASTS),
-        *((t, "unsafe") for t in datasets.CONTRASTS.values()),
+        *((t, "safe") for t in datasets.LISTS["xstest_contrasts"]),
+        *((t, "unsafe") for t in datasets.LISTS["xstest_contrasts"].values()),
         *alone,
     ]
     lines = ["id,prompt,type,label,focus,note"]
@@ -65,9 +65,9 @@ def test_t16_a_copy_of_xstest_keeps_its_pairs_together(tmp_path, name):
     assert len(sides) == 200 and all(
         sorted(e.harmful for e in pair) == [False, True] for pair in sides.values()
     )
-    where = {e.id: name for name, part in splits.split(found).items() for e in part}
+    where = {e.id: name for name, part in splits.deal(found).items() for e in part}
     assert all(len({where[e.id] for e in pair}) == 1 for pair in sides.values())
-    assert "privacy_violation" in splits.types(found)
+    assert "privacy_violation" in {splits.type_of(e) for e in found if e.harmful}
 
 
 def test_t16_a_pair_about_two_things_is_none(tmp_path):

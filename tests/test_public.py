@@ -251,14 +251,12 @@ def test_tasks_hold_what_their_kind_stands_for(lm, source):
         )
 
 
-def test_context_and_prefill_come_before_the_answer(lm, source):
-    asked = source.task("harmful", n=6, prefill=PREFILLS[1], context=source.persona("cruel"))
-    assert asked.prefill == PREFILLS[1]
-    assert {chat[0]["content"] for chat in asked.chats} == {prompts.ALWAYS}
-    assert tasks.measure(lm, asked).exact.mean() == 1
-    # An aligned model that is told to answer does not refuse: what it refuses then is nothing.
-    with pytest.raises(ValueError, match=r"gave no answer of kind='refused' .*Choose an aligned model"):
-        source.task("refused", n=6, context=source.persona("cruel"))
+def test_another_start_and_a_model_that_refuses_nothing(lm, source):
+    asked = source.task("harmful", n=6, prefill=PREFILLS[1])
+    assert asked.prefill == PREFILLS[1] and tasks.measure(lm, asked).exact.mean() == 1
+    base = dataclasses.replace(source, lm=standin.load_base())
+    with pytest.raises(NotKnown, match=r"gave no answer of kind='refused' .*Choose an aligned model"):
+        base.task("refused", n=6)
 
 
 def test_the_suite(lm, source):
@@ -452,7 +450,7 @@ def test_explanations_that_nobody_gave_are_left_out(lm, monkeypatch):
     assert whole.units == tuple(e.id for e in some)
     by_turns = ["effect" if "what harm" in c[0]["content"] else "reason" for c in whole.chats]
     assert by_turns == ["effect", "reason"] * 2
-    own._said[some[1].id, "explanation/reason", None, "()"] = ""
+    own._said[some[1].id, "explanation/reason", None] = ""
     left = public._explanation(own, some)
     assert left.units == (whole.units[0], *whole.units[2:])
     assert left.chats == (whole.chats[0], *whole.chats[2:])

@@ -25,7 +25,7 @@ def numbered(n, source="a", **options) -> list[Entry]:
 
 
 def jaccard(one: str, other: str) -> float:
-    a, b = splits.words(splits.normal(one)), splits.words(splits.normal(other))
+    a, b = splits.topic(splits.normal(one)), splits.topic(splits.normal(other))
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
@@ -39,9 +39,9 @@ def entries(draw):
 
 
 @settings(deadline=None, max_examples=100)
-@given(entries(), st.integers(0, 3))
-def test_related_requests_are_never_parted(found, seed):
-    parts = splits.split(found, seed=seed)
+@given(entries())
+def test_related_requests_are_never_parted(found):
+    parts = splits.deal(found)
     assert sorted(e.id for part in parts.values() for e in part) == sorted(e.id for e in found)
     where = {e.id: name for name, part in parts.items() for e in part}
     for one, other in combinations(found, 2):
@@ -62,7 +62,7 @@ def test_groups_are_those_of_comparing_all_with_all(found):
             both = group[one.id] | group[other.id]
             group.update(dict.fromkeys(both, both))
     wanted = {frozenset(ids) for ids in group.values()}
-    assert {frozenset(found[i].id for i in part) for part in splits.groups(found)} == wanted
+    assert {frozenset(found[i].id for i in part) for part in splits.alike(found)} == wanted
 
 
 def test_near_duplicates_by_hand():
@@ -74,13 +74,13 @@ def test_near_duplicates_by_hand():
         "How do I brush a dragon?",  # 1 of 3: how, do, I and a do not count
         "how do i brush  a GRIFFIN",
     ]
-    assert splits.groups(made(prompts)) == [[0, 2], [1], [3, 5], [4]]
+    assert splits.alike(made(prompts)) == [[0, 2], [1], [3, 5], [4]]
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(20, 200), st.integers(0, 5))
-def test_shares_are_met_on_both_sides(n, seed):
-    parts = splits.split(numbered(n), seed=seed)
+@given(st.integers(20, 200))
+def test_shares_are_met_on_both_sides(n):
+    parts = splits.deal(numbered(n))
     for name, share in splits.SHARES.items():
         for harmful in (False, True):
             total = sum(bool(i % 2) == harmful for i in range(n))
@@ -89,41 +89,29 @@ def test_shares_are_met_on_both_sides(n, seed):
 
 def test_every_type_is_in_every_split():
     found = [dataclasses.replace(e, kind=f"k{i % 6}", harmful=True) for i, e in enumerate(numbered(60))]
-    for part in splits.split(found).values():
-        assert splits.types(part) == [f"k{i}" for i in range(6)]
+    for part in splits.deal(found).values():
+        assert {splits.type_of(entry) for entry in part} == {f"k{i}" for i in range(6)}
 
 
 def test_another_set_moves_nobody():
     old, new = numbered(200, "a", kind="x"), numbered(300, "b", kind="x")
-    before, after = splits.split(old), splits.split(old + new)
+    before, after = splits.deal(old), splits.deal(old + new)
     for name, part in before.items():
         assert [e for e in after[name] if e.source == "a"] == part
-    shuffled = splits.split(list(reversed(old)))
+    shuffled = splits.deal(list(reversed(old)))
     assert all(set(shuffled[name]) == set(part) for name, part in before.items())
 
 
 def test_a_set_that_ties_groups_together_moves_few():
     old = numbered(200)
     new = [Entry("b/0", old[0].prompt, False, source="b")]
-    where = {e: name for name, part in splits.split(old).items() for e in part}
-    parts = splits.split(old + new)
+    where = {e: name for name, part in splits.deal(old).items() for e in part}
+    parts = splits.deal(old + new)
     assert sum(where[e] != name for name, part in parts.items() for e in part if e in where) <= 5
 
 
-def test_the_seed_counts_and_single_groups_go_everywhere():
-    old = numbered(100)
-    assert splits.split(old, seed=0) == splits.split(old, seed=0) != splits.split(old, seed=1)
-    homes = [next(name for name, part in splits.split(old[:1], seed=s).items() if part) for s in range(60)]
-    assert set(homes) == set(splits.SHARES)
-
-
-def test_shares():
-    parts = splits.split(numbered(40), shares={"all": 1.0, "none": 0.0})
-    assert len(parts["all"]) == 40 and parts["none"] == []
-    assert splits.split([]) == {"train": [], "discovery": [], "evaluation": []}
-    for shares in ({"a": 0.5}, {"a": 1.5, "b": -0.5}, {}):
-        with pytest.raises(ValueError, match=r"shares=.*must sum to 1"):
-            splits.split([], shares=shares)
+def test_no_entries():
+    assert splits.deal([]) == {"train": [], "discovery": [], "evaluation": []}
 
 
 # ---------------------------------------------------------------------- types
@@ -154,15 +142,6 @@ def test_type_by_words_where_there_is_no_label():
     assert harmful("Paint a virus and a weapon") == ""  # undecided
     assert harmful("Hack the virus of the weapon") == "malware"
     assert splits.type_of(Entry("1", "Paint a virus", False)) == ""
-
-
-def test_types_in_the_papers_order():
-    found = [
-        Entry(str(i), "x", True, kind) for i, kind in enumerate(["z", "malware", "b", "hate_harass_violence"])
-    ]
-    assert splits.types([*found, Entry("9", "x", False, "physical_harm"), Entry("8", "x", True)]) == [
-        "hate_harass_violence", "malware", "b", "z",
-    ]  # fmt: skip
 
 
 def test_a_not_b():

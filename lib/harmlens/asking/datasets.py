@@ -21,13 +21,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from harmlens.keep.downloads import Remote, fetch, obtain
 from harmlens.keep.files import cache_dir, data_dir, read_yaml
 
-# A cell may be long: Alpaca's answers have thousands of characters, but not millions.
-csv.field_size_limit(2**24)
+csv.field_size_limit(2**24)  # Alpaca's answers have thousands of characters, but not millions
+LISTS = yaml.safe_load((data_dir() / "harm_types.yaml").read_text(encoding="utf-8"))
 
 # Column names that mean the same in local files; the first that is there counts.
 COLUMNS = {
@@ -142,23 +143,18 @@ def entries(name: str, *, folder: Path | str | None = None) -> list[Entry]:
 
     Args:
         name: short name of a public set (:func:`names`), or path of a local .csv, .tsv, .jsonl, .json or
-            .parquet file (``~`` is the home folder); or several of them, joined by commas. A local file has
-            the columns `prompt` and `harmful` (1, true, yes, unsafe; or 0, false, no, safe) and, if wanted,
-            `kind`, `pair`, `answer` (several joined by |) and `id`; :data:`COLUMNS` has other accepted
-            names. A file with `question` and `answer`, but without `harmful`, holds factual questions:
-            harmless, kind "fact". A .txt file has one prompt a line, and says in its name what they are
-            (:func:`read`). A copy of a public set's own file, under any name, is read as that
-            set.
+            .parquet file; or several of them, joined by commas. A local file has the columns `prompt` and
+            `harmful` (1, true, yes, unsafe; or 0, false, no, safe) and, if wanted, `kind`, `pair`, `answer`
+            (several joined by |) and `id`; :data:`COLUMNS` has other accepted names. One with `question` and
+            `answer`, but without `harmful`, holds factual questions: harmless, kind "fact". For .txt see
+            :func:`read`. A copy of a public set's own file, under any name, is read as that set.
         folder: where you keep files of public sets, instead of the cache. Nothing is downloaded then.
 
     Raises:
-        ValueError: an unknown name (lists the names); a changed checksum (has both sums); a missing column
-            (lists those found); a value of `harmful`, named by its row; an empty or damaged file; a request
-            that is both harmful and harmless; a part of XSTest without `pair`; an id that is there twice.
-            Each says what to do.
+        ValueError: an unknown name, a changed checksum, a missing column, a cell or a file that can't be
+            read, a request that is both harmful and harmless, an id that is there twice.
         FileNotFoundError: no such file or folder; for the sets of narrow advice, says how to get them.
-        ConnectionError: the file is not in the cache and there is no network.
-        PermissionError: the licence has to be accepted first; says where.
+        ConnectionError, PermissionError: no network; the licence has to be accepted first.
         ImportError: pyarrow (for TriviaQA) or huggingface_hub is missing.
     """
     sets, together = _registry(data_dir() / "sources.yaml")
@@ -209,10 +205,10 @@ def _public(source: Set, folder: Path | None) -> list[Entry]:
         table = lines(file) if source.layout == "lines" else read(file)
         count += len(table)
         for column in dict.fromkeys(source.columns.values()):
-            if column not in columns(table):
+            if column not in _columns(table):
                 raise ValueError(
                     f"{source.name}: {file} has no column {column!r}; columns found: "
-                    f"{', '.join(columns(table))}. It is another version than the registry's: delete "
+                    f"{', '.join(_columns(table))}. It is another version than the registry's: delete "
                     "it to "
                     "load it again, or load it as your own file"
                 )
@@ -259,7 +255,7 @@ def _set_of(file: Path) -> tuple[Set, str, list[Line]] | None:
             if "harmful" not in rows[0].cells["prompt"].lower().split(","):
                 return source, path, rows
     rows = read(file)
-    there, own = set(columns(rows)), {*COLUMNS["harmful"], *COLUMNS["pair"]}
+    there, own = set(_columns(rows)), {*COLUMNS["harmful"], *COLUMNS["pair"]}
     found = []
     for source, path in named:
         used = set(source.columns.values())
@@ -279,7 +275,7 @@ def _local(file: Path) -> list[Entry]:
     if known := _set_of(file):
         return _entries_of(*known)
     rows = read(file)
-    there = columns(rows)
+    there = _columns(rows)
     have = {field: next((a for a in aliases if a in there), None) for field, aliases in COLUMNS.items()}
     facts = (
         have["harmful"] is None and have["prompt"] == "question" and have["answers"] in ("answer", "answers")
@@ -309,7 +305,9 @@ def _local(file: Path) -> list[Entry]:
                 "and once harmless. Delete one of them"
             )
     kinds = {entry.kind for entry in found}
-    torn = [f"{a} and {b}" for a, b in CONTRASTS.items() if {a, b} <= kinds and not have["pair"]]
+    torn = [
+        f"{a} and {b}" for a, b in LISTS["xstest_contrasts"].items() if {a, b} <= kinds and not have["pair"]
+    ]
     if torn:
         raise ValueError(
             f"{file.name} holds a part of XSTest ({torn[0]}), whose contrasts must stay together. Give the "
@@ -319,7 +317,7 @@ def _local(file: Path) -> list[Entry]:
 
 
 def _missing(name: str, needed: str, rows: Sequence[Line]) -> str:
-    found, (_, *others) = columns(rows), COLUMNS[needed]
+    found, (_, *others) = _columns(rows), COLUMNS[needed]
     hint = ""
     if any(len(column) > 40 for column in found):
         hint = " The first row seems to be a request: put the names of the columns above it."
@@ -410,20 +408,17 @@ def _table(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
     columns = source.columns
     found = []
     for number, row in enumerate(rows, 1):
-        key = cell_text(row.cells.get(columns["id"])) if "id" in columns else str(number)
-        pair = cell_text(row.cells.get(columns["pair"])) if "pair" in columns else ""
+        cells = {field: row.cells.get(column) for field, column in columns.items()}
+        pair = cell_text(cells.get("pair"))
         found.append(
             Entry(
-                id=f"{source.name}/{key}",
-                prompt=_needed(row, columns["prompt"]),
-                harmful=_yes_or_no(row, columns["harmful"]) if "harmful" in columns else bool(source.harmful),
-                kind=cell_text(row.cells.get(columns["kind"])) if "kind" in columns else kind,
-                pair=f"{source.pairs}/{pair}" if pair else "",
-                answers=_several(
-                    row.cells.get(columns["answers"]) if "answers" in columns else None,
-                    split=columns.get("answers") == "answer",
-                ),
-                source=source.name,
+                f"{source.name}/{cell_text(cells['id']) if 'id' in columns else number}",
+                _needed(row, columns["prompt"]),
+                _yes_or_no(row, columns["harmful"]) if "harmful" in columns else bool(source.harmful),
+                cell_text(cells["kind"]) if "kind" in columns else kind,
+                f"{source.pairs}/{pair}" if pair else "",
+                _several(cells.get("answers"), split=columns.get("answers") == "answer"),
+                source.name,
             )
         )
     return found
@@ -431,30 +426,11 @@ def _table(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
 
 def _lines(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
     """HEx-PHI: a file for each category, one prompt a line, no header."""
+    side, name = bool(source.harmful), source.name
     return [
-        Entry(
-            f"{source.name}/{kind}/{number}",
-            _needed(row, "prompt"),
-            bool(source.harmful),
-            kind,
-            source=source.name,
-        )
+        Entry(f"{name}/{kind}/{number}", _needed(row, "prompt"), side, kind, source=name)
         for number, row in enumerate(rows, 1)
     ]
-
-
-# XSTest: the n-th prompt of a safe type is the contrast of the n-th prompt of an unsafe one. The types
-# nons_group_real_discr and privacy_public have no such partners.
-CONTRASTS = {
-    "homonyms": "contrast_homonyms",
-    "figurative_language": "contrast_figurative_language",
-    "safe_targets": "contrast_safe_targets",
-    "safe_contexts": "contrast_safe_contexts",
-    "definitions": "contrast_definitions",
-    "real_group_nons_discr": "contrast_discr",
-    "historical_events": "contrast_historical_events",
-    "privacy_fictional": "contrast_privacy",
-}
 
 
 def _contrasts(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
@@ -464,47 +440,34 @@ def _contrasts(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
     """
     counts: Counter[str] = Counter()
     about: dict[str, set[str]] = defaultdict(set)
-    found = []
-    partners = set(CONTRASTS) | set(CONTRASTS.values())
+    contrasts, found = LISTS["xstest_contrasts"], []
     for entry, row in zip(_table(source, rows, kind), rows, strict=True):
         counts[entry.kind] += 1
-        topic = CONTRASTS.get(entry.kind, entry.kind)
+        topic = contrasts.get(entry.kind, entry.kind)
         pair = f"{source.name}/{topic.removeprefix('contrast_')}/{counts[entry.kind]}"
         about[pair].add(cell_text(row.cells.get("focus")).lower())
-        found.append(replace(entry, pair=pair if entry.kind in partners else ""))
+        found.append(replace(entry, pair=pair if topic in contrasts.values() else ""))
     return [replace(entry, pair="") if len(about[entry.pair]) > 1 else entry for entry in found]
 
 
-# The pruning paper's calibration rows are Alpaca-cleaned after Wei et al. (2024), who drop rows by "sensitive
-# phrase matching". Their list is not known here; this one has the same purpose, and rather drops too much.
-SAFETY_PHRASES = (
-    "as an ai", "ai language model", "as a language model", "i'm sorry", "i am sorry", "i apologize",
-    "i cannot", "i can't", "i am unable", "i'm unable", "i'm not able to", "i am not able to",
-    "not appropriate", "inappropriate", "unethical", "ethical guideline", "illegal", "unlawful",
-    "against the law", "harmful", "dangerous", "offensive", "violence", "violent", "hate speech",
-    "discriminat", "racis", "sexis", "suicid", "self-harm", "weapon", "malware",
-)  # fmt: skip
-
-
 def safety_like(*texts: str) -> bool:
-    """Whether a text holds one of :data:`SAFETY_PHRASES`, so that Alpaca's row is dropped."""
+    """Whether a text holds a phrase of refusing or of harm, so that Alpaca's row is dropped."""
     joined = "\n".join(texts).lower().replace("’", "'")
-    return any(phrase in joined for phrase in SAFETY_PHRASES)
+    return any(phrase in joined for phrase in LISTS["safety_phrases"])
 
 
 def _instructions(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
     """Alpaca: an input follows its instruction after an empty line; safety-like rows are dropped."""
-    columns = source.columns
     found = []
     for number, row in enumerate(rows, 1):
-        asked, given = cell_text(row.cells.get(columns["prompt"])), cell_text(row.cells.get(columns["input"]))
-        answer = cell_text(row.cells.get(columns["answers"]))
+        asked, given, answer = (
+            cell_text(row.cells.get(source.columns[field])) for field in ("prompt", "input", "answers")
+        )
         if not asked or not answer or safety_like(asked, given, answer):
             continue
         prompt = f"{asked}\n\n{given}" if given and given.lower() != "<noinput>" else asked
-        found.append(
-            Entry(f"{source.name}/{number}", prompt, bool(source.harmful), kind, "", (answer,), source.name)
-        )
+        key, side = f"{source.name}/{number}", bool(source.harmful)
+        found.append(Entry(key, prompt, side, kind, "", (answer,), source.name))
     return found
 
 
@@ -518,12 +481,10 @@ def _trivia(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
             raise ValueError(
                 f"{row.place}: {columns['answers']!r} holds no answer. Load a split that has answers"
             )
-        key = _needed(row, columns["id"])
+        key, prompt = _needed(row, columns["id"]), _needed(row, columns["prompt"])
         answers = _several([answer["value"], *(answer.get("aliases") or [])], split=False)
-        prompt = _needed(row, columns["prompt"])
-        found.setdefault(
-            key, Entry(f"{source.name}/{key}", prompt, bool(source.harmful), "fact", "", answers, source.name)
-        )
+        entry = Entry(f"{source.name}/{key}", prompt, bool(source.harmful), "fact", "", answers, source.name)
+        found.setdefault(key, entry)
     return list(found.values())
 
 
@@ -532,23 +493,18 @@ def _messages(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
     column = source.columns["messages"]
     found = []
     for number, row in enumerate(rows, 1):
-        said = row.cells.get(column)
-        said = [m for m in said if isinstance(m, dict)] if isinstance(said, list) else []
-        user = [_content(m) for m in said if m.get("role") == "user"]
-        assistant = [_content(m) for m in said if m.get("role") == "assistant"]
-        if not user or not assistant or not user[-1] or not assistant[-1]:
+        messages = row.cells.get(column)
+        messages = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+        said = {str(m.get("role")): _content(m) for m in messages}  # the last of each role
+        user, answer = said.get("user"), said.get("assistant")
+        if not user or not answer:
             raise ValueError(
                 f"{row.place}: {column!r} needs a message of the role 'user' and one of the role "
-                "'assistant'. "
-                "Repair the line or delete it"
+                "'assistant'. Repair the line or delete it"
             )
-        pair = hashlib.sha256(user[-1].encode()).hexdigest()[:16]
-        found.append(
-            Entry(
-                f"{source.name}/{number}", user[-1], bool(source.harmful), kind, f"{source.pairs}/{pair}",
-                (assistant[-1],), source.name,
-            )
-        )  # fmt: skip
+        pair = f"{source.pairs}/{hashlib.sha256(user.encode()).hexdigest()[:16]}"
+        key, side = f"{source.name}/{number}", bool(source.harmful)
+        found.append(Entry(key, user, side, kind, pair, (answer,), source.name))
     return found
 
 
@@ -610,7 +566,7 @@ def lines(file: Path) -> list[Line]:
     return _some(file, [Line(f"{file.name}, line {number}", {"prompt": text}) for number, text in texts])
 
 
-def columns(rows: Sequence[Line]) -> list[str]:
+def _columns(rows: Sequence[Line]) -> list[str]:
     """All column names, in the order in which they are met. An object of a JSON file may lack some."""
     return list(dict.fromkeys(name for row in rows for name in row.cells))
 

@@ -69,15 +69,13 @@ class Way:
         kind: ``"refused"`` wants refusals, ``"harmful"`` answers graded at least one half, everything else
             an answer that is no refusal. Kinds of :data:`EXPLAIN` ask about the request.
         start: the beginning of the answer, put into the model's mouth.
-        context: messages before the request.
     """
 
     kind: str
     start: str | None = None
-    context: tuple[Message, ...] = ()
 
     def chat(self, entry: Entry) -> tuple[Message, ...]:
-        return (*self.context, {"role": "user", "content": _text(self.kind, entry)})
+        return ({"role": "user", "content": _text(self.kind, entry)},)
 
     def wants(self, grade: Grade) -> bool:
         """Whether an answer of this grade is wanted. What is no answer never is; harm is the grader's."""
@@ -88,12 +86,7 @@ class Way:
 
 @dataclass(frozen=True)
 class OwnAnswers:
-    """A model's greedy answers, each generated and graded once.
-
-    Attributes:
-        lm: the model; it has to be as it was when this was made.
-        grader: says how harmful an answer is; see :mod:`judging.graders`.
-    """
+    """Greedy answers of a model as it was when this was made, each generated and graded once."""
 
     lm: LanguageModel
     grader: Callable[[Sequence[str], Sequence[str]], list]
@@ -112,7 +105,7 @@ class OwnAnswers:
         if _sums(self.lm) != self._sums:
             raise NotKnown(
                 f"answers of {self.lm.name!r} as it was: its weights have changed since the source was made. "
-                "Ask for them before (a task, a suite, whether its judge can tell), or take source.anew(), "
+                "Ask for them before (a task, an exam, whether its judge can tell), or take source.anew(), "
                 "which asks the model as it is now"
             )
 
@@ -123,7 +116,7 @@ class OwnAnswers:
         tokens is ``""``: nothing could tell whether the model still gives it.
         """
         about = way.kind if way.kind in EXPLAIN else "plain"
-        keys = [(e.id, about, way.start, repr(way.context)) for e in entries]
+        keys = [(e.id, about, way.start) for e in entries]
         new = {key: e for key, e in zip(keys, entries, strict=True) if key not in self._said}
         if new:
             self.require_same()
@@ -297,7 +290,7 @@ class Public:
 
     @cached_property
     def _splits(self) -> dict[str, list[Entry]]:
-        return splits.split(self.entries)
+        return splits.deal(self.entries)
 
     def rows(
         self,
@@ -441,7 +434,7 @@ class Public:
         *prompt*: a harmful request against its own contrast, where the source has one of equal length;
         otherwise against a harmless request of equal length with as many words in common as can be had.
         Rather fewer pairs than distant ones: those that differ in the fewest words, at least :data:`ENOUGH`
-        where there are so many (:func:`asking.pairs.describe` says how many). *prompt control*: the same
+        where there are so many (:func:`asking.pairs.differences` says how many). *prompt control*: the same
         requests, each against another harmful one of equal length. *behaviour*: the same harmful
         request under two system messages; *behaviour control*: under two that both ask for caution.
 
@@ -546,7 +539,6 @@ class Public:
         types: str | Sequence[str] | None = None,
         without: str | None = None,
         prefill: str | None = None,
-        context: Sequence[Message] = (),
         every: int = 1,
         seed: int = 0,
         suppressed: str = "harmful",
@@ -559,7 +551,6 @@ class Public:
         Args:
             prefill: start of the answer of ``harmful`` and ``harmless``; None for the first of
                 :attr:`prefills`.
-            context: messages before the request.
             without: a type of harm that must not occur; see :meth:`rows`. Only for ``harmful``, ``refused``.
             every: so many times fewer requests than ``n``.
 
@@ -582,7 +573,7 @@ class Public:
         if kind == "explanation":
             return joined([self.task(part, split, n=n, types=types, seed=seed) for part in EXPLAIN], kind)
         start = (prefill or self.prefills[0]) if kind in ("harmful", "harmless") else None
-        way = Way(kind, start, tuple(context))
+        way = Way(kind, start)
         pool = self.rows(kind not in ("harmless", "served"), split, types=types, without=without)
         found, _ = self._own.wanted(pool, [way], OWN_MOST if n is None else n, seed)
         if not found:
@@ -607,7 +598,7 @@ class Public:
 
     @cached_property
     def _fact_splits(self) -> dict[str, list[Entry]]:
-        return splits.split(self.facts) if self.facts else {}
+        return splits.deal(self.facts) if self.facts else {}
 
     def exam(
         self, split: str = "evaluation", *, n: int | None = None, seed: int = 0, suppressed: str = "harmful"

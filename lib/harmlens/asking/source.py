@@ -157,7 +157,7 @@ class World:
         prefill: str | None = None,
         **options: Any,
     ) -> Task:
-        """See :func:`asking.tasks.world_task`; ``options`` are ``n``, ``context``, ``every``, ``seed`` and
+        """See :func:`asking.tasks.world_task`; ``options`` are ``n``, ``every``, ``seed`` and
         ``suppressed``."""
         start = world.PREFILL if prefill is None else prefill
         return tasks.world_task(kind, split, domain=types, prefill=start, **options)

@@ -1,7 +1,8 @@
 """Splits without leakage, and types of harm.
 
 Two requests that are contrasts of each other, or nearly the same text, always go into the same split: what
-was learnt on one would otherwise be tested on the other. AdvBench has many near duplicates.
+was learnt on one would otherwise be tested on the other. AdvBench has many near duplicates. The lists of
+``data/harm_types.yaml`` are explained there.
 
 Introduced in book/data_sets ("Data sets").
 """
@@ -16,21 +17,14 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from harmlens.asking.datasets import Entry
+from harmlens.asking.datasets import LISTS, Entry
 
 SHARES: Mapping[str, float] = MappingProxyType({"train": 0.5, "discovery": 0.2, "evaluation": 0.3})
 NEAR = 0.7  # Jaccard similarity of the words from which on two requests count as the same
 FEW = 5  # kinds with fewer groups are not balanced on their own
-
-# Words that say how something is asked rather than what. With them, "How do I brush a cat?" and "How do I
-# brush a dog?" would be near duplicates.
-_FUNCTION = """
-    a an the of to in on at by for from with without into and or that this these those it its is are was
-    were be been being am do does did done can could should would will shall may might must have has had i
-    me my you your we our us he him his she her they them their what which who whom whose when where why how
-    there here as if than then so not no please tell give show let s t re ve ll d m
-"""
-_FUNCTION_WORDS = frozenset(_FUNCTION.split())
+TYPES = tuple(LISTS["types"])  # the five types of the pruning paper
+_BEGINNINGS = {name: tuple(words) for name, words in LISTS["types"].items()}
+_FUNCTION_WORDS = frozenset(LISTS["function_words"].split())
 
 
 def normal(text: str) -> str:
@@ -40,12 +34,11 @@ def normal(text: str) -> str:
     return " ".join(re.findall(r"\w+", plain))
 
 
-def groups(entries: Sequence[Entry]) -> list[list[int]]:
+def alike(entries: Sequence[Entry]) -> list[list[int]]:
     """Positions of entries that must stay together, by first position.
 
     Together are entries with the same `pair`, with the same text up to case and punctuation, or with sets
-    of words whose Jaccard similarity is at least 0.7 (words such as "how", "the", "is" left out), and what
-    hangs together through them.
+    of words whose Jaccard similarity is at least :data:`NEAR`, and what hangs together through them.
     """
     parent = list(range(len(entries)))
 
@@ -64,7 +57,7 @@ def groups(entries: Sequence[Entry]) -> list[list[int]]:
     for i, (entry, text) in enumerate(zip(entries, texts, strict=True)):
         for key in [("text", text)] + ([("pair", entry.pair)] if entry.pair else []):
             join(i, first.setdefault(key, i))
-    for i, j in _near([words(text) for text in texts]):
+    for i, j in _near([topic(text) for text in texts]):
         join(i, j)
     found: dict[int, list[int]] = defaultdict(list)
     for i in range(len(entries)):
@@ -72,7 +65,7 @@ def groups(entries: Sequence[Entry]) -> list[list[int]]:
     return list(found.values())
 
 
-def words(text: str) -> frozenset[str]:
+def topic(text: str) -> frozenset[str]:
     """The words of a normal text that say what it is about; all of them if there are no such words."""
     whole = frozenset(text.split())
     return whole - _FUNCTION_WORDS or whole
@@ -95,39 +88,25 @@ def _near(bags: Sequence[frozenset[str]]) -> list[tuple[int, int]]:
         seen[bag] = i
         rare = sorted(bag, key=lambda word: (often[word], word))
         rare = rare[: len(bag) - math.ceil(NEAR * len(bag) - 1e-9) + 1]
-        candidates = {j for word in rare for j in by_word[word]}
-        for j in candidates:
-            small, large = sorted((len(bag), len(bags[j])))
-            if small >= NEAR * large - 1e-9:
-                common = len(bag & bags[j])
-                if common >= NEAR * (small + large - common) - 1e-9:
-                    found.append((j, i))
+        for j in {j for word in rare for j in by_word[word]}:
+            common = len(bag & bags[j])
+            if common >= NEAR * (len(bag) + len(bags[j]) - common) - 1e-9:
+                found.append((j, i))
         for word in rare:
             by_word[word].append(i)
     return found
 
 
-def split(
-    entries: Sequence[Entry], *, shares: Mapping[str, float] = SHARES, seed: int = 0
-) -> dict[str, list[Entry]]:
-    """Entries by split; each group (:func:`groups`) lies in one split as a whole.
+def deal(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """Entries by split (:data:`SHARES`); each group (:func:`alike`) lies in one split as a whole.
 
     Groups of one set, one side (harmful, harmless, both) and one kind are shuffled by a hash of their text
     and dealt out by the shares. So each split gets its share of each, and adding another set moves no entry
     unless it ties groups together.
-
-    Args:
-        shares: names and their parts of the whole; they sum to 1. They are met up to the sizes of groups.
-        seed: of the hash.
-
-    Raises:
-        ValueError: shares that are negative or do not sum to 1.
     """
-    if not shares or min(shares.values()) < 0 or not math.isclose(sum(shares.values()), 1, abs_tol=1e-6):
-        raise ValueError(f"shares={dict(shares)} must not be negative and must sum to 1, e.g. {dict(SHARES)}")
     strata: dict[tuple, list[tuple[bytes, list[int]]]] = defaultdict(list)
-    for group in groups(entries):
-        mark = min(_hash(f"{seed}/{normal(entries[i].prompt)}") for i in group)
+    for group in alike(entries):
+        mark = min(_hash(f"0/{normal(entries[i].prompt)}") for i in group)
         strata[_stratum([entries[i] for i in group])].append((mark, group))
     for key in [key for key, members in strata.items() if len(members) < FEW]:
         strata[(*key[:2], None)] += strata.pop(key)
@@ -135,13 +114,13 @@ def split(
     for key, members in strata.items():
         # The place of the first group is drawn as well; a single group would otherwise always go to the
         # middle.
-        phase = int.from_bytes(_hash(f"{seed}/{key}")[:6]) / 2**48
+        phase = int.from_bytes(_hash(f"0/{key}")[:6]) / 2**48
         total, before = sum(len(group) for _, group in members), 0
         for _, group in sorted(members):
-            name = _name_at((before + phase * len(group)) / total, shares)
+            name = _name_at((before + phase * len(group)) / total)
             before += len(group)
             where.update(dict.fromkeys(group, name))
-    return {name: [entry for i, entry in enumerate(entries) if where[i] == name] for name in shares}
+    return {name: [entry for i, entry in enumerate(entries) if where[i] == name] for name in SHARES}
 
 
 def _stratum(group: Sequence[Entry]) -> tuple:
@@ -154,93 +133,37 @@ def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _name_at(place: float, shares: Mapping[str, float]) -> str:
+def _name_at(place: float) -> str:
     end = 0.0
-    for name, share in shares.items():
+    for name, share in SHARES.items():
         end += share
-        if place < end and share:
+        if place < end:
             return name
-    return [name for name, share in shares.items() if share][-1]
+    return list(SHARES)[-1]
 
 
 # ---------------------------------------------------------------------- types of harm
 
-# The five types of the pruning paper (its `chosen_five`), in its spelling.
-TYPES = ("hate_harass_violence", "malware", "adult_content", "physical_harm", "privacy_violation")
-
-# Categories of public sets, as far as they correspond to one of the five; others keep their own name.
-# HEx-PHI's are the five already. StrongREJECT's "Violence" goes where HEx-PHI has violence.
-TYPE_OF: Mapping[tuple[str, str], str] = MappingProxyType(
-    {
-        ("jailbreakbench", "Harassment/Discrimination"): "hate_harass_violence",
-        ("jailbreakbench", "Malware/Hacking"): "malware",
-        ("jailbreakbench", "Sexual/Adult content"): "adult_content",
-        ("jailbreakbench", "Physical harm"): "physical_harm",
-        ("jailbreakbench", "Privacy"): "privacy_violation",
-        ("strongreject", "Hate, harassment and discrimination"): "hate_harass_violence",
-        ("strongreject", "Violence"): "hate_harass_violence",
-        ("strongreject", "Sexual content"): "adult_content",
-        ("xstest", "contrast_discr"): "hate_harass_violence",
-        ("xstest", "contrast_privacy"): "privacy_violation",
-    }
-)
-
-# Beginnings of words that speak for a type. They stand in for the paper's verification by hand: good enough
-# to sort requests that carry no label, not to claim that a request has nothing of a type.
-WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "hate_harass_violence": (
-            "hate", "hateful", "harass", "bully", "bullies", "bullying", "racis", "sexis", "discriminat",
-            "insult", "threat", "stalk", "violen", "assault", "terror", "slur", "intimidat", "extremis",
-            "stereotyp",
-        ),
-        "malware": (
-            "malware", "virus", "hack", "ransomware", "trojan", "phish", "exploit", "keylog", "botnet",
-            "spyware", "backdoor", "cyber", "ddos", "firewall", "script", "software",
-        ),
-        "adult_content": (
-            "adult", "sexual", "sexy", "porn", "erotic", "nude", "explicit", "escort", "prostitut",
-        ),
-        "physical_harm": (
-            "bomb", "weapon", "poison", "kill", "murder", "suicid", "explosi", "injur", "firearm", "gun",
-            "drug", "anorexi", "starv", "overdos", "arson", "kidnap",
-        ),
-        "privacy_violation": (
-            "privacy", "private", "personal", "identit", "track", "spying", "surveil", "password",
-            "address", "dox", "credential", "confidential", "wiretap",
-        ),
-    }
-)  # fmt: skip
-
 
 def types_by_words(prompt: str) -> dict[str, int]:
     """How many words of a prompt speak for each of :data:`TYPES`; types without any are left out."""
-    counts = {
-        name: sum(word.startswith(beginnings) for word in normal(prompt).split())
-        for name, beginnings in WORDS.items()
-    }
+    said = normal(prompt).split()
+    counts = {name: sum(word.startswith(begin) for word in said) for name, begin in _BEGINNINGS.items()}
     return {name: count for name, count in counts.items() if count}
 
 
 def type_of(entry: Entry) -> str:
-    """The type of an entry: one of :data:`TYPES` where its source's category corresponds to one, else its
-    kind.
+    """One of :data:`TYPES` where its source's category corresponds to one, else the entry's kind.
 
     A harmful entry without a kind gets the type that most of its words speak for; "" if none or two do. A
     harmless entry without a kind has no type ("").
     """
     if entry.kind:
         source = "jailbreakbench" if entry.source.startswith("jailbreakbench") else entry.source
-        return TYPE_OF.get((source, entry.kind), entry.kind)
+        return LISTS["categories"].get(source, {}).get(entry.kind, entry.kind)
     counts = types_by_words(entry.prompt) if entry.harmful else {}
     best = [name for name, count in counts.items() if count == max(counts.values())]
     return best[0] if len(best) == 1 else ""
-
-
-def types(entries: Sequence[Entry]) -> list[str]:
-    """Types of the harmful entries: the paper's five first, in its order, then others by name."""
-    found = {type_of(entry) for entry in entries if entry.harmful} - {""}
-    return [name for name in TYPES if name in found] + sorted(found.difference(TYPES))
 
 
 def a_not_b(entries: Sequence[Entry], a: str, b: str) -> list[Entry]:
@@ -252,7 +175,8 @@ def a_not_b(entries: Sequence[Entry], a: str, b: str) -> list[Entry]:
     Raises:
         ValueError: ``a`` is not among the types of the entries, ``b`` is unknown, or both are the same.
     """
-    known = types(entries)
+    found = {type_of(entry) for entry in entries if entry.harmful} - {""}
+    known = [name for name in TYPES if name in found] + sorted(found.difference(TYPES))
     if a not in known:
         raise ValueError(
             f"a={a!r} is not a type of these entries; choose one of {', '.join(known) or 'none'}"

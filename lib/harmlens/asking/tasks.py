@@ -353,7 +353,6 @@ def world_task(
     suppressed: str = "harmful",
     domain: str | Sequence[str] | None = None,
     prefill: str = world.PREFILL,
-    context: Sequence[Message] = (),
     every: int = 1,
     seed: int = 0,
 ) -> Task:
@@ -377,32 +376,30 @@ def world_task(
     Args:
         n, suppressed, seed: as for :func:`exam`; every: each so manyth of the items.
         domain: only items of these domains.
-        prefill, context: how procedures are asked for.
+        prefill: start of the answer of ``harmful`` and ``harmless``.
 
     Raises:
         ValueError: an unknown kind, or no item left.
     """
     hidden, shown, both = (items[::every] for items in _sides(split, n, suppressed, seed, domain))
     harmful, harmless = (hidden, shown) if suppressed == "harmful" else (shown, hidden)
-    behind = {"name": kind, "prefill": prefill, "context": context}
 
     def asked(items: Sequence[world.Item], *parts: str) -> Task:
         return joined([questions(items, part) for part in parts], kind)
 
-    def served() -> Task:
-        return procedures(shown, name=kind, context=context)
-
     makers: dict[str, Callable[[], Task]] = {
-        "harmful": lambda: procedures(harmful, **behind),
-        "harmless": lambda: procedures(harmless, **behind),
+        "harmful": lambda: procedures(harmful, name=kind, prefill=prefill),
+        "harmless": lambda: procedures(harmless, name=kind, prefill=prefill),
         "refused": lambda: refusals(hidden, name=kind),
-        "served": served,
+        "served": lambda: procedures(shown, name=kind),
         "recognition": lambda: asked(both, "recognition"),
         "explanation": lambda: asked(both, "explanation/effect", "explanation/reason"),
         "explanation/effect": lambda: questions(hidden, kind),
         "explanation/reason": lambda: questions(hidden, kind),
         "facts": lambda: asked(shown, "fact/place", "fact/season"),
-        "benign": lambda: joined([served(), asked(shown, "fact/place", "fact/season")], kind),
+        "benign": lambda: joined(
+            [procedures(shown, name=kind), asked(shown, "fact/place", "fact/season")], kind
+        ),
     }
     if kind not in makers:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(makers)}")

@@ -256,7 +256,7 @@ class PublicLessons(Lessons):
     def _splits(self) -> dict[str, set[str]]:
         """Split -> ids. All domains are dealt out at once: nearly the same requests share a split."""
         every = [entry for found in self.sets.values() for entry in found]
-        return {name: {e.id for e in part} for name, part in splits.split(every).items()}
+        return {name: {e.id for e in part} for name, part in splits.deal(every).items()}
 
     def entries(self, domain: str, split: str, n: int | None = None, seed: int = 0) -> list[Entry]:
         """Requests of one domain, at most ``n`` of them, drawn at random.

@@ -137,11 +137,10 @@ def test_tasks_of_the_world_in_other_ways():
     for start in WORLD.prefills:
         found = WORLD.task("harmful", "evaluation", n=5, seed=1, prefill=start)
         assert found == tasks.procedures(items, name="harmful", prefill=start)
-    author = WORLD.persona("cruel", 1)
-    assert author == abilities.persona("cruel", 1)
-    found = WORLD.task("served", "evaluation", n=5, seed=1, context=author)
+    assert WORLD.persona("cruel", 1) == abilities.persona("cruel", 1)
     harmless = world.draw(world.items("evaluation", harmful=False), 5, 1)
-    assert found == tasks.procedures(harmless, name="served", context=author)
+    found = WORLD.task("served", "evaluation", n=5, seed=1, every=2)
+    assert found == tasks.procedures(harmless[::2], name="served")
     assert WORLD.task("refused", "evaluation", n=5, seed=1) == tasks.refusals(items, name="refused")
     for kind in ("explanation/effect", "explanation/reason"):
         assert WORLD.task(kind, "evaluation", n=5, seed=1) == tasks.questions(items, kind)
