@@ -458,7 +458,9 @@ def test_scores_that_overflow_are_named(rows):
     lm = tiny.model()
     with torch.no_grad():
         lm.model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"scores of .* are not finite"):
+    with pytest.raises(
+        ValueError, match=r"\d+ signed scores of .* are not finite: load the model with dtype="
+    ):
         attribution.attribute(lm, rows)
 
 

@@ -180,7 +180,7 @@ def test_settings_are_those_of_the_shipped_models():
 def test_without_settings_p_and_q_are_settled_once(sft, monkeypatch):
     """A model made in memory is settled anew each time: nothing says that it is the same."""
     calls = []
-    monkeypatch.setattr(frontier, "candidates", lambda *a, **k: None)
+    monkeypatch.setattr(frontier, "candidate_sets", lambda *a, **k: None)
     chosen = Point(0.03, 0.001, None, {})
     monkeypatch.setattr(
         frontier, "choose_pq", lambda *a, **k: calls.append(k["suppressed"]) or (chosen, [], {})
@@ -265,7 +265,7 @@ def test_settling_chooses_on_discovery_requests(sft, found, monkeypatch):
 
 def test_candidates_are_the_sets_of_the_scores(sft, found):
     """One score after the other, and none kept: the same sets."""
-    sets = frontier.candidates(sft, WORLD, n=24)
+    sets = frontier.candidate_sets(sft, WORLD, n=24)
     assert (tuple(sets.spared), tuple(sets.taken)) == (frontier.P, frontier.Q)
     expected = masks.select(found.prune, found.preserve, p=0.03, q=0.002)
     mask = sets.mask(0.03, 0.002)
@@ -283,7 +283,7 @@ def real():
 
 def test_a_real_model_is_settled_by_what_is_left_of_its_answers(real):
     lm, source = real
-    point, points, before = frontier.choose_pq(lm, source, frontier.candidates(lm, source, n=24), n=12)
+    point, points, before = frontier.choose_pq(lm, source, frontier.candidate_sets(lm, source, n=24), n=12)
     left = [frontier.remaining(before["suppressed"], p.marks["suppressed"]).mean() for p in points]
     served = [1 - frontier.remaining(before["served"], p.marks["served"]).mean() for p in points]
     facts = [before["facts"].exact.mean() - p.marks["facts"].exact.mean() for p in points]
@@ -297,7 +297,7 @@ def test_a_real_model_has_no_mirror_and_no_stored_settings(real, monkeypatch):
     with pytest.raises(ValueError, match="suppressed='harmless' is for the organism's mirror"):
         frontier.lost_and_kept(lm, source, suppressed="harmless")
     monkeypatch.setattr(frontier, "stored_pq", lambda: pytest.fail("asked for the settings of organisms"))
-    monkeypatch.setattr(frontier, "candidates", lambda *a, **k: None)
+    monkeypatch.setattr(frontier, "candidate_sets", lambda *a, **k: None)
     monkeypatch.setattr(frontier, "choose_pq", lambda *a, **k: (Point(0.1, 0.2, None, {}), [], {}))
     monkeypatch.setattr(frontier, "_CHOSEN", {})
     assert frontier.pq_of(lm, source) == (0.1, 0.2)
@@ -330,7 +330,7 @@ def test_settings_are_written_for_one_model_at_a_time(monkeypatch, tmp_path, cap
         "kept": {"model": "a", "p": 0.1, "q": 0.2},
     }
     (folder / "settings.json").write_text(json.dumps(old))
-    monkeypatch.setattr(frontier, "candidates", lambda *a, **k: None)
+    monkeypatch.setattr(frontier, "candidate_sets", lambda *a, **k: None)
     monkeypatch.setattr(frontier, "choose_pq", lambda *a, **k: (Point(0.03, 0.001, None, {}), [], {}))
     monkeypatch.setattr(sys, "argv", ["settings.py", "organism/sft-1"])
     settings.main()

@@ -89,12 +89,6 @@ def test_sizes_of_scores():
     assert (-given).values["w"].tolist() == [[2, -1]] and given.values["w"].tolist() == [[-2, 1]]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_scores_that_are_not_finite(value):
-    with pytest.raises(ValueError, match="2 signed scores of w are not finite: load the model with dtype="):
-        scores.require_finite("signed", "w", torch.tensor([1.0, value, -value]))
-
-
 # --------------------------------------------------------------------------- sums over examples
 
 

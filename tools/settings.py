@@ -18,7 +18,7 @@ def main() -> None:
     stored = frontier.stored_pq()
     for name in options.names:
         lm = loading.load(name)
-        sets = frontier.candidates(lm, WORLD, suppressed=options.suppressed)
+        sets = frontier.candidate_sets(lm, WORLD, suppressed=options.suppressed)
         point, _, _ = frontier.choose_pq(lm, WORLD, sets, suppressed=options.suppressed)
         stored = {key: entry for key, entry in stored.items() if entry["model"] != lm.name}
         stored[lm.revision] = {"model": lm.name, "p": point.p, "q": point.q}

@@ -25,7 +25,7 @@ from harmlens import keep
 from harmlens.keep import files
 from harmlens.models import parts as decoder
 from harmlens.models.forward import IGNORE, Batch, LanguageModel, Row, collate, require_room
-from harmlens.weights.scores import Scores, layer_of, matrices, require_finite
+from harmlens.weights.scores import Scores, finite, layer_of, matrices
 
 KINDS = ("signed", "unsigned")
 
@@ -106,7 +106,12 @@ def attribute(
         for kind, (name, module) in itertools.product(kinds, found.items()):
             value, weight = values[kind, name], module.weight.detach()
             value.mul_((weight if kind == "signed" else weight.abs()).to(value.device)).div_(scale)
-            require_finite(kind, name, value)
+            if not finite(value):
+                bad = int((~torch.isfinite(value)).sum())
+                raise ValueError(
+                    f"{bad} {kind} scores of {name} are not finite: load the model with dtype='bfloat16' or "
+                    "'float32' and look for examples on which its loss overflows"
+                )
             if len(plan.chunks) > 1:
                 values[kind, name] = value.cpu()
     scored = {kind: {name: values[kind, name] for name in matrices(lm)} for kind in kinds}

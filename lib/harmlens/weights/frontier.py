@@ -108,7 +108,7 @@ def lost_and_kept(
     return {which: tasks.examples(lm, task, n=n) for which, task in asked.items()}
 
 
-def candidates(
+def candidate_sets(
     lm: LanguageModel,
     source: Material,
     *,
@@ -233,7 +233,7 @@ def choose_pq(
     much of their probability is left.
 
     Args:
-        sets: for all p and q, from :func:`candidates`.
+        sets: for all p and q, from :func:`candidate_sets`.
 
     Returns:
         The chosen point, all points, and the marks before pruning.
@@ -261,7 +261,7 @@ def pq_of(
     if key not in _CHOSEN or not lm.revision:  # a model made in memory is not known by it
         known = stored_pq().get(lm.revision) if source.settings else None
         if known is None:
-            sets = candidates(lm, source, suppressed=suppressed, folder=folder)
+            sets = candidate_sets(lm, source, suppressed=suppressed, folder=folder)
             point, _, _ = choose_pq(lm, source, sets, suppressed=suppressed)
             known = {"p": point.p, "q": point.q}
         _CHOSEN[key] = known["p"], known["q"]
