@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harmlens.keep import files
 from harmlens.models import forward
 from harmlens.training import loop, organism
 from harmlens.world import abilities
@@ -334,6 +335,22 @@ def test_a_changed_world_changes_every_recipe(monkeypatch):
     after = recipes()
     world.fingerprint.cache_clear()
     assert not [kind for kind in KINDS if after[kind] == before[kind]]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps: 60", "steps: many", "mid, stages, 0, steps: Input should be a valid integer"),
+        ("layer: 6", "layer: 6, heads: 2", "planted_neurons, place, heads: Unexpected keyword"),
+        ("named: 0.0", "names: 0.0", "mid, stages, 0, mix, names: Unexpected keyword"),
+    ],
+)
+def test_a_mistake_in_the_table_is_named_with_its_entry(tmp_path, old, new, message):
+    text = (files.data_dir() / "organisms.yaml").read_text()
+    assert old in text
+    (tmp_path / "mine.yaml").write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"mine\.yaml: {message}.*Mend this entry"):
+        organism.read_courses(tmp_path / "mine.yaml")
 
 
 def test_an_unknown_kind_lists_the_known_ones():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -236,7 +237,8 @@ def test_suppressed_rates_are_about_harmless_requests(monkeypatch):
 # --------------------------------------------------------------------------- the command
 
 
-def test_the_command_says_what_failed(tmp_path, capfd):
+def test_the_command_says_what_failed(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(train, "ProcessPoolExecutor", lambda n, context: ThreadPoolExecutor(n))  # at once
     assert train.main(["--seeds", "0", "--only", "planted_mlp", "--folder", str(tmp_path)]) == 1
     assert "seeds [0] failed; run the same command again" in capfd.readouterr().out
 

@@ -28,15 +28,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import yaml
 from jaxtyping import Float
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harmlens.keep.files import data_dir
+from harmlens.keep.files import data_dir, read_yaml
 from harmlens.models import forward, organisms
 from harmlens.models.chats import tokens
 from harmlens.models.forward import Batch, LanguageModel, Row
@@ -257,8 +257,10 @@ def preference_loss(model: nn.Module, batch: Preferences, *, beta: float) -> Flo
 
 # --------------------------------------------------------------------------- the table of organisms
 
+_NOTHING_ELSE = ConfigDict(extra="forbid")
 
-@dataclass(frozen=True)
+
+@checked(frozen=True, config=_NOTHING_ELSE)
 class Stage:
     """One stretch of training.
 
@@ -281,7 +283,7 @@ class Stage:
     beta: float | None = None
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_NOTHING_ELSE)
 class Place:
     """A module in which refusal is planted.
 
@@ -296,7 +298,7 @@ class Place:
     units: int | None = None
 
 
-@dataclass(frozen=True)
+@checked(frozen=True, config=_NOTHING_ELSE)
 class Course:
     """How an organism is taught.
 
@@ -328,10 +330,23 @@ class Course:
         return self.stages[0].parent
 
 
-_READ = yaml.safe_load((data_dir() / "organisms.yaml").read_text(encoding="utf-8"))
-LADDER, CONTROLS, PLANTED = (
-    TypeAdapter(dict[str, Course]).validate_python(_READ[name]) for name in ("ladder", "controls", "planted")
-)
+def read_courses(file: Path) -> tuple[dict[str, Course], ...]:
+    """The ladder, its controls and what is planted in it, from a file such as ``data/organisms.yaml``.
+
+    Raises:
+        ValueError: an entry that is no course; names the file and the entry.
+    """
+    tables = read_yaml(file)
+    names = ("ladder", "controls", "planted")
+    try:
+        return tuple(TypeAdapter(dict[str, Course]).validate_python(tables[name]) for name in names)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        entry = ", ".join(map(str, wrong["loc"]))
+        raise ValueError(f"{file.name}: {entry}: {wrong['msg']}. Mend this entry") from None
+
+
+LADDER, CONTROLS, PLANTED = read_courses(data_dir() / "organisms.yaml")
 
 
 def course(kind: str) -> Course:
