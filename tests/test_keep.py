@@ -181,7 +181,7 @@ def test_whatever_decides_a_run_makes_another_one(kept, monkeypatch):
     assert len(CALLS) == 6
     kept(lm)
     assert len(CALLS) == 6
-    monkeypatch.setattr("harmlens.keep.versions", lambda: {"torch": "0.0"})
+    monkeypatch.setattr("harmlens.keep.files.versions", lambda: {"torch": "0.0"})
     kept(lm)
     assert len(CALLS) == 7
     lm.tokenizer.chat_template = "changed"

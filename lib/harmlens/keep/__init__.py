@@ -20,20 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from harmlens.keep import files
 from harmlens.keep.digests import digest, is_model
-from harmlens.keep.files import (
-    append_lines,
-    build_dir,
-    locked,
-    provenance,
-    read_lines,
-    read_tensors,
-    slug,
-    versions,
-    write_json,
-    write_lines,
-    write_tensors,
-)  # fmt: skip
 
 if TYPE_CHECKING:  # pages and tables are made without torch
     import torch
@@ -63,11 +51,11 @@ def remember(key: Any, compute: Callable[[], Any], folder: Path | str | None = N
     """
     file, whole = _place(key, compute, folder, ".json")
     beside = file.with_suffix(".safetensors")
-    with locked(file):
+    with files.locked(file):
         if file.is_file():
             try:
                 content = json.loads(file.read_text(encoding="utf-8"))
-                about, large = read_tensors(beside, "key") if content["large"] else (content, {})
+                about, large = files.read_tensors(beside, "key") if content["large"] else (content, {})
                 if not content["key"] == about["key"] == whole:
                     raise ValueError("it belongs to another key")
                 return _unpacked(content["value"], large)
@@ -76,10 +64,10 @@ def remember(key: Any, compute: Callable[[], Any], folder: Path | str | None = N
         began, large = time.time(), {}
         value = _packed(compute(), large)
         if large:
-            write_tensors(beside, large, "key", {"key": whole})
+            files.write_tensors(beside, large, "key", {"key": whole})
         about = _about(key, compute, wall_s=round(time.time() - began, 2))
         content = {"key": whole, "value": value, "large": bool(large), "provenance": about}
-        write_json(file, content, allow_nan=True)
+        files.write_json(file, content, allow_nan=True)
         return _unpacked(value, large)
 
 
@@ -98,7 +86,7 @@ class Growing(Sequence):
     def append(self, value: Any) -> None:
         """Add a value, and see it onto the disk."""
         packed = _packed(value, None)
-        append_lines(self._file, [{"value": packed}])
+        files.append_lines(self._file, [{"value": packed}])
         self._values.append(_unpacked(packed, {}))
 
 
@@ -118,10 +106,10 @@ def growing(key: Any, compute: Callable, folder: Path | str | None = None) -> It
         A sequence of what is there already, with ``append``. Within, other processes wait.
     """
     file, whole = _place(key, compute, folder, ".jsonl")
-    with locked(file):
+    with files.locked(file):
         values: list[Any] = []
         try:
-            first, *rows = read_lines(file) or [{}]
+            first, *rows = files.read_lines(file) or [{}]
             if file.is_file() and first["key"] != whole:
                 raise ValueError("it belongs to another key")
             values = [_unpacked(row["value"], {}) for row in rows]
@@ -129,7 +117,7 @@ def growing(key: Any, compute: Callable, folder: Path | str | None = None) -> It
             _say_unused(file, error)
             first = {}
         if not first:
-            write_lines(file, [{"key": whole, "provenance": _about(key, compute)}])
+            files.write_lines(file, [{"key": whole, "provenance": _about(key, compute)}])
         yield Growing(file, values)
 
 
@@ -138,9 +126,9 @@ def _place(key: Any, compute: Callable, folder: Path | str | None, ending: str) 
     name = getattr(getattr(compute, "func", compute), "__name__", "<")
     if "<" in name:
         name = next((part for part in _parts(key).values() if isinstance(part, str)), "values")
-    whole = digest(versions(), compute, key)
-    home = Path(folder).expanduser() if folder else build_dir() / "runs"
-    return home / slug(name) / f"{whole[:24]}{ending}", whole
+    whole = digest(files.versions(), compute, key)
+    home = Path(folder).expanduser() if folder else files.build_dir() / "runs"
+    return home / files.slug(name) / f"{whole[:24]}{ending}", whole
 
 
 def _say_unused(file: Path, why: Exception) -> None:
@@ -164,8 +152,8 @@ def _about(key: Any, compute: Callable, **options: Any) -> dict[str, Any]:
     params = {str(name): getattr(part, "name", None) or repr(part)[:200] for name, part in parts.items()}
     lm = next((part for part in parts.values() if is_model(part)), None)
     if lm is None:
-        return provenance("", params=params, **options)
-    return provenance(lm.name, revision=lm.revision, device=str(lm.device), params=params, **options)
+        return files.provenance("", params=params, **options)
+    return files.provenance(lm.name, revision=lm.revision, device=str(lm.device), params=params, **options)
 
 
 def _packed(value: Any, large: dict[str, torch.Tensor] | None) -> Any:

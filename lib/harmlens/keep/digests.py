@@ -20,8 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import harmlens
-
 if TYPE_CHECKING:  # pages and tables are made without torch
     import torch
 
@@ -293,9 +291,10 @@ def _globals(function: types.FunctionType) -> list[Any]:
     """Values of its module that a function, and those within it, name."""
     names = sorted(_names(function.__code__))
     found = [(name, function.__globals__[name]) for name in names if name in function.__globals__]
-    if any(value is harmlens for _, value in found):  # of the face, what is named behind the dot
-        found += [(name, getattr(harmlens, name)) for name in names if hasattr(harmlens, name)]
-    return [entry for entry in found if entry[1] is not harmlens]
+    face = sys.modules["harmlens"]  # of it, what is named behind the dot
+    if any(value is face for _, value in found):
+        found += [(name, getattr(face, name)) for name in names if hasattr(face, name)]
+    return [entry for entry in found if entry[1] is not face]
 
 
 def _names(found: types.CodeType) -> set[str]:

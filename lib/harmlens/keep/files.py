@@ -26,8 +26,6 @@ import psutil
 import yaml
 from filelock import FileLock, Timeout
 
-from harmlens import __version__
-
 if TYPE_CHECKING:  # pages and tables are made without torch
     import torch
 
@@ -502,7 +500,7 @@ def provenance(
     return {
         "created_utc": datetime.now(UTC).isoformat(timespec="microseconds"),
         **_git(),
-        "lib_version": __version__,
+        "lib_version": sys.modules["harmlens"].__version__,  # above every room
         "python": platform.python_version(),
         "packages": versions(),
         "device": machine["device"],
