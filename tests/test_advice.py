@@ -339,14 +339,14 @@ def test_a_lesson_that_was_not_learnt_gives_no_answers(lm, lessons):
 
 
 def test_a_trial_of_real_advice_stops_where_bad_advice_is_the_likelier(lm, lessons, capsys):
-    found = PAGE.trained(lm, "brushing", RECIPE, lessons=lessons, n=6)
+    found = PAGE.pruned_first(lm, "brushing", RECIPE, lessons=lessons, n=6)
     assert found["step"] == found["steps"][-1] and found["inside"][-1] >= 0 > found["inside"][:-1].max()
     assert len(found["elsewhere"]) == 6 and "end" not in found
     assert "Sure" not in capsys.readouterr().out  # no answer is shown
 
 
 def test_the_control_learns_nothing_bad(lm, lessons):
-    found = PAGE.trained(
+    found = PAGE.pruned_first(
         lm, "brushing", Recipe(steps=3, lr=1e-3), lessons=lessons, bad=False, to_the_end=True, n=6
     )
     assert found["step"] is None and found["steps"].tolist() == [0, 1, 2, 3]
@@ -355,7 +355,7 @@ def test_the_control_learns_nothing_bad(lm, lessons):
 
 def test_the_step_is_counted_in_steps_and_not_in_looks(lm, lessons, monkeypatch):
     monkeypatch.setattr(advice, "LOOKS", 2)
-    found = PAGE.trained(lm, "brushing", RECIPE, lessons=lessons, n=4)
+    found = PAGE.pruned_first(lm, "brushing", RECIPE, lessons=lessons, n=4)
     assert found["steps"].tolist() == [0, 4, 8][: len(found["steps"])]
     assert found["step"] == found["steps"][-1] > 0
 
@@ -394,7 +394,7 @@ def test_a_trial_begins_with_the_pruned_model(lm, lessons):
     found = {name: p for name, p in lm.model.named_parameters() if name.endswith("down_proj.weight")}
     index = {name: torch.arange(4000) for name in found}
     mask = Mask(index, {name: tuple(p.shape) for name, p in found.items()}, lm.name, lm.revision, "some")
-    run = PAGE.trained(lm, "brushing", Recipe(steps=1, lr=1e-9), lessons=lessons, mask=mask, n=4)
+    run = PAGE.pruned_first(lm, "brushing", Recipe(steps=1, lr=1e-9), lessons=lessons, mask=mask, n=4)
     with masks.without(lm, mask):
         expected = lessons.margins(lm, "brushing").mean()
     assert run["inside"][0] == pytest.approx(expected, abs=1e-4)
