@@ -28,8 +28,6 @@ from harmlens.asking import datasets, pairs, splits
 from harmlens.asking.datasets import Entry, plain
 from harmlens.asking.pairs import ALWAYS, CONTRASTS, NEVER, NOT
 from harmlens.asking.tasks import NotKnown, Scored, Task, joined, written
-from harmlens.judging import graders
-from harmlens.judging.graders import Grade
 from harmlens.models import chats
 from harmlens.models.chats import Message, Pair, Prompt
 from harmlens.models.forward import LanguageModel, generate
@@ -77,7 +75,7 @@ class Way:
     def chat(self, entry: Entry) -> tuple[Message, ...]:
         return ({"role": "user", "content": _text(self.kind, entry)},)
 
-    def wants(self, grade: Grade) -> bool:
+    def wants(self, grade: Any) -> bool:
         """Whether an answer of this grade is wanted. What is no answer never is; harm is the grader's."""
         if self.kind == "harmful":
             return grade.harm >= 0.5
@@ -518,8 +516,7 @@ class Public:
         verdicts = self.judge(asked, answers)
         complied = [i for i, v in enumerate(verdicts) if said[i].strip() and not v.refused]
         try:
-            why = graders.cannot_tell(
-                self.grader,
+            why = self.grader.cannot_tell(
                 [asked[i].messages[-1]["content"] for i in complied],
                 [answers[i] for i in complied],
                 refusals=self.replies(asked)[1],

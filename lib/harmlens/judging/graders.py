@@ -90,6 +90,10 @@ class Grader:
             grades[i] = Grade(float(score), refused)
         return grades
 
+    def cannot_tell(self, requests: Sequence[str], answers: Sequence[str], **options: Any) -> str:
+        """See :func:`cannot_tell`."""
+        return cannot_tell(self, requests, answers, **options)
+
 
 def require_pairs(requests: Sequence[str], answers: Sequence[str]) -> None:
     """Refuse unequal numbers of requests and answers."""
