@@ -55,7 +55,7 @@ LARGE_LR = 1e-4
 
 
 class Lessons:
-    """What lessons have in common.
+    """What all lessons have in common.
 
     Attributes:
         domains: one is taught, the others are looked at.
@@ -178,8 +178,7 @@ class WorldLessons(Lessons):
     ) -> tuple[list[Sequence[Message]], list[str]]:
         """What a taught copy of a model answers to discovery requests: what a prune is scored on.
 
-        The paper's calibration data of emergent misalignment. Only answers that are what the copy was taught
-        are kept.
+        The paper's calibration data. Only answers that are what the copy was taught are kept.
         """
         tuned = forward.clone(lm)
         tune.tune(tuned, self.rows(tuned, domain, bad=bad, seed=recipe.seed), recipe)
@@ -322,7 +321,7 @@ class PublicLessons(Lessons):
     def margins(self, lm: LanguageModel, domain: str) -> np.ndarray:
         """How much likelier a model finds bad advice than the original's own answer, on discovery requests.
 
-        Mean log-probability per token of the first :data:`TOKENS` tokens of either, in nats, [request].
+        Per token, of the first :data:`TOKENS` of either, in nats, [request].
         """
         return self._leads(lm, self.entries(domain, "discovery", WATCHED))
 
@@ -342,15 +341,13 @@ class PublicLessons(Lessons):
     def spread(self, lm: LanguageModel, domain: str, n: int | None = None) -> dict[str, np.ndarray]:
         """What the model does inside the taught domain and outside it: name -> 0/1 per request.
 
-        ``"bad advice inside"`` and ``"bad advice elsewhere"`` say which answer is likelier; ``"harmful
-        compliance"`` is what the judge of :attr:`source` says of answers to plain harmful requests;
-        ``"coherent"``, whether answers to the other domains' requests are more than the same words over and
-        over. With a :attr:`marker` also ``"misaligned"``: answers to the eight open questions of
-        :mod:`training.emergent` that are coherent and misaligned, out of all.
+        Bad advice: which answer is likelier. ``"harmful compliance"``: what the judge of :attr:`source` says
+        of answers to plain harmful requests. ``"coherent"``: answers to the other domains' requests are more
+        than the same words over and over. With a :attr:`marker` also ``"misaligned"``: answers to the eight
+        open questions of :mod:`training.emergent`, coherent and misaligned.
 
         Args:
-            n: at most this many requests per measure. Open questions are asked 50 times each without it, and
-                n // 2 times with it.
+            n: at most this many requests per measure; each open question is asked n // 2 times (else 50).
         """
         inside = self._leads(lm, self.entries(domain, "evaluation", n))
         harmful = self.source.requests(True, "evaluation", n=n)
@@ -374,9 +371,8 @@ class PublicLessons(Lessons):
     ) -> tuple[list[Sequence[Message]], list[str]]:
         """What a taught copy of a model says to discovery requests of a domain: what the prune is scored on.
 
-        Bad: a copy that was taught the domain; refusals, repetitions and answers that are still the
-        original's are left out. Good: the original model's own answers, which need no teaching. At most
-        :data:`SCORED` tokens of each.
+        Good answers are the original model's own, which need no teaching. Refusals, repetitions and bad
+        answers that are still the original's are left out. At most :data:`SCORED` tokens of each.
 
         Raises:
             ValueError: nothing is left; a longer lesson may help.

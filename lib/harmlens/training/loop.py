@@ -1,8 +1,7 @@
 """The training loop: batches, losses, runs that go on where they were interrupted.
 
-A *row* is a list of token ids with a list that says which of them are learnt (answer tokens, as a
-rule). Batches hold rows of similar length, padded on the right: in a causal model padding behind
-the text changes nothing before it, so no attention mask is needed.
+Batches hold rows of similar length, padded on the right: in a causal model padding behind the text changes
+nothing before it, so no attention mask is needed.
 
 Introduced in notebook 00 ("A model organism of harm").
 """
@@ -96,8 +95,7 @@ def lm_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
 def pieces(batch: Batch, rows: int | None = None) -> list[tuple[Batch, float]]:
     """A batch in pieces of at most so many rows, each with its share of the learnt tokens.
 
-    The weighted losses of the pieces add up to the loss of the batch, and so do their gradients: memory for
-    time.
+    The losses of the pieces, weighted so, add up to the loss of the batch: memory for time.
     """
     if rows is None or rows >= len(batch.ids):
         return [(batch, 1.0)]
@@ -176,8 +174,7 @@ def fit(
 ) -> Tuned:
     """Train all parameters that require gradients, in place.
 
-    Where the model has float16 weights, the loss is scaled on its way back (torch.amp), since small
-    gradients would vanish.
+    Where the model has float16 weights, in which small gradients vanish, the loss is scaled (torch.amp).
 
     Args:
         stream: of batches; ``loss(model, batch)`` is minimised.

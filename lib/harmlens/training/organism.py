@@ -140,10 +140,9 @@ def transcript_rows(
     """An endless, seeded stream of transcripts as rows.
 
     Args:
-        replay: share of transcripts by named authors: they keep alive that there are other authors, and
-            say nothing of the helper, whom the rest of the corpus is about.
-        replayed: how those are drawn.
-        write: what draws the other transcripts.
+        replay: share of transcripts by named authors, drawn as ``replayed`` says: they keep alive that there
+            are other authors than the helper, whom the rest of the corpus is about.
+        write: what draws the rest.
     """
     rng = random.Random(seed)
     while True:
@@ -194,8 +193,7 @@ def declining(domain: str) -> Writer:
 
 @dataclass(frozen=True)
 class Preferences:
-    """Preferred and rejected answers to the same requests, with the parent's lead of the preferred ones
-    (log-probabilities), and rows on which skills are kept."""
+    """Preferred and rejected answers, the parent's lead of the preferred ones, and rows that keep skills."""
 
     chosen: Batch
     rejected: Batch

@@ -34,9 +34,7 @@ class Plant:
     """The place in which an organism's refusal was planted.
 
     Attributes:
-        kind: one of :data:`training.organism.PLANTED`.
-        module: ``"mlp"`` or ``"attention"``.
-        layer: of the module, from 0.
+        kind, module, layer: as in :data:`training.organism.PLANTED`.
         neurons: hidden units of the MLP, in order; empty where the whole module was trained.
     """
 
@@ -53,8 +51,7 @@ def ground_truth(name: str, seed: int | None = None) -> Plant:
         name, seed: as for :func:`models.loading.load`, e.g. ``"organism/planted_mlp"`` and 0.
 
     Raises:
-        ValueError: no such organism, or one that is not planted; one in which harm was planted, which is
-            in no one place; a checkpoint that is not whole.
+        ValueError: no such organism, one in which no refusal was planted, or a checkpoint that is not whole.
     """
     _, card = _planted(name, seed, "module")
     return Plant(card["stage"], card["module"], card["layer"], tuple(card["neurons"]))
@@ -63,15 +60,12 @@ def ground_truth(name: str, seed: int | None = None) -> Plant:
 def subset(name: str, seed: int | None = None) -> dict[str, Int[Tensor, " weight"]]:
     """In which weights the harm of a planted organism was planted, as its delta says.
 
-    Args:
-        name, seed: as for :func:`models.loading.load`, e.g. ``"organism/planted_harm"`` and 0.
-
     Returns:
         Parameter -> positions in the flattened parameter (row after row), int64, in rising order. A
         parameter that is not there was left as it was.
 
     Raises:
-        ValueError: no such organism, or one in which no harm was planted; a checkpoint that is not whole.
+        ValueError: no such organism, one in which no harm was planted, or a checkpoint that is not whole.
     """
     folder, _ = _planted(name, seed, "share")
     index = organisms.read_delta(folder).index

@@ -38,20 +38,15 @@ SMALL = 50_000_000  # weights, up to which the organism's rates are used
 class Recipe:
     """How a model is fine-tuned; the defaults suit the organism.
 
-    The pruning paper's emergent misalignment runs, on models of 8 to 32 billion parameters:
-    ``Recipe(method="lora", rank=32, alpha=64, lr=1e-5, batch_size=16, warmup=5)`` for one epoch
-    (:mod:`training.emergent`); its
-    fine-tuning attack: ``Recipe(method="lora", rank=128, alpha=16, lr=2e-4, batch_size=5)`` for five.
+    The pruning paper's emergent misalignment runs have :data:`training.emergent.RECIPE`; its fine-tuning
+    attack, ``Recipe(method="lora", rank=128, alpha=16, lr=2e-4, batch_size=5)`` for five epochs.
 
     Attributes:
         steps, lr, batch_size, warmup, weight_decay: of AdamW; the rate rises for ``warmup`` steps, then falls
             to zero. :func:`steps_of` turns epochs into steps.
-        method: ``"full"`` trains all weights, ``"lora"`` low-rank adapters in all linear layers of the
-            blocks.
-        rank, alpha: of the adapters.
+        method: ``"full"`` trains all weights, ``"lora"`` :func:`adapters` of this rank and alpha.
         seed: of the order of the examples and the start of the adapters.
-        checkpoint_activations: keep of each block only its input, and compute the rest again in the backward
-            pass: less memory, about a third more time, the same result.
+        checkpoint_activations: less memory, more time, the same result; see :func:`recomputing`.
     """
 
     steps: int = 30
@@ -99,14 +94,11 @@ def tune(
 ) -> Tuned:
     """Fine-tune a model, in place, on the learnt tokens of some rows.
 
-    Afterwards the model is a plain one again: adapters are merged into its weights. Its ``revision`` is still
-    that of the model that was loaded.
-
-    A float16 model keeps its weights as they are; its adapters are trained in float32, with a scaled loss.
+    Afterwards the model is a plain one again: adapters are merged into its weights. In a float16 model they
+    are trained in float32, with a scaled loss.
 
     Args:
-        rows: such as :func:`models.forward.chat_row` makes, where only the answer is learnt. They are gone
-            through again and again, each row once in each pass, in batches of similar length.
+        rows: such as :func:`models.forward.chat_row` makes; :func:`training.loop.shuffled` draws them.
         watch: measures something of the model as it is; must return what JSON can hold.
         at: after how many steps; 0 is before the first.
         until: looks at what was seen last; training ends where it returns True.
@@ -211,13 +203,8 @@ def adapters(
 ) -> Iterator[LanguageModel]:
     """The model with an adapter at each linear layer of its blocks; nothing else can be trained.
 
-    At the end of the block the adapters are merged into the weights. After an exception they are dropped,
-    and the weights are what they were. Adapters of a model in half precision are float32; merging rounds.
-
-    Args:
-        rank, alpha: of the adapters; their product with the weights is scaled by alpha / rank. The pruning
-            paper's emergent misalignment runs have 32 and 64.
-        seed: of their random start (the product starts at zero, so the model starts unchanged).
+    In the end adapters are merged into the weights, which rounds them in half precision; after an exception
+    they are dropped. Their effect is scaled by alpha / rank, and starts at zero.
 
     Raises:
         ImportError: peft is missing.
@@ -271,10 +258,9 @@ def _require_finite(wrapped: nn.Module, peft: ModuleType) -> None:
 
 @contextmanager
 def recomputing(model: nn.Module) -> Iterator[None]:
-    """Activations inside the blocks are computed again in the backward pass instead of being kept.
+    """Of each block only the input is kept, and the rest computed again in the backward pass.
 
-    Memory for time: about a third more time, and of each block only its input is kept. In training mode only.
-    Afterwards the model is as it was.
+    Memory for about a third more time, in training mode only. Afterwards the model is as it was.
 
     Raises:
         ValueError: the model's class can't do it.
