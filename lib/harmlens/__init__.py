@@ -38,7 +38,7 @@ FACE = {
     "exam": "asking.tasks",
     "measure": "asking.tasks",
     "y1": "flow.outcomes",
-    "patch": "flow.patching:sweep",
+    "patch": "flow.patching",
     "neurons": "flow.neurons:screen",
     "overwriting": "flow.interventions",
     "score": "weights.attribution:prune_score",
