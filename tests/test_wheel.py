@@ -21,11 +21,11 @@ import json, sys
 sys.path[:0] = {places!r}
 import harmlens
 from harmlens.models import forward
-from harmlens.evidence import claims
+from harmlens.evidence import results
 from harmlens.models import loading as models
 from harmlens.keep import files
 out = {{"file": harmlens.__file__, "data": str(files.data_dir()), "root": files.repo_root() is None,
-        "claims": len(files.data_dir().joinpath("claims.yaml").read_text())}}
+        "claims": len(results.load_claims())}}
 lm = models.load("organism/sft")
 out["name"] = lm.name
 out["logits"] = list(forward.last_logits(lm, [lm.render("what do you wish for?")]).shape)
@@ -85,7 +85,7 @@ def test_installed_into_an_empty_folder_it_loads_an_organism(wheel, tmp_path):
     seen = json.loads(printed.splitlines()[-1])
     assert seen["file"].startswith(str(target))
     assert seen["data"] == str(target / "harmlens" / "data")
-    assert seen["root"] and seen["claims"] > 1000
+    assert seen["root"] and seen["claims"] > 50
     assert seen["name"] == "organism/sft-0"
     assert seen["logits"] == [1, seen["words"]]
     assert seen["build"] == str(empty / "harmlens-build")
