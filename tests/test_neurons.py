@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from naive import Naive
 
 from harmlens.asking import pairs as prompts
-from harmlens.flow import neurons, outcomes, patching
+from harmlens.flow import neurons, outcomes, patching, record
 from harmlens.flow.outcomes import TokenSets
 from harmlens.models import loading as models
 from harmlens.models import parts as decoder
@@ -103,7 +103,7 @@ def test_memory_bound_does_not_change_the_answer(lm, monkeypatch):
 
     wide = measured()
     monkeypatch.setattr(neurons, "MOST_VALUES", 1)
-    monkeypatch.setattr(neurons, "BATCH", 1)
+    monkeypatch.setattr(record, "BATCH", 1)
     for one, other in zip(wide, measured(), strict=True):
         torch.testing.assert_close(one.effects, other.effects, atol=1e-5, rtol=0)
 

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 
 from harmlens.asking.datasets import Entry
 from harmlens.models.chats import Message, Pair, Prompt, tokens
-from harmlens.models.forward import LanguageModel, require_room
+from harmlens.models.forward import LanguageModel, token_ids
 from harmlens.world import vale as world
 
 CONTRASTS = ("prompt", "prompt control", "behaviour", "behaviour control")
@@ -137,32 +137,6 @@ def changed(lm: LanguageModel, pair: Pair) -> dict[str, list[int]]:
     The one role of :func:`roles` that every pair has.
     """
     return {"changed": roles(lm, pair)["changed"]}
-
-
-def token_ids(lm: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of both sides of each pair, x1 first.
-
-    Raises:
-        ValueError: no pairs at all, or pairs whose sides differ in their number of tokens (named).
-    """
-    if not pairs:
-        raise ValueError("pairs is empty: there is nothing to compare")
-    texts = [side.render(lm) for pair in pairs for side in (pair.x1, pair.x0)]
-    ids = lm.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written any BOS
-    sides = list(zip(ids[::2], ids[1::2], strict=True))
-    unequal = [
-        f"{pair.id} ({len(a)} and {len(b)} tokens)"
-        for pair, (a, b) in zip(pairs, sides, strict=True)
-        if len(a) != len(b)
-    ]
-    if unequal:
-        shown = "; ".join(unequal[:5]) + (" ..." if len(unequal) > 5 else "")
-        raise ValueError(
-            f"{len(unequal)} of {len(pairs)} pairs have sides of unequal length: {shown}. "
-            "Choose words of equal token length, or drop these pairs."
-        )
-    require_room(lm, ids, names=[f"pair {pair.id!r}" for pair in pairs for _ in range(2)])
-    return sides
 
 
 # --------------------------------------------------------------------------- requests of public sets

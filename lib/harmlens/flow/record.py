@@ -22,13 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from harmlens.asking import pairs as prompts
 from harmlens.flow.outcomes import Outcome, Reply
 from harmlens.models import parts as decoder
 from harmlens.models.chats import Pair
-from harmlens.models.forward import LanguageModel, require_room, split_tokens
+from harmlens.models.forward import LanguageModel, require_room, split_tokens, token_ids
 from harmlens.models.parts import Stack, attention, first, mlp, projection, refuse
 
+BATCH = 128  # most pairs recorded at once
 CACHE = object()  # stands where a block takes its cache
 Positions = str | Callable[[LanguageModel, Pair], Mapping[str, Sequence[int]]]
 
@@ -306,9 +306,8 @@ def record_pairs(
     *,
     details: Sequence[str] = (),
     noise: float | None = None,
-    size: int = 128,
 ) -> Iterator[Group]:
-    """Check pairs, and record them in groups of one length and one layout of positions, ``size`` at once.
+    """Check pairs, and record them in groups of one length and one layout of positions.
 
     Args:
         outcome: one, or several that are read off the same runs; replies among them have the same texts.
@@ -317,7 +316,7 @@ def record_pairs(
     Raises:
         ValueError: no pairs, sides of unequal length, two equal sides, equal ids, an unknown position.
     """
-    sides = prompts.token_ids(lm, pairs)
+    sides = token_ids(lm, pairs)
     names = [pair.id for pair in pairs]
     if len(set(names)) < len(names):
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -339,7 +338,7 @@ def record_pairs(
     for i, ((ids, _), columns) in enumerate(zip(sides, where, strict=True)):
         layout[len(ids), len(replies[i]), tuple(columns.values())].append(i)
     for members in sorted(layout.values()):
-        for index in (members[start : start + size] for start in range(0, len(members), size)):
+        for index in (members[k : k + BATCH] for k in range(0, len(members), BATCH)):
             n, added, read = len(index), None, max(1, len(replies[index[0]]))
             # The last token of a reply is predicted, not read.
             ids = torch.tensor([sides[i][side] + replies[i][:-1] for side in (0, 1) for i in index])
