@@ -178,9 +178,9 @@ def test_patching_everything_gives_the_total_effect(lm, pairs, y1, direction):
 
 def test_replies_are_scored_alike_with_and_without_patching(lm, source, pairs):
     harmful, refusals = source.replies([pair.x0 for pair in pairs])
-    found = patching.patch(lm, pairs, outcomes.Replies(harmful, refusals), sites="resid_post", layers=[0])
-    scored = outcomes.sequence_score(lm, [pair.x1.render(lm) for pair in pairs], harmful, refusals)
-    near(found.y1, scored, lm)
+    replies = outcomes.Replies(harmful, refusals)
+    found = patching.patch(lm, pairs, replies, sites="resid_post", layers=[0])
+    near(found.y1, replies.score(lm, [pair.x1.render(lm) for pair in pairs]), lm)
 
 
 def test_a_run_patched_with_itself_is_unchanged(exact, pairs, y1):

@@ -441,7 +441,7 @@ def test_y3_of_both_runs_is_the_sequence_score(architecture, skip):
     found = patching.patch(lm, PAIRS, Replies(HARMFUL, REFUSALS, skip))
     for got, side in ((found.y1, "x1"), (found.y0, "x0")):
         texts = [getattr(pair, side).render(lm) for pair in PAIRS]
-        want = outcomes.sequence_score(lm, texts, HARMFUL, REFUSALS, skip=skip)
+        want = Replies(HARMFUL, REFUSALS, skip).score(lm, texts)
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 

@@ -206,7 +206,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Replies:
-    """Y3 as patching takes it: the harmful reply's log-probability per token minus the refusal's.
+    """Y3: the harmful reply's mean log-probability per token minus the refusal's.
 
     Attributes:
         harmful, refusals: one of each for each pair.
@@ -221,15 +221,7 @@ class Replies:
     def parts(self) -> tuple[Reply, Reply]:
         return tuple(Reply(texts, self.skip) for texts in (self.harmful, self.refusals))
 
-
-def sequence_score(
-    lm: LanguageModel,
-    prompts: Sequence[str],
-    harmful: Sequence[str],
-    refusals: Sequence[str],
-    *,
-    skip: int = 0,
-) -> Float[Tensor, " prompt"]:
-    """Y3: mean log-probability per token of the harmful reply minus that of the refusal."""
-    ours, theirs = (follow(lm, prompts, texts, skip=skip)[0] for texts in (harmful, refusals))
-    return ours - theirs
+    def score(self, lm: LanguageModel, prompts: Sequence[str]) -> Float[Tensor, " prompt"]:
+        """Y3 of rendered prompts, one for each pair of replies."""
+        ours, theirs = (follow(lm, prompts, reply.texts, skip=reply.skip)[0] for reply in self.parts())
+        return ours - theirs
