@@ -108,6 +108,10 @@ def check(name: str, folder: Path, **parameters: object) -> Run:
         assert result["notebook"].startswith(name), path
     page = done.printed()
     assert "harmlens" in page  # the first cell ran
+    for cell in done.notebook["cells"]:
+        if "world-only" in cell["metadata"].get("tags", []):
+            told = "".join("".join(output.get("text", [])) for output in cell["outputs"])
+            assert told.startswith("left out"), "".join(cell["source"])[:200]
     shown = [text for text in completions() if text in page]
     assert not shown, f"completions on the page: {shown[:3]}"
     if not parameters.get("reveal"):
