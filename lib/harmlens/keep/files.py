@@ -249,11 +249,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-        yaml.YAMLError: it is no YAML, or a key is given twice; names the line.
-    """
+    """The content of a YAML file; a key that is given twice is a ``yaml.YAMLError`` too."""
     return yaml.load(path.read_text(encoding="utf-8"), _Loader)
 
 
