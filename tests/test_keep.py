@@ -255,6 +255,22 @@ def test_a_long_measurement_goes_on_where_it_stopped(tmp_path):
     assert len(list(tmp_path.rglob("*.jsonl"))) == 2
 
 
+def test_of_two_processes_one_computes_and_the_other_waits(tmp_path):
+    code = f"""if True:
+        import pathlib, time, warnings
+        from harmlens.keep import remember
+        warnings.simplefilter("ignore")
+        def slow():
+            time.sleep(1)
+            with open({str(tmp_path / "made")!r}, "a") as out:
+                out.write("x")
+            return 42
+        assert remember("slow", slow, {str(tmp_path)!r}) == 42"""
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [one.wait(120) for one in running] == [0, 0]
+    assert (tmp_path / "made").read_text() == "x"
+
+
 def test_a_run_says_where_it_comes_from(kept, tmp_path):
     kept(dataclasses.replace(tiny.model(), revision="abc"), n=2)
     content = json.loads(next(tmp_path.rglob("*.json")).read_text())
