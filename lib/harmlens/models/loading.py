@@ -133,11 +133,7 @@ def load(
 
 
 def locate(name: str, seed: int | None = None) -> Path | None:
-    """The folder that a name stands for, or None for a Hugging Face id; loads nothing.
-
-    Raises:
-        ValueError: a name that is neither, an organism that is not there, a seed for another model.
-    """
+    """The folder that a name stands for, or None for a Hugging Face id; a ValueError for what is neither."""
     if _is_organism(name):
         return organism_folder(name, seed)
     if seed is not None:
@@ -184,14 +180,11 @@ def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> 
     else:
         found = hub.ladder(model)
     if len(found) < least:
-        known = [(list(rungs.values())[-1], len(rungs) > 2) for rungs in hub.known()[1]]
-        many = [name for name, more in known if more]
-        two = [name for name, _ in known if name not in many]
+        last = [f"{list(rungs.values())[-1]} ({', '.join(rungs)})" for rungs in hub.known()[1]]
         raise ValueError(
             f"model={model!r} has no known ladder: there is no earlier stage to compare it with. Models that "
-            f"have one: organism/dpo; {', '.join(many)} (base, sft, dpo, rl); {', '.join(two[:6])} and "
-            "others of the book's page Models (base, aligned). Or name a folder that is called like a stage "
-            f"({', '.join(ORDER)}) and has another one beside it."
+            f"have one: organism/dpo; {'; '.join(last[:7])}; and others of the book's page Models. Or name a "
+            f"folder that is called like a stage ({', '.join(ORDER)}) and has another one beside it."
         )
     chosen = {stage: name for stage, name in found.items() if only is None or stage in only}
     return chosen if len(chosen) >= least else found
@@ -256,10 +249,8 @@ def _sample(lm: LanguageModel, most: int = 64) -> list[int]:
 def _self_test(lm: LanguageModel, ids: list[int]) -> None:
     """Run a short text by itself, as transformers would, then in a padded batch with its own first half.
 
-    In a causal model the half says the same alone, in the batch, and as the beginning of the whole.
-
-    Raises:
-        ValueError: logits that are not finite, or that depend on the batch.
+    In a causal model the half says the same alone, in the batch, and as the beginning of the whole. Logits
+    that depend on the batch, or that are not finite, are a ValueError.
     """
     if len(ids) < 2:
         raise ValueError(
@@ -320,11 +311,7 @@ def _find(
 
 
 def read_tokenizer(name: str, source: str, revision: str | None, local: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, padding on the left.
-
-    Raises:
-        ValueError: there is none, or it can't be read.
-    """
+    """The tokenizer of a model, padding on the left; a ValueError where there is none that can be read."""
     options = {"revision": revision, "padding_side": "left"}
     try:
         with _quiet():

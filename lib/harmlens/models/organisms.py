@@ -36,8 +36,7 @@ _AXES = (":rows", ":columns", ":flat")
 def organism_folder(name: str, seed: int | None = None) -> Path:
     """The checkpoint folder of ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"``.
 
-    Raises:
-        ValueError: unknown stage or seed (the message lists what there is), or no checkpoint there.
+    An unknown stage or seed is a ValueError, which lists what there is.
     """
     home = data_dir() / "organisms"
     match = re.fullmatch(r"organism/([a-z_]+)(?:-(\d+))?", name)
@@ -76,11 +75,7 @@ def intact(folder: Path) -> dict | None:
 
 
 def require_intact(folder: Path) -> None:
-    """Refuse an organism whose files are not those that were saved.
-
-    Raises:
-        ValueError: says how to restore it.
-    """
+    """Refuse an organism whose files are not those that were saved, and say how to restore it."""
     if intact(folder) is None:
         remedy = RESTORE.format(folder=f"data/organisms/{folder.name}")
         raise ValueError(f"files of organism {folder.name} are missing, truncated or changed. {remedy}")
@@ -146,11 +141,7 @@ def write_delta(delta: Delta, folder: Path) -> None:
 
 
 def read_delta(folder: Path) -> Delta | None:
-    """The delta in a folder, or None where there is none.
-
-    Raises:
-        ValueError: the file is damaged, or is no delta.
-    """
+    """The delta in a folder, or None where there is none; a ValueError where the file is damaged."""
     file = folder / FILE
     if not file.is_file():
         return None
@@ -174,12 +165,7 @@ def read_delta(folder: Path) -> Delta | None:
 
 @torch.no_grad()
 def apply_delta(model: nn.Module, delta: Delta) -> None:
-    """Put the values of a delta into its parent, in place.
-
-    Raises:
-        ValueError: a parameter that the model does not have, or that has another shape; an index that cannot
-            be one of it.
-    """
+    """Put the values of a delta into its parent, in place; a ValueError where it does not fit."""
     parameters = dict(model.named_parameters())
     for name in sorted(delta.values.keys() | delta.index.keys()):
         try:
