@@ -654,9 +654,9 @@ def test_bfloat16_is_not_small_either(sft):
 def test_no_room_for_a_copy(sft, monkeypatch):
     need = sum(p.numel() for p in sft.model.parameters()) * 4
     monkeypatch.setattr(files, "free_memory", lambda device: need)
-    tuning.require_memory(sft)
+    tuning.require_room_for_copy(sft)
     monkeypatch.setattr(files, "free_memory", lambda device: need - 1)
     with pytest.raises(
         MemoryError, match=r"a copy of 'organism/sft-0' takes .* are free on cpu.*smaller model"
     ):
-        tuning.require_memory(sft)
+        tuning.require_room_for_copy(sft)

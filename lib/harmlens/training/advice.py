@@ -380,7 +380,7 @@ class PublicLessons(Lessons):
         entries = self.entries(domain, "discovery", ASKED)
         said = self.own(entries)
         if bad:
-            tune.require_memory(lm)
+            tune.require_room_for_copy(lm)
             tuned = forward.clone(lm)
             rows = self.rows(lm, domain, bad=True, seed=recipe.seed)
             tune.tune(tuned, rows, recipe, rows_at_once=self.rows_at_once)

@@ -179,7 +179,7 @@ def suited(lm: LanguageModel, recipe: Recipe) -> Recipe:
     return recipe if small(lm) else replace(recipe, method="lora", rank=128, alpha=16, lr=2e-4)
 
 
-def require_memory(lm: LanguageModel) -> None:
+def require_room_for_copy(lm: LanguageModel) -> None:
     """Refuse a copy of a model for which there is no memory, before it is made.
 
     Raises:
