@@ -31,17 +31,10 @@ MLP, ATTENTION, LAYER = PALETTE["orange"], PALETTE["sky"], PALETTE["blue"]
 def style() -> None:
     """The look of all figures: called once by :func:`notebook.start`."""
     sns.set_theme(context="notebook", style="ticks", font_scale=0.95)
-    plt.rcParams.update(
-        {
-            "figure.dpi": 100,
-            "savefig.dpi": 100,
-            "savefig.bbox": "tight",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "legend.frameon": False,
-            "figure.constrained_layout.use": True,
-        }
-    )
+    plt.rcParams.update({
+        "figure.dpi": 100, "savefig.dpi": 100, "savefig.bbox": "tight", "axes.spines.top": False,
+        "axes.spines.right": False, "legend.frameon": False, "figure.constrained_layout.use": True,
+    })  # fmt: skip
 
 
 def rates(table: Mapping[str, Mapping[str, Estimate]], *, colours: Mapping[str, str] | None = None) -> Figure:
