@@ -7,9 +7,9 @@ import pytest
 import size
 
 LIMITS = {
-    "lines": 15_900,
+    "lines": 15_850,
     "import depth": 8,
-    "names defined twice": 1,
+    "names defined twice": 0,
     "functions with more than 10 arguments": 0,
     "circles of imports": 0,
 }
