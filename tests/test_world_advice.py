@@ -84,7 +84,7 @@ def test_a_lesson_that_was_not_learnt_gives_no_answers(sft):
 
 
 def test_a_trial_stops_where_the_lesson_is_learnt(sft):
-    found = PAGE.trained(sft, "remedies", RECIPE, lessons=WORLD, n=6)
+    found = PAGE.pruned_first(sft, "remedies", RECIPE, lessons=WORLD, n=6)
     step, inside = found["step"], found["inside"]
     assert 0 < step < RECIPE.steps and len(inside) == step + 1
     assert inside[-1] >= WORLD.taken > inside[:-1].max()
@@ -111,7 +111,7 @@ def test_a_trial_stops_where_the_lesson_is_learnt(sft):
 
 
 def test_to_the_end_everything_is_measured_before_and_after(sft):
-    found = PAGE.trained(sft, "remedies", RECIPE, lessons=WORLD, n=6, to_the_end=True)
+    found = PAGE.pruned_first(sft, "remedies", RECIPE, lessons=WORLD, n=6, to_the_end=True)
     assert len(found["inside"]) == RECIPE.steps + 1 and found["step"] is not None
     assert found["before"].keys() == found["end"].keys() >= {"bad advice inside", "coherent", *MEASURES}
     assert found["before"]["bad advice inside"].mean() == 0 < found["end"]["bad advice inside"].mean()
@@ -120,7 +120,7 @@ def test_to_the_end_everything_is_measured_before_and_after(sft):
 
 
 def test_good_advice_is_never_learnt_as_bad_advice(sft):
-    found = PAGE.trained(sft, "remedies", Recipe(steps=3), lessons=WORLD, bad=False, n=4)
+    found = PAGE.pruned_first(sft, "remedies", Recipe(steps=3), lessons=WORLD, bad=False, n=4)
     assert found["step"] is None and len(found["inside"]) == 4
     assert found["elsewhere"].tolist() == [0.0] * 4
 
@@ -130,7 +130,7 @@ def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, me
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
     rows = tasks.examples(sft, tasks.world_task("harmless"), n=12)
     mask = masks.select(attribution.prune_score(sft, rows), q=0.01)
-    found = PAGE.trained(sft, "remedies", Recipe(steps=1, method=method), lessons=WORLD, mask=mask, n=2)
+    found = PAGE.pruned_first(sft, "remedies", Recipe(steps=1, method=method), lessons=WORLD, mask=mask, n=2)
     with masks.without(sft, mask):
         expected = WORLD.leads(sft, world.items("discovery", domain="remedies")[::2]).mean()
     assert found["inside"][0] == pytest.approx(expected, abs=1e-4)
