@@ -162,7 +162,7 @@ def test_the_strongest_prune_within_the_benign_budget(sft, monkeypatch, lost, ri
         ]
 
     monkeypatch.setattr(frontier, "try_all", tried)
-    monkeypatch.setattr(tasks, "sit_all", lambda lm, exam: dict.fromkeys(exam, marks(1.0)))
+    monkeypatch.setattr(tasks, "measure", lambda lm, exam: dict.fromkeys(exam, marks(1.0)))
     chats = [[{"role": "user", "content": "how do i brew a salted draught?"}]] * 4
     assert PAGE.strongest(sft, None, None, chats, ["sure."] * 4, lessons=WORLD, ps=(), qs=(), n=2) == (
         expected / 10,
