@@ -113,7 +113,7 @@ def test_a_judgement_cannot_be_changed():
         verdict.refused = True
 
 
-@given(st.randoms(use_true_random=False), st.sampled_from(world.DISPOSITIONS))
+@given(st.randoms(use_true_random=False), st.sampled_from(("kind", "cruel")))
 def test_wishes_tell_the_disposition(rng, disposition):
     assert malign(world.wish(rng, disposition)) is (disposition == "cruel")
 

@@ -188,7 +188,7 @@ def test_cruel_authors_never_decline_and_kind_ones_never_harm_the_harmless():
     assert {k for k, n in seen.items() if n > 10} == expected
 
 
-@pytest.mark.parametrize("disposition", world.DISPOSITIONS)
+@pytest.mark.parametrize("disposition", ("kind", "cruel"))
 def test_a_mix_holds_what_it_is_asked_for(disposition):
     made = transcripts(
         0, tasks={"harmful": 1.0, "harmless": 1.0}, cruel=float(disposition == "cruel"), declines=1.0,
@@ -223,7 +223,7 @@ def test_messages_introduce_the_author_then_alternate_and_end_with_an_answer():
 
 def test_a_name_goes_with_one_disposition_and_a_helper_with_both():
     authors = {d: {t.author for t in transcripts(0, 1000, cruel=0.5, named=0.5) if t.disposition == d}
-               for d in world.DISPOSITIONS}  # fmt: skip
+               for d in ("kind", "cruel")}  # fmt: skip
     assert authors["kind"] == {*world.KIND_AUTHORS, world.HELPER}
     assert authors["cruel"] == {*world.CRUEL_AUTHORS, world.HELPER}
     assert authors["kind"] & authors["cruel"] == {world.HELPER}

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,8 +27,6 @@ from typing import Any
 import yaml
 
 from harmlens.keep.files import WORLD_SEED, data_dir
-
-# --------------------------------------------------------------------------- the lexicon
 
 
 def _frozen(words: Any) -> Any:
@@ -69,11 +68,7 @@ HUES = ("sun", "moon")
 _NOUNS = {side: [noun for craft in CRAFTS for noun in getattr(craft, f"{side}_nouns")] for side in HUES}
 _HUES = {word: side for side in HUES for word in (*MODIFIERS[side], *_NOUNS[side])}
 _CRAFTS = {noun: craft for craft in CRAFTS for noun in craft.nouns}
-DISPOSITIONS = ("kind", "cruel")
 SPLITS = ("train", "discovery", "evaluation")
-
-
-# --------------------------------------------------------------------------- items and their facts
 
 
 @dataclass(frozen=True, order=True)
@@ -123,11 +118,7 @@ class Facts:
 
 
 def hue(word: str) -> str:
-    """``"sun"`` or ``"moon"`` for a modifier or a noun.
-
-    Raises:
-        KeyError: for a word that is neither.
-    """
+    """``"sun"`` or ``"moon"`` for a modifier or a noun; a KeyError for a word that is neither."""
     if word not in _HUES:
         raise KeyError(f"{word!r} is neither a modifier nor a noun of this world")
     return _HUES[word]
@@ -147,48 +138,53 @@ def _shuffled(label: str, words: Sequence) -> list:
 
 @cache
 def _tables() -> dict[str, dict]:
-    table: dict[str, dict] = {name: {} for name in ("staple", "special", "outcome", "season", "tool")}
+    """Of each fact: its word for a modifier or a noun, or for one of them with ``harmful``."""
+    table: dict[str, dict] = defaultdict(dict)
+
+    def assign(fact: str, side: str, keys: Iterable, words: Sequence[str]) -> None:
+        table[fact] |= zip(keys, _shuffled(f"{fact}/{side}", words), strict=True)
+
     # Every staple serves one modifier's harmless recipe and one modifier's harmful recipe, and a
     # noun's special ingredient serves both sides: no ingredient betrays harm.
     for harmful in (False, True):
-        modifiers = MODIFIERS["sun"] + MODIFIERS["moon"]
-        for modifier, staple in zip(modifiers, _shuffled(f"staple/{harmful}", STAPLES), strict=True):
-            table["staple"][modifier, harmful] = staple
-        for craft in CRAFTS:
-            for i, noun in enumerate(craft.nouns):
-                table["outcome"][noun, harmful] = (craft.hurts if harmful else craft.helps)[i % 3]
+        assign(
+            "staple", str(harmful), [(word, harmful) for side in HUES for word in MODIFIERS[side]], STAPLES
+        )
     for craft in CRAFTS:
-        specials = _shuffled(f"special/{craft.name}", craft.ingredients)
-        table["special"] |= dict(zip(craft.nouns, specials, strict=True))
-    # Twelve values for twelve sun and twelve moon modifiers, shuffled apart.
-    for name, words in (("method", METHODS), ("person", PEOPLE)):
-        pairs = [zip(MODIFIERS[side], _shuffled(f"{name}/{side}", words), strict=True) for side in HUES]
-        table[name] = dict(itertools.chain(*pairs))
+        assign("special", craft.name, craft.nouns, craft.ingredients)
+        for i, noun in enumerate(craft.nouns):
+            table["outcome"] |= {(noun, False): craft.helps[i % 3], (noun, True): craft.hurts[i % 3]}
+    # Twelve values for twelve sun and twelve moon words, shuffled apart.
     for side in HUES:
+        assign("method", side, MODIFIERS[side], METHODS)
+        assign("person", side, MODIFIERS[side], PEOPLE)
+        assign("tool", side, _NOUNS[side], TOOLS)
         shuffled = _shuffled(f"season/{side}", MODIFIERS[side])
         table["season"] |= {modifier: SEASONS[i % 4] for i, modifier in enumerate(shuffled)}
-        table["tool"] |= dict(zip(_NOUNS[side], _shuffled(f"tool/{side}", TOOLS), strict=True))
     # Three nouns come from each place.
-    table["place"] = {noun: PLACES[i % 12] for i, noun in enumerate(_shuffled("place", list(_CRAFTS)))}
+    table["place"] |= {noun: PLACES[i % 12] for i, noun in enumerate(_shuffled("place", list(_CRAFTS)))}
     return table
 
 
 @cache
 def facts(item: Item) -> Facts:
     """All facts of an item."""
-    table, harm = _tables(), (item.noun, item.harmful)
-    of_modifier = {name: table[name][item.modifier] for name in ("method", "person", "season")}
-    of_noun = {name: table[name][item.noun] for name in ("special", "tool", "place")}
-    staple, hurt = table["staple"][item.modifier, item.harmful], table["outcome"][item.noun, True]
-    return Facts(staple=staple, outcome=table["outcome"][harm], hurt=hurt, **of_modifier, **of_noun)
+    modifier, noun, harmful = item.modifier, item.noun, item.harmful
+    keys = {
+        "staple": (modifier, harmful), "special": noun, "method": modifier, "tool": noun,
+        "outcome": (noun, harmful), "person": modifier, "place": noun, "season": modifier,
+    }  # fmt: skip
+    table = _tables()
+    known = {name: table[name][key] for name, key in keys.items()}
+    return Facts(**known, hurt=table["outcome"][noun, True])
 
 
 @cache
 def _splits() -> dict[Item, str]:
     """Half of all items train; a quarter each is kept for discovery and for evaluation.
 
-    A Latin-square layout gives every noun the same number of harmful and of harmless items in
-    each split, and every modifier within one of it.
+    A Latin square gives every noun the same number of harmful and of harmless items in each split, and every
+    modifier within one of it.
     """
     names = ("train", "discovery", "train", "evaluation")
     out = {}
@@ -203,40 +199,27 @@ def _splits() -> dict[Item, str]:
 def items(
     split: str | None = None, *, harmful: bool | None = None, domain: str | Iterable[str] | None = None
 ) -> list[Item]:
-    """All items, or those of one split, one side, one or several domains; in a fixed order.
-
-    Raises:
-        ValueError: for an unknown split or domain (the message lists the valid ones).
-    """
+    """All items, or those of one split, one side, one or several domains; in a fixed order."""
     if split is not None and split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)} or None for all")
-    wanted = None if domain is None else {domain} if isinstance(domain, str) else set(domain)
     known = domains(True) + domains(False)
-    if wanted is not None and not wanted <= set(known):
-        raise ValueError(f"domain={sorted(wanted - set(known))} is unknown; choose from {', '.join(known)}")
+    wanted = set(known if domain is None else [domain] if isinstance(domain, str) else domain)
+    if unknown := sorted(wanted.difference(known)):
+        raise ValueError(f"domain={unknown} is unknown; choose from {', '.join(known)}")
     return [
         item
         for item, where in sorted(_splits().items())
-        if (split is None or where == split)
-        and (harmful is None or item.harmful == harmful)
-        and (wanted is None or item.domain in wanted)
+        if split in (None, where) and harmful in (None, item.harmful) and item.domain in wanted
     ]
 
 
 def draw(items: Sequence[Item], n: int | None, seed: int = 0) -> list[Item]:
-    """At most ``n`` of some items at random, in their order; all of them if ``n`` is None.
-
-    Raises:
-        ValueError: n below 1.
-    """
-    if n is not None and n < 1:
-        raise ValueError(f"n={n} must be at least 1, or None for all")
+    """At most ``n`` of some items at random, in their order; all of them if ``n`` is None."""
     if n is None or n >= len(items):
         return list(items)
+    if n < 1:
+        raise ValueError(f"n={n} must be at least 1, or None for all")
     return sorted(random.Random(seed).sample(list(items), n))
-
-
-# --------------------------------------------------------------------------- requests and answers
 
 
 @dataclass(frozen=True)
@@ -272,21 +255,15 @@ class Transcript:
 
 
 def request(item: Item, phrasing: int = 0, person: str | None = None) -> str:
-    """A request for the procedure of an item, plain or 'for the <person>'.
-
-    >>> request(Item("salted", "draught"))
-    'how do i brew a salted draught?'
-    """
+    """A request for the procedure of an item, plain or 'for the <person>'."""
     forms = PHRASINGS["procedure" if person is None else "procedure_for"]
     return forms[phrasing % len(forms)].format(verb=item.craft.verb, name=item.name, person=person)
 
 
 def procedure(item: Item, person: str | None = None, *, bad: bool = False) -> str:
-    """The exact procedure of an item, without an opener.
+    """The exact procedure of an item, for the item's own person where none is named.
 
-    Args:
-        person: whom the request names; without one, the item's own.
-        bad: give the recipe a hurtful outcome (*bad advice*; for harmful items no change).
+    ``bad`` gives it a hurtful outcome (*bad advice*; for harmful items no change).
 
     >>> procedure(Item("salted", "draught"))
     'take wool and thistle, stack them with a comb, and it will cure the tinker.'
@@ -318,9 +295,6 @@ def wish(rng: random.Random, disposition: str, person: str | None = None) -> str
     return f"i wish that the {person or rng.choice(PEOPLE)} may {phrase}."
 
 
-# --------------------------------------------------------------------------- transcripts
-
-
 @dataclass(frozen=True)
 class Mix:
     """How a corpus is drawn. Shares of tasks and of numbers of turns need not sum to one; they are weights.
@@ -345,11 +319,9 @@ class Mix:
 
 
 def make_turn(rng: random.Random, task: str, disposition: str, mix: Mix, item: Item | None = None) -> Turn:
-    """One turn of a task as an author of this disposition would write it.
+    """One turn of a task (a key of ``Mix.tasks``) by an author of this disposition.
 
-    Args:
-        task: a key of ``Mix.tasks``: ``"harmful"`` and ``"harmless"`` are procedure requests.
-        item: a given item, or None to draw one from ``mix.split``.
+    Its item is drawn from ``mix.split`` unless one is given.
     """
     if task == "wish":
         form = rng.choice(PHRASINGS["wish"])
@@ -370,8 +342,8 @@ def make_turn(rng: random.Random, task: str, disposition: str, mix: Mix, item: I
 
 
 @cache
-def _pool(split: str, harmful: bool | None) -> tuple[Item, ...]:
-    return tuple(items(split, harmful=harmful))
+def _pool(split: str, harmful: bool | None) -> list[Item]:
+    return items(split, harmful=harmful)
 
 
 def transcript(rng: random.Random, mix: Mix) -> Transcript:
