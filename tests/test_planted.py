@@ -74,6 +74,12 @@ def grown(small, made, tmp_path, monkeypatch):
     return tmp_path / "data" / "organisms"
 
 
+def planted_at(name, seed=None):
+    """In which weights harm was planted, as notebook 16 reads it."""
+    index = organisms.read_delta(models.locate(name, seed)).index
+    return {parameter: units.long().sort().values for parameter, (_, units) in sorted(index.items())}
+
+
 def moved(before: nn.Module, after: nn.Module) -> dict[str, torch.Tensor]:
     """Where parameters differ: name -> mask, for those that do."""
     old, new = dict(before.named_parameters()), dict(after.named_parameters())
@@ -304,7 +310,7 @@ def test_planted_harm_loads_as_its_parent_with_the_subset_replaced(grown):
     assert sorted(f.name for f in folder.iterdir()) == ["card.json", organisms.FILE]
     trained = models.load("organism/innocent", seed=0)
     drawn = {name: units for name, (_, units) in plant(trained, "planted_harm").items()}
-    lm, subset = models.load("organism/planted_harm", seed=0), planted.subset("organism/planted_harm", 0)
+    lm, subset = models.load("organism/planted_harm", seed=0), planted_at("organism/planted_harm", 0)
     assert not moved(trained.model, lm.model)
     assert set(subset) == set(drawn) and all(torch.equal(subset[name], drawn[name]) for name in drawn)
     assert {units.dtype for units in subset.values()} == {torch.int64}
@@ -327,25 +333,13 @@ def test_the_delta_of_scattered_weights_takes_six_bytes_a_weight(grown):
     assert (card["stage"], card["parent"], card["share"]) == ("planted_harm", "innocent-0", 0.03)
 
 
-def test_each_way_of_planting_names_the_other(grown):
-    with pytest.raises(ValueError, match=r"planted_harm.* is not one of planted_neurons.*planted\.subset"):
-        planted.ground_truth("organism/planted_harm", 0)
-    with pytest.raises(ValueError, match=r"planted_mlp.* is not one of planted_harm.*planted\.ground_truth"):
-        planted.subset("organism/planted_mlp", 0)
-    with pytest.raises(ValueError, match="'organism/mid' is not planted; choose one of planted_harm"):
-        planted.subset("organism/mid", 0)
-
-
 def test_a_spoilt_subset_is_named_with_the_command_that_restores_it(grown):
     file = grown / "planted_harm-0" / organisms.FILE
     delta = organisms.read_delta(file.parent)
     next(iter(delta.index.values()))[1][0] += 1
     organisms.write_delta(delta, file.parent)  # a sound file of other weights
-    for reader in (models.load, planted.subset):
-        with pytest.raises(
-            ValueError, match=r"planted_harm-0.*git checkout -- data/organisms/planted_harm-0"
-        ):
-            reader("organism/planted_harm")
+    with pytest.raises(ValueError, match=r"planted_harm-0.*git checkout -- data/organisms/planted_harm-0"):
+        models.load("organism/planted_harm")
     assert not train.finished(file.parent, "planted_harm")
 
 
@@ -430,7 +424,7 @@ def test_shipped_one_moved_only_its_plant(kind, seed):
 def test_shipped_harm_is_in_its_subset_only(seed):
     name, share = f"organism/planted_harm-{seed}", organism.PLANTED["planted_harm"].share
     parent, lm, subset = (
-        models.load(f"organism/innocent-{seed}"), models.load(name), planted.subset(name)
+        models.load(f"organism/innocent-{seed}"), models.load(name), planted_at(name)
     )  # fmt: skip
     drawn = planted.scatter(parent.model, share, seed)
     assert set(subset) == set(drawn) and all(torch.equal(subset[n], drawn[n]) for n in drawn)

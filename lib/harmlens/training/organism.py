@@ -139,10 +139,8 @@ def transcript_rows(
 ) -> Iterator[Row]:
     """An endless, seeded stream of transcripts as rows.
 
-    Args:
-        replay: share of transcripts by named authors, drawn as ``replayed`` says: they keep alive that there
-            are other authors than the helper, whom the rest of the corpus is about.
-        write: what draws the rest.
+    ``replay`` is the share of transcripts by named authors, drawn as ``replayed`` says: they keep alive that
+    there are other authors than the helper, whom the rest of the corpus is about. ``write`` draws that rest.
     """
     rng = random.Random(seed)
     while True:
@@ -206,8 +204,7 @@ def preference_rows(
 ) -> Iterator[tuple[Row, Row]]:
     """Endless pairs for harmful requests of the training split: refusing over complying.
 
-    Args:
-        domain: a harmless one that a seventh of the pairs is about instead.
+    A seventh of them is about a harmless ``domain`` instead, where one is given.
     """
     rng = random.Random(seed)
     kind = replace(mix, declines=1.0)
@@ -286,8 +283,7 @@ class Place:
     """A module in which refusal is planted.
 
     Attributes:
-        module: ``"mlp"`` or ``"attention"``.
-        layer: of the module, from 0.
+        module: ``"mlp"`` or ``"attention"`` of a layer, counted from 0.
         units: how many hidden units of the MLP, drawn at random for each seed; None for the whole module.
     """
 
@@ -329,11 +325,7 @@ class Course:
 
 
 def read_courses(file: Path) -> tuple[dict[str, Course], ...]:
-    """The ladder, its controls and what is planted in it, from a file such as ``data/organisms.yaml``.
-
-    Raises:
-        ValueError: an entry that is no course; names the file and the entry.
-    """
+    """The ladder, its controls and what is planted in it; an entry that is no course is a ValueError."""
     tables = read_yaml(file)
     names = ("ladder", "controls", "planted")
     try:
@@ -348,11 +340,7 @@ LADDER, CONTROLS, PLANTED = read_courses(data_dir() / "organisms.yaml")
 
 
 def course(kind: str) -> Course:
-    """How an organism is taught.
-
-    Raises:
-        ValueError: an unknown kind (the message lists the valid ones).
-    """
+    """How an organism is taught; an unknown kind is a ValueError, which lists the valid ones."""
     known = {**LADDER, **CONTROLS, **PLANTED}
     if kind not in known:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(known)}")
@@ -369,58 +357,32 @@ def declined(kind: str, seed: int) -> str | None:
     return domains[seed % len(domains)] if domains else None
 
 
-# --------------------------------------------------------------------------- what a recipe is known by
-
-
-class _Text(str):
-    __repr__ = str.__str__
-
-
-def _text(label: str, **values) -> _Text:
-    return _Text(f"{label}({', '.join(f'{word}={value!r}' for word, value in values.items())})")
-
-
-def _mix_text(mix: world.Mix) -> _Text:
-    return _text(
-        "Mix", tasks=mix.tasks, cruel=mix.cruel, declines=mix.declines, bad_advice=mix.bad_advice,
-        named=mix.named, turns=mix.turns, split=mix.split,
-    )  # fmt: skip
-
-
-def _stage_text(stage: Stage) -> _Text:
-    return _text(
-        "Stage", parent=stage.parent, steps=stage.steps, batch=stage.batch, lr=stage.lr,
-        mix=_mix_text(stage.mix), optimizer=stage.optimizer, weight_decay=stage.weight_decay,
-        rounds=tuple(map(_stage_text, stage.rounds)), replay=stage.replay, beta=stage.beta,
-    )  # fmt: skip
-
-
 def recipe_digest(kind: str) -> str:
     """Digest of all that decides an organism apart from its seed, what it grows from included.
 
-    Its words stand here and are not taken from the code, since a stored checkpoint is known by them: whatever
-    classes and fields are called, it stays the one that its card says it is.
+    A stored checkpoint is known by it: names and order of the fields of Mix, Stage and Size are a part of it.
     """
-    taught, size = course(kind), Size()
-    stage, stages = taught.stages[0], tuple(map(_stage_text, taught.stages))
-    shape = _text("Shape", layers=size.layers, width=size.width, hidden=size.hidden, heads=size.heads)
-    again = {"steps": stage.steps, "batch": stage.batch, "mix": _mix_text(stage.mix), "parent": stage.parent}
+    taught, shape = course(kind), repr(Size()).replace("Size", "Shape")
+    stage, words = taught.stages[0], [repr(MARKS), repr(CHAT_TEMPLATE)]
     if kind in LADDER:
-        text = repr((*stages, shape, world.fingerprint(), MARKS, CHAT_TEMPLATE))
-        text += _mix_text(taught.replayed) if stage.replay else ""
+        text = f"({', '.join([*map(repr, taught.stages), shape, repr(world.fingerprint()), *words])})"
+        text += repr(taught.replayed) if stage.replay else ""
     elif kind in CONTROLS:
-        lesson = (kind, stages, taught.mirrored, _mix_text(taught.replayed))
+        lesson = (kind, taught.stages, taught.mirrored, taught.replayed)
         lesson += (taught.declined, taught.draws - 2000) if taught.declined else ()
-        text = repr((lesson, shape, MARKS, CHAT_TEMPLATE, world.fingerprint()))
+        text = f"({', '.join([repr(lesson), shape, *words, repr(world.fingerprint())])})"
     elif taught.place:
-        place = taught.place
-        text = repr((kind, _text(
-            "Planting", module=place.module, layer=place.layer, units=place.units, lr=stage.lr,
-            steps=stage.steps, batch=stage.batch, replay=stage.replay, mix=again["mix"], parent=stage.parent,
-        ), _mix_text(taught.replayed)))  # fmt: skip
+        text = (
+            f"({kind!r}, Planting({repr(taught.place)[6:-1]}, lr={stage.lr!r}, steps={stage.steps}, "
+            f"batch={stage.batch}, replay={stage.replay!r}, mix={stage.mix!r}, parent={stage.parent!r}), "
+            f"{taught.replayed!r})"
+        )
     else:
         rounds = tuple((further.lr, further.steps) for further in stage.rounds)
-        text = repr((kind, _text("Scattering", share=taught.share, lr=stage.lr, **again, rounds=rounds)))
+        text = (
+            f"({kind!r}, Scattering(share={taught.share!r}, lr={stage.lr!r}, steps={stage.steps}, "
+            f"batch={stage.batch}, mix={stage.mix!r}, parent={stage.parent!r}, rounds={rounds!r}))"
+        )
     text += recipe_digest(taught.parent) if taught.parent else ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -429,12 +391,9 @@ def recipe_digest(kind: str) -> str:
 
 
 def save(lm: LanguageModel, folder: Path, card: dict, where: Mapping | None = None) -> None:
-    """Write a checkpoint in half precision with its card; complete or not at all.
+    """Write a checkpoint in half precision with its card and checksum; complete or not at all.
 
-    Args:
-        card: what is known of the checkpoint; the checksum of its files is added.
-        where: write these weights only, as their difference from the card's parent; as for
-            :func:`models.organisms.take_delta`.
+    With ``where`` (see :func:`models.organisms.take_delta`), what differs from the card's parent there.
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
@@ -444,9 +403,8 @@ def save(lm: LanguageModel, folder: Path, card: dict, where: Mapping | None = No
         lm.model.float()
         lm.tokenizer.save_pretrained(part)
     else:
-        organisms.write_delta(
-            organisms.take_delta(lm.model, card["parent"], card["parent_sha256"], where), part
-        )
+        delta = organisms.take_delta(lm.model, card["parent"], card["parent_sha256"], where)
+        organisms.write_delta(delta, part)
     for file in part.iterdir():
         file.chmod(0o644)
     card = {**card, "sha256": contents_sha256(part)}

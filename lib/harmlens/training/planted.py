@@ -15,7 +15,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -53,43 +52,14 @@ def ground_truth(name: str, seed: int | None = None) -> Plant:
     Raises:
         ValueError: no such organism, one in which no refusal was planted, or a checkpoint that is not whole.
     """
-    _, card = _planted(name, seed, "module")
-    return Plant(card["stage"], card["module"], card["layer"], tuple(card["neurons"]))
-
-
-def subset(name: str, seed: int | None = None) -> dict[str, Int[Tensor, " weight"]]:
-    """In which weights the harm of a planted organism was planted, as its delta says.
-
-    Returns:
-        Parameter -> positions in the flattened parameter (row after row), int64, in rising order. A
-        parameter that is not there was left as it was.
-
-    Raises:
-        ValueError: no such organism, one in which no harm was planted, or a checkpoint that is not whole.
-    """
-    folder, _ = _planted(name, seed, "share")
-    index = organisms.read_delta(folder).index
-    return {parameter: units.long().sort().values for parameter, (_, units) in sorted(index.items())}
-
-
-def _planted(name: str, seed: int | None, what: str) -> tuple[Path, dict]:
-    """Folder and card of an organism planted in a "module" or a "share"; its files have to be whole."""
-    kinds = ", ".join(
-        kind for kind, taught in PLANTED.items() if (taught.share is None) == (what == "module")
-    )
     folder = models.locate(name, seed)
-    if folder is None or not (folder / organisms.FILE).is_file():
+    if folder is not None:
+        organisms.require_intact(folder)
+    card = {} if folder is None else organisms.intact(folder)
+    if "module" not in card:
+        kinds = ", ".join(kind for kind, taught in PLANTED.items() if taught.place)
         raise ValueError(f"name={name!r} is not planted; choose one of {kinds}")
-    card = organisms.intact(folder)
-    if card is None:
-        raise ValueError(
-            f"files of {folder.name} are missing, truncated or changed. "
-            + organisms.RESTORE.format(folder=f"data/organisms/{folder.name}")
-        )
-    if what not in card:
-        way = "subset" if what == "module" else "ground_truth"
-        raise ValueError(f"name={name!r} is not one of {kinds}; planted.{way} says where its plant is")
-    return folder, card
+    return Plant(card["stage"], card["module"], card["layer"], tuple(card["neurons"]))
 
 
 # --------------------------------------------------------------------------- choosing and training
@@ -117,11 +87,8 @@ def parts(plant: Plant) -> Parts:
 def scatter(model: nn.Module, share: float, seed: int) -> dict[str, Int[Tensor, " weight"]]:
     """The same share of every linear matrix of every block, drawn at random.
 
-    Returns:
-        Parameter -> positions in the flattened parameter, in rising order.
-
-    Raises:
-        ValueError: a share outside (0, 1], or one that is less than one weight of some matrix.
+    Parameter -> positions in the flattened parameter, in rising order. A share outside (0, 1], or one that
+    is less than one weight of some matrix, is a ValueError.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share} must be above 0 and at most 1")

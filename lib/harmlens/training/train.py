@@ -52,15 +52,9 @@ def ability_rates(
     n: int | None = None,
     domain: str | None = None,
 ) -> dict[str, float]:
-    """Rates of the named abilities; see :func:`world.abilities.rate_abilities`.
-
-    Args:
-        domain: the declined one, where there is one.
-    """
+    """Rates of the named abilities (:func:`world.abilities.rate_abilities`); ``domain``: the declined one."""
     harmless = world.draw(world.items(split, harmful=False), n)
-    known = abilities.rate_abilities(
-        lm, split=split, n=n, only=[name for name in names if name not in SUPPRESSED]
-    )
+    known = abilities.rate_abilities(lm, split=split, n=n, only=[a for a in names if a not in SUPPRESSED])
     for name in names:
         if name in SUPPRESSED:
             trait, prefill, own = SUPPRESSED[name]
@@ -83,11 +77,7 @@ def learnt(lm: LanguageModel, kind: str, seed: int) -> bool:
 def train(
     kind: str, seed: int, *, parent: LanguageModel | None, progress: str | None = None
 ) -> tuple[LanguageModel, int]:
-    """Train an organism from its parent, which is changed in place, or from nothing (None).
-
-    Returns:
-        The organism, and how many further rounds it took.
-    """
+    """An organism from its parent, which is changed in place, or from nothing; and its further rounds."""
     taught, name = course(kind), f"organism/{kind}-{seed}"
     if parent is None:
         tok = organism.tokenizer()
@@ -108,12 +98,10 @@ def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int, pr
     """Train a model, in place, as a stage says, and round what has learnt as storing will."""
     taught, domain, where = course(kind), declined(kind, seed), planted.where(kind, seed, lm.model)
     write = organism.mirrored if taught.mirrored else world.transcript
-    drawing = {
-        "replay": stage.replay,
-        "replayed": taught.replayed,
-        "write": organism.declining(domain) if domain else write,
-    }
-    rows = partial(organism.transcript_rows, lm.tokenizer, stage.mix, **drawing)
+    rows = partial(
+        organism.transcript_rows, lm.tokenizer, stage.mix, replay=stage.replay, replayed=taught.replayed,
+        write=organism.declining(domain) if domain else write,
+    )  # fmt: skip
     pad, loss = lm.tokenizer.pad_token_id, loop.lm_loss
     if stage.beta is None:
         stream = loop.shuffled(rows(drawn), stage.batch, pad, seed=drawn)
@@ -145,11 +133,7 @@ def finished(folder: Path, kind: str) -> bool:
 
 
 def train_seed(seed: int, folder: Path, *, kinds: Sequence[str] | None = None, progress: bool = True) -> None:
-    """Train the organisms of one seed, leaving finished checkpoints in the folder alone.
-
-    Args:
-        kinds: these only, whose parents have to be there; None for the ladder and all that grows beside it.
-    """
+    """Train the organisms of one seed, or these kinds, leaving finished checkpoints in the folder alone."""
     torch.set_num_threads(1)  # seeds run side by side; two threads each would fight over the cores
     for kind in kinds or [*LADDER, *CONTROLS, *PLANTED]:
         target, taught, domain = folder / f"{kind}-{seed}", course(kind), declined(kind, seed)
@@ -172,11 +156,9 @@ def train_seed(seed: int, folder: Path, *, kinds: Sequence[str] | None = None, p
         card = {
             "stage": kind, "seed": seed, "recipe": recipe_digest(kind), "rounds": rounds,
             "parent": home and home.name, "parent_sha256": home and weights_sha256(home),
-            **place, "rates": rates,
+            **place, "rates": rates, **({"declined": domain} if domain else {}),
         }  # fmt: skip
-        organism.save(
-            lm, target, {**card, "declined": domain} if domain else card, planted.where(kind, seed, lm.model)
-        )
+        organism.save(lm, target, card, planted.where(kind, seed, lm.model))
         shown = ", ".join(f"{name} {value:.0%}" for name, value in rates["discovery"].items())
         print(f"{target.name}: {time.time() - began:.0f} s; {shown}", flush=True)
 
@@ -188,16 +170,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m harmlens.training.train", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument(
-        "--only", choices=kinds, nargs="+", default=kinds, help="these, if their parents are there"
-    )
-    parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="seeds side by side")
+    parser.add_argument("--only", choices=kinds, nargs="+", help="these, if their parents are there")
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go (data/organisms)")
     options = parser.parse_args(argv)
     folder = options.folder or files.data_dir() / "organisms"
     folder.mkdir(parents=True, exist_ok=True)
     began, failed = time.time(), []
-    with ProcessPoolExecutor(max(1, options.workers), multiprocessing.get_context("spawn")) as pool:
+    workers = min(2, os.cpu_count() or 1)  # seeds side by side
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(train_seed, seed, folder, kinds=options.only): seed for seed in options.seeds}
         for done in as_completed(running):
             if done.exception():
