@@ -119,7 +119,7 @@ def test_a_misspelt_parameter_stops_a_notebook(kernel, path):
 def test_the_package_lies_where_a_wheel_puts_it(kernel):
     """So these tests see what a session sees that has no clone."""
     kernel.start(colab.NOTEBOOKS[0])
-    done = kernel.run("from harmlens.keep import paths\nprint(paths.repo_root(), paths.build_dir())")
+    done = kernel.run("from harmlens.keep import files\nprint(files.repo_root(), files.build_dir())")
     assert done.printed.split() == ["None", str(kernel.folder / "harmlens-build")]
 
 
@@ -145,8 +145,8 @@ def started(kernel):
         ("notebook.start(quick=1)", "ValueError", "must be True or False"),
         ("notebook.start(colour='red')", "TypeError", "no rule for a parameter"),
         (
-            "import os\nos.environ['HARMLENS_DATA'] = 'nowhere'\nfrom harmlens.keep import paths\n"
-            "try:\n    int('x')\nexcept ValueError:\n    paths.data_dir()\n"
+            "import os\nos.environ['HARMLENS_DATA'] = 'nowhere'\nfrom harmlens.keep import files\n"
+            "try:\n    int('x')\nexcept ValueError:\n    files.data_dir()\n"
             "finally:\n    del os.environ['HARMLENS_DATA']",
             "FileNotFoundError",
             "HARMLENS_DATA is set",
@@ -167,7 +167,7 @@ def test_an_error_of_the_package_is_its_message(started, source, kind, said):
         "raise ValueError('from a cell')",
         "import json\njson.loads('x')",
         "from harmlens.evidence import stats\nstats.bootstrap_of_nothing",
-        "from harmlens.keep import paths\npaths.writable(3)",  # fails inside the package, but not on purpose
+        "from harmlens.keep import files\nfiles.writable(3)",  # fails inside the package, but not on purpose
     ],
 )
 def test_other_errors_keep_their_trace(started, source):

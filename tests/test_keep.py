@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmlens.keep import digests, files, growing, remember
+from harmlens.keep import digests, files, remember
 from harmlens.models.forward import Row
 from harmlens.training.tune import Recipe
 from harmlens.weights import masks, scores
@@ -89,12 +89,6 @@ def test_the_real_data_folder_is_found():
 def test_free_memory_is_that_of_the_machine():
     found = files.free_memory("cpu")
     assert 10_000_000 < found < 1e14
-
-
-def test_without_a_list_of_the_kernel_memory_is_known_too(monkeypatch):
-    psutil = pytest.importorskip("psutil")
-    monkeypatch.setattr(files.Path, "read_text", lambda self: "nothing to be found here\n")
-    assert files.free_memory("cpu") == pytest.approx(psutil.virtual_memory().available, rel=0.3)
 
 
 @pytest.mark.parametrize(
@@ -224,35 +218,6 @@ def test_an_interrupted_series_keeps_what_was_finished(kept):
         series(5)
     series(4)
     assert CALLS == [0, 1, 2, 3]
-
-
-def test_a_long_measurement_goes_on_where_it_stopped(tmp_path):
-    lm = tiny.model()
-
-    def sweep(stop=None, key="sweep"):
-        with growing([key, lm], measure, tmp_path) as done:
-            for n in range(len(done), 5):
-                if n == stop:
-                    raise KeyboardInterrupt
-                CALLS.append(n)
-                done.append({"n": n, "value": torch.tensor([n / 3])})
-            return list(done)
-
-    with pytest.raises(KeyboardInterrupt):
-        sweep(stop=3)
-    (file,) = tmp_path.rglob("*.jsonl")
-    with file.open("a") as out:
-        out.write('{"value": {"n": 3, ')  # killed while it wrote
-    found = sweep()
-    assert CALLS == [0, 1, 2, 3, 4] and [one["n"] for one in found] == [0, 1, 2, 3, 4]
-    assert all(torch.equal(one["value"], torch.tensor([n / 3])) for n, one in enumerate(found))
-    whole = file.read_text()
-    for text in (whole.replace('"key": "', '"key": "x'), "[]\n", whole.replace("value", "other")):
-        file.write_text(text)
-        with pytest.warns(UserWarning, match="damaged or foreign"):
-            assert sweep()[4]["n"] == 4
-    sweep(key="another")
-    assert len(list(tmp_path.rglob("*.jsonl"))) == 2
 
 
 def test_of_two_processes_one_computes_and_the_other_waits(tmp_path):
