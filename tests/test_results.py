@@ -223,20 +223,14 @@ def test_an_unknown_claim_is_refused_with_the_known_ones(folder):
         results.record("C99", **good())
 
 
-def test_provenance_says_where_the_number_comes_from(folder, tmp_path):
-    data = tmp_path / "input.csv"
-    data.write_text("abc")
-    path = results.record("V4", **good(wall_s=1.5, inputs=[data], revision="main"))
-    content = json.loads(path.read_text())
+def test_provenance_says_where_the_number_comes_from(folder):
+    content = json.loads(results.record("V4", **good(wall_s=1.5, revision="main")).read_text())
     block = content["provenance"]
-    assert block["inputs"]["input.csv"].startswith("ba7816bf8f01cfea")  # sha256 of abc
     assert block["wall_s"] == 1.5 and block["seeds"] == [0] and block["model"]["revision"] == "main"
     assert {"created_utc", "git_commit", "dirty", "lib_version", "python", "packages", "device", "dtype",
             "dataset", "params", "peak_gb"} <= block.keys()  # fmt: skip
     assert {"schema", "claim", "value", "ci_low", "ci_high", "n"} <= content.keys()
     assert block["packages"]["numpy"] == np.__version__
-    with pytest.raises(FileNotFoundError, match=r"inputs: no such file"):
-        results.record("V4", **good(inputs=[tmp_path / "missing.csv"]))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache
@@ -48,6 +48,12 @@ def repo_root() -> Path | None:
     return root if (root / "data" / _MARKER).is_file() else None
 
 
+def folder_from(variable: str) -> Path | None:
+    """The folder that a variable of the environment names; None if it is not set."""
+    named = os.environ.get(variable, "").strip()
+    return Path(named).expanduser().resolve() if named else None
+
+
 def data_dir() -> Path:
     """The folder with checkpoints, claims and the results of default runs.
 
@@ -56,20 +62,15 @@ def data_dir() -> Path:
     Raises:
         FileNotFoundError: none of them holds the data; says what to do.
     """
-    from_env = os.environ.get("HARMLENS_DATA", "").strip()
-    if from_env:
-        folder = Path(from_env).expanduser().resolve()
-        if not (folder / _MARKER).is_file():
-            raise FileNotFoundError(
-                f"HARMLENS_DATA is set to {from_env!r}, but there is no {_MARKER} in that folder. Set "
-                "HARMLENS_DATA to the data folder of a clone, or unset it."
-            )
+    named, root = folder_from("HARMLENS_DATA"), repo_root()
+    folder = named or (root or _PACKAGE) / "data"
+    if (folder / _MARKER).is_file():
         return folder
-    root = repo_root()
-    if root is not None:
-        return root / "data"
-    if (_PACKAGE / "data" / _MARKER).is_file():
-        return _PACKAGE / "data"
+    if named:
+        raise FileNotFoundError(
+            f"HARMLENS_DATA is set to {os.environ['HARMLENS_DATA']!r}, but there is no {_MARKER} in that "
+            "folder. Set HARMLENS_DATA to the data folder of a clone, or unset it."
+        )
     raise FileNotFoundError(
         f"harmlens' data folder was not found (no {_MARKER} beside the package). Reinstall harmlens "
         "from the repository, or set HARMLENS_DATA to the data folder of a clone."
@@ -81,29 +82,20 @@ def build_dir() -> Path:
 
     HARMLENS_BUILD if set, else ``build/`` of the clone, else ``harmlens-build`` in the working directory.
     """
-    from_env = os.environ.get("HARMLENS_BUILD", "").strip()
-    if from_env:
-        return Path(from_env).expanduser().resolve()
     root = repo_root()
-    return root / "build" if root is not None else Path.cwd() / "harmlens-build"
+    return folder_from("HARMLENS_BUILD") or (root / "build" if root else Path.cwd() / "harmlens-build")
 
 
 def cache_dir() -> Path:
-    """The folder for public data sets and for completions of real models; it need not exist yet.
+    """The folder for public data sets and completions of real models: HARMLENS_CACHE, or below ``~/.cache``.
 
-    HARMLENS_CACHE if set, else ``~/.cache/harmlens``: outside the repository, so that nothing in it is
-    committed by accident.
+    Outside the repository, so that nothing in it is committed by accident. It need not exist yet.
     """
-    from_env = os.environ.get("HARMLENS_CACHE", "").strip()
-    return Path(from_env or "~/.cache/harmlens").expanduser().resolve()
+    return folder_from("HARMLENS_CACHE") or Path("~/.cache/harmlens").expanduser().resolve()
 
 
 def outside_repository(file: Path) -> Path:
-    """The file as a whole path, if it lies outside the repository or in its build folder.
-
-    Raises:
-        ValueError: it lies elsewhere in the repository, from where it might be committed.
-    """
+    """The file as a whole path, outside the repository or in its build folder; ValueError otherwise."""
     whole, root = file.expanduser().resolve(), repo_root()
     if root is not None and whole.is_relative_to(root) and not whole.is_relative_to(build_dir()):
         raise ValueError(
@@ -125,17 +117,9 @@ def free_memory(device: torch.device | str) -> int:
 
 
 def size_text(size: int) -> str:
-    """A number of bytes for people.
-
-    >>> size_text(3_250_000_000)
-    '3.2 GB'
-    """
-    value = float(size)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} GB"
+    """A number of bytes for people: 3_250_000_000 is '3.2 GB'."""
+    power = min((len(str(int(size))) - 1) // 3, 3)
+    return f"{size / 1000**power:.1f} {('B', 'kB', 'MB', 'GB')[power]}" if power else f"{size:.0f} B"
 
 
 # --------------------------------------------------------------------------- files written whole
@@ -182,7 +166,7 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_json(path: Path, content: Any, *, allow_nan: bool = False) -> None:
-    """Write JSON in one step: a reader sees the old file or the whole new one."""
+    """Write JSON in one step."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n"
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
@@ -199,10 +183,7 @@ def write_tensors(
 
 
 def read_tensors(file: Path | str, key: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What :func:`write_tensors` wrote: what is known of the tensors, and the tensors.
-
-    A file that is missing, damaged or of another kind raises whatever its parser raises.
-    """
+    """What :func:`write_tensors` wrote; for another or a damaged file, whatever its parser raises."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stored:
@@ -212,9 +193,7 @@ def read_tensors(file: Path | str, key: str) -> tuple[dict[str, Any], dict[str, 
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Within, no other process that asks for the same file goes on; one that holds it is waited for.
-
-    A process may ask again for what it holds.
+    """Within, no other process that asks for the same file goes on; this one may ask again for it.
 
     Raises:
         PermissionError: there is no such file, and none can be written; the message names the remedy.
@@ -257,24 +236,17 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file; none if there is no file.
-
-    Raises:
-        ValueError: a line before the last that is no JSON; the message names it.
-    """
-    if not file.is_file():
-        return []
+    """The whole lines of a JSONL file; none if there is no file. Names a damaged line as ValueError."""
     out = []
-    rows = file.read_bytes().split(b"\n")
+    rows = file.read_bytes().split(b"\n") if file.is_file() else []
     for number, row in enumerate(rows[:-1], 1):  # what follows the last line break was not written to its end
-        if not row.strip():
-            continue
-        try:
-            out.append(json.loads(row))
-        except ValueError as error:
-            raise ValueError(
-                f"line {number} of {file.name!r} is damaged ({error}). Remove that line; it is made anew"
-            ) from error
+        if row.strip():
+            try:
+                out.append(json.loads(row))
+            except ValueError as error:
+                raise ValueError(
+                    f"line {number} of {file.name!r} is damaged ({error}). Remove that line; it is made anew"
+                ) from error
     return out
 
 
@@ -282,7 +254,6 @@ def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add lines, and see them onto the disk; a half-written last line makes way."""
     if not rows:
         return
-    writable(file.parent)
     with locked(file), open(file, "r+b" if file.exists() else "w+b") as out:
         if end := out.seek(0, os.SEEK_END):
             out.seek(end - 1)
@@ -307,35 +278,32 @@ def _as_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
 def settle(file: Path, settings: Mapping[str, Any], begun: bool) -> None:
     """Write down beside a file, as ``<file>.meta.json``, what its lines are made with; refuse other settings.
 
-    Args:
-        begun: the file holds lines already.
-
     Raises:
-        ValueError: other settings, or lines without any; the message names the difference and the remedy.
+        ValueError: the file has lines (``begun``) with other settings, or with none that can be read; the
+            message names the difference and the remedy.
     """
     beside = file.with_name(file.name + ".meta.json")
     settings = json.loads(json.dumps(portable(settings)))
+    if not begun:
+        model = str(settings.get("model") or settings.get("id") or "")
+        about = provenance(
+            model, revision=settings.get("revision"), dtype=str(settings.get("dtype") or "none"),
+            params=settings,
+        )  # fmt: skip
+        return write_json(beside, {"settings": settings, "provenance": about})
     remedy = "Give another file, or remove it together with its .meta.json to begin anew."
-    if begun:
-        try:
-            old = json.loads(beside.read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"{file.name!r} has no readable {beside.name!r}, so its settings are unknown. {remedy}"
-            ) from None
-        differ = [
-            f"{key} was {old.get(key)!r}, now {settings.get(key)!r}"
-            for key in sorted({*old, *settings})
-            if old.get(key) != settings.get(key)
-        ]
-        if differ:
-            raise ValueError(f"{file.name!r} was made with other settings: {'; '.join(differ)}. {remedy}")
-        return
-    about = provenance(
-        str(settings.get("model") or settings.get("id") or ""), revision=settings.get("revision"),
-        dtype=str(settings.get("dtype") or "none"), params=settings,
-    )  # fmt: skip
-    write_json(beside, {"settings": settings, "provenance": about})
+    try:
+        old = json.loads(beside.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(
+            f"{file.name!r} has no readable {beside.name!r}, so its settings are unknown. {remedy}"
+        ) from None
+    if differ := [
+        f"{key} was {old.get(key)!r}, now {settings.get(key)!r}"
+        for key in sorted({*old, *settings})
+        if old.get(key) != settings.get(key)
+    ]:
+        raise ValueError(f"{file.name!r} was made with other settings: {'; '.join(differ)}. {remedy}")
 
 
 # --------------------------------------------------------------------------- where a result comes from
@@ -355,11 +323,9 @@ def portable(value: Any) -> Any:
         return _MACHINE_PATH.sub(lambda match: _shortened(match.group()), value)
     if isinstance(value, Mapping):
         return {str(portable(key)): portable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [portable(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
-    if hasattr(value, "item") and getattr(value, "size", None) == 1:  # a numpy scalar
-        return value.item()
-    return value
+    if isinstance(value, list | tuple):
+        return [portable(item) for item in value]
+    return value.item() if hasattr(value, "item") and getattr(value, "size", None) == 1 else value
 
 
 def _shortened(path: str) -> str:
@@ -426,14 +392,13 @@ def model_name(model: str) -> str:
 def _git() -> dict[str, Any]:
     """Commit and state of the clone; nothing when the package is installed or git is missing."""
     root, found = repo_root(), {"git_commit": None, "dirty": None}
-    if root is None or not (root / ".git").exists():
-        return found
-    git = ["git", "--no-optional-locks", "-C", str(root)]
-    told = {"capture_output": True, "text": True, "timeout": 20, "check": True}
-    with suppress(OSError, subprocess.SubprocessError):
-        found["git_commit"] = subprocess.run([*git, "rev-parse", "HEAD"], **told).stdout.strip()
-        status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **told).stdout
-        found["dirty"] = bool(status.strip())
+    if root is not None and (root / ".git").exists():
+        git = ["git", "--no-optional-locks", "-C", str(root)]
+        told = {"capture_output": True, "text": True, "timeout": 20, "check": True}
+        with suppress(OSError, subprocess.SubprocessError):
+            found["git_commit"] = subprocess.run([*git, "rev-parse", "HEAD"], **told).stdout.strip()
+            status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **told).stdout
+            found["dirty"] = bool(status.strip())
     return found
 
 
@@ -479,19 +444,11 @@ def provenance(
     revision: str | None = None,
     seeds: Sequence[int] = (),
     params: Mapping[str, Any] | None = None,
-    inputs: Iterable[str | Path] = (),
     device: str = "cpu",
     dtype: str = "float32",
     wall_s: float | None = None,
 ) -> dict[str, Any]:
-    """The provenance block of a result file.
-
-    Raises:
-        FileNotFoundError: an input file does not exist.
-    """
-    files = [Path(item) for item in inputs]
-    if missing := [str(item) for item in files if not item.is_file()]:
-        raise FileNotFoundError(f"inputs: no such file: {', '.join(missing)}")
+    """The provenance block of a result file."""
     machine = _machine(device)
     return {
         "created_utc": datetime.now(UTC).isoformat(timespec="microseconds"),
@@ -508,7 +465,7 @@ def provenance(
         "dataset": {"id": "world", "seed": WORLD_SEED} if model.partition("/")[0] == "organism" else None,
         "seeds": list(seeds),
         "params": portable(params or {}),
-        "inputs": {str(portable(item.resolve())): sha256(item) for item in files},
+        "inputs": {},  # files that were read: none by the results of the book
         "wall_s": wall_s,
         "peak_gb": machine["peak_gb"],
     }  # fmt: skip
