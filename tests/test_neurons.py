@@ -290,7 +290,7 @@ def test_bad_input_is_refused_by_name(lm):
         (lambda: neurons.last_layer(lm, [], Y1), "pairs is empty"),
         (lambda: neurons.last_layer(lm, PAIRS, Y1, direction="sideways"), "direction"),
         (lambda: neurons.set_effects(lm, PAIRS, Y1, []), "sets is empty"),
-        (lambda: neurons.set_effects(lm, PAIRS, Y1, [[UNITS]]), "holds units"),
+        (lambda: neurons.set_effects(lm, PAIRS, Y1, [[UNITS]]), r"not \[64\]"),
         (lambda: neurons.set_effects(lm, PAIRS, Y1, {"a": [1, 1]}), "twice"),
         (lambda: neurons.set_effects(lm, PAIRS, Y1, [[1]], layer=2), "layer=2"),
         (lambda: neurons.greedy(lm, PAIRS, Y1, 0), "k=0"),

@@ -10,7 +10,7 @@ Introduced in notebooks 00 ("A model organism of harm", reading) and 06 ("The ga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial as given
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from harmlens.flow.engine import patchable
+from harmlens.flow.engine import check_units, patchable
 from harmlens.models import forward
 from harmlens.models import parts as decoder
 from harmlens.models.chats import tokens
@@ -139,7 +139,7 @@ def activations(
         def read(layer: int, hidden: Tensor, index: list[int] = index) -> None:
             out[layer][index] = hidden[:, -1, list(units[layer])].float().cpu()
 
-        with _units_shown(parts, units, read):
+        with units_shown(parts, units, read):
             lm.model(**inputs, logits_to_keep=1)
     return out
 
@@ -298,16 +298,17 @@ def _overwritten(
         return new
 
     change.depends_on = (edit, where, every_position, units)  # not on what was changed last
-    with _units_shown(parts, units, change):
+    with units_shown(parts, units, change):
         yield fired
 
 
 @contextmanager
-def _units_shown(
-    parts: decoder.Stack, units: Units, function: Callable[[int, Tensor], Tensor | None]
+def units_shown(
+    parts: decoder.Stack, layers: Iterable[int], function: Callable[[int, Tensor], Tensor | None]
 ) -> Iterator[None]:
+    """Within, show the hidden units of MLPs to a function, as :func:`shown` does."""
     with ExitStack() as held:
-        for layer in units:
+        for layer in layers:
             linear = decoder.projection(decoder.mlp(parts.blocks[layer]))
             held.enter_context(shown(given(function, layer), entering=[linear]))
         yield
@@ -318,10 +319,5 @@ def _check(lm: LanguageModel, units: Units) -> decoder.Stack:
     if not units or not all(len(some) for some in units.values()):
         raise ValueError("units: give at least one unit for each layer, as {layer: [unit, ...]}")
     for layer, some in units.items():
-        if not 0 <= layer < parts.depth:
-            raise ValueError(f"units: there is no layer {layer}; choose 0 to {parts.depth - 1}")
-        count = decoder.projection_weight(decoder.mlp(parts.blocks[layer])).shape[1]
-        outside = [u for u in some if not 0 <= u < count]
-        if outside:
-            raise ValueError(f"units: layer {layer} has units 0 to {count - 1}, not {outside[:5]}")
+        check_units(parts, "units", layer, some)
     return parts

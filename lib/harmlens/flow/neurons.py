@@ -9,17 +9,16 @@ head,
 
     logit_v = (r + da_i w_i) . (g * u_v) / sigma_i,   sigma_i^2 = mean((r + da_i w_i)^2) + eps,
 
-for all units of all pairs at once. It equals real patching, the change of the norm's scale included
-(:mod:`flow.lastblock`). In other layers :func:`screen` gives first-order estimates, to be confirmed by real
-patching (:func:`set_effects`).
+for all units of all pairs at once. It equals real patching, the change of the norm's scale included. It is
+held against the model's own norm and head before it is used; where it does not hold, these are called. In
+other layers :func:`screen` gives first-order estimates, to be confirmed by patching (:func:`set_effects`).
 
 Introduced in notebook 05 ("Neurons").
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,11 +27,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from harmlens.flow import lastblock, patching
-from harmlens.flow.engine import patchable
-from harmlens.flow.interventions import shown
+from harmlens.flow import patching
+from harmlens.flow.engine import check_units, compose, patchable
+from harmlens.flow.interventions import shown, units_shown
 from harmlens.flow.outcomes import Replies, Reply
-from harmlens.flow.record import Group, record_pairs
+from harmlens.flow.record import Group, Record, record_pairs
 from harmlens.models import parts as decoder
 from harmlens.models.chats import Pair
 from harmlens.models.forward import LanguageModel
@@ -46,7 +45,6 @@ class NeuronEffects:
     """Effects of single hidden units, or of sets of them, in one MLP at the last prompt position.
 
     Attributes:
-        layer: of the MLP.
         labels: what the columns are: units by their index, or names of sets.
         y1, y0: outcomes of the unpatched runs.
         effects: in units of the outcome, with the sign of the total effect.
@@ -81,17 +79,13 @@ class NeuronEffects:
         return self.effects[:, self.labels.index(label)]
 
 
-# --------------------------------------------------------------------------- the last layer
-
-
 def last_layer(
     lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, *, direction: str = "denoising"
 ) -> NeuronEffects:
     """Effect of every hidden unit of the last MLP at the last prompt position, exactly.
 
     Args:
-        outcome: as for :func:`flow.patching.patch`.
-        direction: ``"denoising"`` (NIE) or ``"noising"`` (TIE).
+        outcome, direction: as for :func:`flow.patching.patch`.
 
     Returns:
         One column for each unit, in the model's order. ``method`` says whether the closed form held.
@@ -100,11 +94,10 @@ def last_layer(
         ValueError: bad pairs (see :func:`flow.record.record_pairs`), an MLP without one output projection.
     """
 
-    def singles(last: lastblock.Last) -> tuple[Tensor, Tensor]:
-        sizes = last.delta.abs() * last.weight.norm(dim=0)
-        return lastblock.one_more(last, last.resid, MOST_VALUES), sizes
+    def singles(last: _Last) -> tuple[Tensor, Tensor]:
+        return last.one_more(last.resid), last.delta.abs() * last.weight.norm(dim=0)
 
-    return _last(lm, pairs, outcome, None, singles, direction)
+    return _measured(lm, pairs, outcome, None, singles, direction)
 
 
 def set_effects(
@@ -128,27 +121,22 @@ def set_effects(
     """
     parts = patchable(lm)
     layer = parts.depth - 1 if layer in (None, -1) else layer
-    if not 0 <= layer < parts.depth:
-        raise ValueError(f"layer={layer} does not exist; choose 0 to {parts.depth - 1}")
+    check_units(parts, f"layer={layer}", layer)
     named = dict(sets) if isinstance(sets, Mapping) else dict(enumerate(sets))
-    _check_sets(named, decoder.projection_weight(decoder.mlp(parts.blocks[layer])).shape[1])
+    if not named:
+        raise ValueError("sets is empty: give at least one set of units")
+    for name, some in named.items():
+        check_units(parts, f"sets[{name!r}]", layer, some)
+        if len(set(some)) < len(some):
+            raise ValueError(f"sets[{name!r}] holds a unit twice")
     if layer < parts.depth - 1:
-        units = {str(name): {layer: tuple(some)} for name, some in named.items()}
-        sites = (units, "mlp_out")
-        swept = patching.patch(lm, pairs, outcome, sites=sites, layers=[layer], direction=direction)
-        effects, sizes = swept.effects[:, 0, 0].T, swept.size[:, 0, 0].T
-        return NeuronEffects(
-            layer,
-            tuple(named),
-            swept.y1,
-            swept.y0,
-            effects[:, :-1],
-            effects[:, -1],
-            sizes[:, :-1],
-            "patching",
-        )
+        sites = ({str(name): {layer: tuple(some)} for name, some in named.items()}, "mlp_out")
+        found = patching.patch(lm, pairs, outcome, sites=sites, layers=[layer], direction=direction)
+        effects, sizes = found.effects[:, 0, 0].T, found.size[:, 0, 0].T
+        columns = found.y1, found.y0, effects[:, :-1], effects[:, -1], sizes[:, :-1]
+        return NeuronEffects(layer, tuple(named), *columns, "patching")
 
-    def joint(last: lastblock.Last) -> tuple[Tensor, Tensor]:
+    def joint(last: _Last) -> tuple[Tensor, Tensor]:
         values, sizes, some = [], [], list(named.values())
         step = max(1, MOST_VALUES // (len(last.delta) * last.breadth))
         for tile in (some[k : k + step] for k in range(0, len(some), step)):
@@ -157,7 +145,7 @@ def set_effects(
             sizes.append(change.norm(dim=-1))
         return torch.cat(values, dim=1), torch.cat(sizes, dim=1)
 
-    return _last(lm, pairs, outcome, tuple(named), joint, direction)
+    return _measured(lm, pairs, outcome, tuple(named), joint, direction)
 
 
 @torch.no_grad()
@@ -173,17 +161,14 @@ def greedy(
     """Units of the last MLP in the order in which each adds most to the mean effect of those before it.
 
     Args:
-        k: how many.
         sign: -1 looks for the most negative joint effect.
 
     Raises:
         ValueError: k outside 1 to the number of units; bad pairs.
     """
     if isinstance(outcome, Replies):
-        raise ValueError(
-            "outcome: greedy needs one outcome, such as Y1; it can't use a difference of replies"
-        )
-    groups = list(lastblock.last_blocks(lm, pairs, outcome, direction))
+        raise ValueError("outcome: needs one outcome, such as Y1; it can't use a difference of replies")
+    groups = list(_last_blocks(lm, pairs, outcome, direction))
     count = groups[0].delta.shape[1]
     if not 1 <= k <= count:
         raise ValueError(f"k={k} must lie between 1 and the number of units, {count}")
@@ -191,10 +176,7 @@ def greedy(
     chosen: list[int] = []
     resid = [last.resid.clone() for last in groups]
     for _ in range(k):
-        score = sum(
-            lastblock.one_more(last, r, MOST_VALUES).sum(0) for last, r in zip(groups, resid, strict=True)
-        )
-        score = toward * score
+        score = toward * sum(last.one_more(r).sum(0) for last, r in zip(groups, resid, strict=True))
         score[chosen] = -torch.inf
         best = int(score.argmax())
         chosen.append(best)
@@ -203,18 +185,14 @@ def greedy(
     return chosen
 
 
-# --------------------------------------------------------------------------- other layers
-
-
 @torch.no_grad()
 def screen(
     lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, *, direction: str = "denoising"
 ) -> dict[int, Float[Tensor, " unit"]]:
     """Attribution patching: first-order estimates for every hidden unit of every MLP at the last position.
 
-    The estimate is (a_source - a_base) * dY/da at the base run (one backward pass for all units). Rank
-    with it, then confirm what it finds with :func:`set_effects`. The sums over the units of an MLP are the
-    scores of TransformerLens' ``attribution_patch``.
+    The estimate is (a_source - a_base) * dY/da at the base run (one backward pass for all units). Its sums
+    over the units of an MLP are the scores of TransformerLens' ``attribution_patch``.
 
     Returns:
         layer -> mean over pairs, with the sign of the total effect.
@@ -223,24 +201,23 @@ def screen(
         ValueError: an outcome of more than the first word; bad pairs.
     """
     parts = patchable(lm)
-    layers = range(parts.depth)
     if isinstance(outcome, Replies | Reply):
         raise ValueError("outcome: the screen reads the first word; use a first-token outcome such as Y1")
     patching.check_direction(direction)
-    denoising = direction == "denoising"
-    effects: dict[int, list] = {layer: [None] * len(pairs) for layer in layers}
+    effects: dict[int, list] = {layer: [None] * len(pairs) for layer in range(parts.depth)}
     for group in record_pairs(lm, parts, pairs, outcome, details=["hidden"]):
         base, source = group.runs(direction)
         x1, x0 = group.ids.chunk(2)
-        grads = _gradients(group, x0 if denoising else x1, layers)
-        for layer in layers:
+        sign, ids = (1.0, x0) if direction == "denoising" else (-1.0, x1)
+        grads = _gradients(group, ids)
+        for layer in effects:
             delta = (source.hidden[layer][:, -1] - base.hidden[layer][:, -1]).float()
             for row, i in enumerate(group.index):
-                effects[layer][i] = (1.0 if denoising else -1.0) * (delta[row] * grads[layer][row]).cpu()
-    return {layer: torch.stack(effects[layer]).mean(0) for layer in layers}
+                effects[layer][i] = sign * (delta[row] * grads[layer][row]).cpu()
+    return {layer: torch.stack(rows).mean(0) for layer, rows in effects.items()}
 
 
-def _gradients(group: Group, ids: Tensor, layers: Sequence[int]) -> dict[int, Float[Tensor, "pair unit"]]:
+def _gradients(group: Group, ids: Tensor) -> dict[int, Float[Tensor, "pair unit"]]:
     """dY/da of the hidden units at the last position, in an ordinary run of the whole model."""
     parts, kept = group.parts, {}
 
@@ -251,9 +228,7 @@ def _gradients(group: Group, ids: Tensor, layers: Sequence[int]) -> dict[int, Fl
 
     grown: list[Tensor] = []
     with ExitStack() as held, torch.enable_grad():
-        for layer in layers:
-            linear = decoder.projection(decoder.mlp(parts.blocks[layer]))
-            held.enter_context(shown(functools.partial(keep, layer), entering=[linear]))
+        held.enter_context(units_shown(parts, range(parts.depth), keep))
         held.enter_context(shown(grown.append, leaving=parts.blocks[-1:]))
         for p in parts.model.parameters():
             held.callback(p.requires_grad_, p.requires_grad)
@@ -264,9 +239,6 @@ def _gradients(group: Group, ids: Tensor, layers: Sequence[int]) -> dict[int, Fl
     return {layer: hidden.grad[:, -1].float() for layer, hidden in kept.items()}
 
 
-# --------------------------------------------------------------------------- sets
-
-
 def top_k(effects: NeuronEffects | Float[Tensor, " unit"], k: int, *, sign: int = 1) -> list[int]:
     """The k units with the largest mean effect (the most negative ones with ``sign=-1``), best first."""
     mean = effects.effects.mean(0) if isinstance(effects, NeuronEffects) else effects
@@ -275,27 +247,27 @@ def top_k(effects: NeuronEffects | Float[Tensor, " unit"], k: int, *, sign: int 
     return (sign * mean).argsort(descending=True, stable=True)[:k].tolist()
 
 
-# --------------------------------------------------------------------------- checks and order
+# --------------------------------------------------------------------------- the last block
 
 
 @torch.no_grad()
-def _last(
+def _measured(
     lm: LanguageModel,
     pairs: Sequence[Pair],
     outcome: Any,
     labels: tuple | None,
-    compute: Callable[[lastblock.Last], tuple[Tensor, Tensor]],
+    compute: Callable[[_Last], tuple[Tensor, Tensor]],
     direction: str,
 ) -> NeuronEffects:
     """Run ``compute`` (patched outcomes and sizes [pair, label]) on every group; put the pairs in order."""
     patching.check_direction(direction)
     if isinstance(outcome, Replies):
-        a, b = (_last(lm, pairs, o, labels, compute, direction) for o in outcome.parts())
+        a, b = (_measured(lm, pairs, o, labels, compute, direction) for o in outcome.parts())
         fields = ("y1", "y0", "effects", "whole")
         return replace(a, **{field: getattr(a, field) - getattr(b, field) for field in fields})
     rows: dict[int, tuple[Tensor, ...]] = {}
     methods = set()
-    for last in lastblock.last_blocks(lm, pairs, outcome, direction):
+    for last in _last_blocks(lm, pairs, outcome, direction):
         group = last.group
         values, sizes = compute(last)
         whole = last.value(last.change[:, None])[:, 0]
@@ -313,17 +285,130 @@ def _last(
     else:
         values, whole = y1[:, None] - values, y1 - whole
     labels = tuple(range(values.shape[1])) if labels is None else labels
-    return NeuronEffects(
-        group.parts.depth - 1, labels, y1, y0, values, whole, sizes, " and ".join(sorted(methods))
-    )
+    method = " and ".join(sorted(methods))
+    return NeuronEffects(group.parts.depth - 1, labels, y1, y0, values, whole, sizes, method)
 
 
-def _check_sets(sets: Mapping[Any, Sequence[int]], count: int) -> None:
-    if not sets:
-        raise ValueError("sets is empty: give at least one set of units")
-    for name, units in sets.items():
-        outside = [u for u in units if not 0 <= u < count]
-        if outside:
-            raise ValueError(f"sets: {name!r} holds units {outside[:5]}; the MLP has 0 to {count - 1}")
-        if len(set(units)) < len(units):
-            raise ValueError(f"sets: {name!r} holds a unit twice")
+def _last_blocks(lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, direction: str) -> Iterator[_Last]:
+    parts = patchable(lm)
+    weight = decoder.projection_weight(decoder.mlp(parts.blocks[-1])).detach().float()
+    for group in record_pairs(lm, parts, pairs, outcome, details=["hidden"]):
+        yield _Last(group, outcome, weight, *group.runs(direction))
+
+
+class _Last:
+    """One group's last block at the last position: what is there, and outcomes of changed MLP outputs.
+
+    Attributes:
+        resid: base run's residual stream behind the block [pair, width], float32.
+        delta, change: source minus base of the hidden units [pair, unit], and of the MLP's output.
+        weight: [width, unit].
+        plain: what the MLP gives out is simply added to the stream, so that no block is called.
+        form: the norm in closed form, or None where it does not hold.
+        breadth: numbers held at once for one patched run, for bounding memory.
+    """
+
+    @torch.no_grad()
+    def __init__(self, group: Group, outcome: Any, weight: Tensor, base: Record, source: Record) -> None:
+        (column,) = group.columns["last"]
+        self.group, self.base, self.weight, self.after = group, base, weight, slice(column + 1, None)
+        self.resid = base.resid[-1][:, column].float()
+        self.delta = (source.hidden[-1][:, column] - base.hidden[-1][:, column]).float()
+        self.change = (source.mlp[-1][:, column] - base.mlp[-1][:, column]).float()
+        cut = slice(column, column + 1)
+        self.before, self.attn, self.mlp, self.end = (
+            t[:, cut] for t in (base.resid[-2], base.attn[-1], base.mlp[-1], base.resid[-1])
+        )
+        expected = self.end.float() + self.change[:, None]
+        gap = (self._composed(self.mlp.float() + self.change[:, None]).float() - expected).abs().max()
+        loose = 1e-5 if self.end.dtype == torch.float32 else 2e-2
+        self.plain = bool(gap <= loose * (1 + expected.abs().max()))
+        self.form = _form(self, outcome) if self.plain else None
+        ids = getattr(outcome, "ids", None)
+        read = group.parts.head.weight.shape[0] if ids is None else len(ids)
+        self.breadth = max(len(weight), read) * group.read
+
+    def _composed(self, moved: Tensor, at: Any = slice(None)) -> Tensor:
+        parts, out = self.group.parts, moved.to(self.mlp.dtype)
+        return compose(parts, self.base, parts.depth - 1, self.before[at], attn=self.attn[at], mlp_out=out)
+
+    @torch.no_grad()
+    def value(self, changes: Float[Tensor, "pair change width"]) -> Float[Tensor, "pair change"]:
+        """Outcome of changes of the MLP's output, through the model's own norm and head."""
+        n, count, _ = changes.shape
+        index = torch.arange(n).repeat_interleave(count)
+        if self.plain:
+            resid = (self.end.float() + changes).to(self.end.dtype).flatten(0, 1)[:, None]
+        else:
+            moved = (self.mlp.float() + changes).flatten(0, 1)[:, None]
+            resid = self._composed(moved, index.to(self.before.device))
+        if self.group.read > 1:  # a reply: its other positions stay as they are, since no block follows
+            resid = torch.cat([resid, self.base.resid[-1][index, self.after]], dim=1)
+        return self.group.outcome(resid, index).view(n, count)
+
+    @torch.no_grad()
+    def one_more(self, resid: Float[Tensor, "pair width"]) -> Float[Tensor, "pair unit"]:
+        """Outcome when one unit more is patched, for every unit, starting from a residual stream."""
+        form, width = self.form, len(self.weight)
+        if form is None:
+            already = (resid - self.resid)[:, None]
+            step = max(1, MOST_VALUES // (len(resid) * self.breadth))
+            columns = torch.arange(self.weight.shape[1]).split(step)
+            changes = (already + self.delta[:, c, None] * self.weight.T[c] for c in columns)
+            return torch.cat([self.value(change) for change in changes], dim=1)
+        x, w = form.centre(resid, -1), form.centre(self.weight, 0)
+        write, length = w.T @ form.columns, w.square().sum(0)  # what each unit writes to each read logit
+        step = max(1, MOST_VALUES // (w.shape[1] * write.shape[1]))
+        out = []
+        for rows, da in zip(x.split(step), self.delta.split(step), strict=True):
+            square = (rows.square().sum(-1)[:, None] + 2 * da * (rows @ w) + da.square() * length) / width
+            logits = form.logits((rows @ form.columns)[:, None] + da[..., None] * write, square)
+            out.append(form.value(logits.flatten(0, 1)).view(da.shape).float())
+        return torch.cat(out)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Final norm and read rows of the head: logits = x . columns / sigma(x) + bias, x centred or not."""
+
+    columns: Float[Tensor, "width id"]
+    bias: Float[Tensor, " id"]
+    eps: float
+    centred: bool
+    soft_cap: float | None
+    value: Callable[[Tensor], Tensor]
+
+    def centre(self, x: Tensor, dim: int) -> Tensor:
+        return x - x.mean(dim, keepdim=True) if self.centred else x
+
+    def logits(self, dot: Tensor, square: Tensor) -> Tensor:
+        """From x . columns [..., id] and the mean of x^2 [...]."""
+        out = dot / (square + self.eps).sqrt()[..., None] + self.bias
+        return out if self.soft_cap is None else self.soft_cap * (out / self.soft_cap).tanh()
+
+
+def _form(last: _Last, outcome: Any) -> _Form | None:
+    """The closed form, if the model's own norm and head agree on the base run and on a patched one."""
+    parts, resid, change = last.group.parts, last.resid, last.change
+    width, device, dtype = resid.shape[1], resid.device, parts.head.weight.dtype
+    if parts.norm is None or not parts.plain_head or isinstance(outcome, Reply) or width % 2:
+        return None
+    ids, read = getattr(outcome, "ids", None), getattr(outcome, "value", outcome)
+    eps = next((getattr(parts.norm, n) for n in ("variance_epsilon", "eps") if hasattr(parts.norm, n)), 1e-6)
+    # A vector of +1 and -1 has mean 0 and mean square 1, so any such norm gives back its gain there.
+    signs = torch.ones(1, width, dtype=dtype, device=device)
+    signs[:, 1::2] = -1
+    shift = parts.norm(torch.zeros_like(signs)).float()[0]
+    gain = (parts.norm(signs).float()[0] - shift) * signs.float()[0] * (1 + eps) ** 0.5
+    some = slice(None) if ids is None else list(ids)
+    rows, bias = parts.head.weight[some].to(device).float(), getattr(parts.head, "bias", None)
+    bias = 0.0 if bias is None else bias[some].to(device).float()
+    theirs = [last.value(c[:, None])[:, 0] for c in (torch.zeros_like(change), change)]
+    loose = (1e-4 if dtype == torch.float32 else 0.1) * (1 + max(t.abs().max().item() for t in theirs))
+    for centred in (False, True):
+        form = _Form((gain * rows).T, rows @ shift + bias, eps, centred, parts.soft_cap, read)
+        own = [form.centre(x, -1) for x in (resid, resid + change)]
+        mine = [read(form.logits(x @ form.columns, x.square().mean(-1))).float() for x in own]
+        if max((m - t).abs().max().item() for m, t in zip(mine, theirs, strict=True)) <= loose:
+            return form
+    return None

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from harmlens.evidence import stats
 from harmlens.flow import engine
-from harmlens.flow.engine import SITES, Cell, Freeze, patchable
+from harmlens.flow.engine import SITES, Cell, Freeze, check_units, patchable
 from harmlens.flow.outcomes import Outcome, Replies, Reply
 from harmlens.flow.record import Group, Positions, reader, record_pairs, record_run
 from harmlens.models import parts as decoder
@@ -171,7 +171,7 @@ def patch(
     chosen = _layers(parts, layers, named)
     if freeze is not None:
         for layer in range(parts.depth) if freeze.layers is None else freeze.layers:
-            _check_units(parts, "freeze", layer, freeze.units)
+            check_units(parts, "freeze", layer, freeze.units)
     several = isinstance(outcome, Sequence)
     groups = record_pairs(
         lm, parts, pairs, tuple(outcome) if several else outcome, positions,
@@ -281,16 +281,6 @@ def check_direction(direction: str) -> None:
         raise ValueError(f"direction={direction!r} is unknown; choose 'denoising' or 'noising'")
 
 
-def _check_units(parts: Stack, name: str, layer: int, units: Sequence[int]) -> None:
-    """What a model does not have would silently count as not patched or not frozen."""
-    if not 0 <= layer < parts.depth:
-        raise ValueError(f"{name}: there is no layer {layer}; choose out of 0 to {parts.depth - 1}")
-    count = decoder.projection_weight(decoder.mlp(parts.blocks[layer])).shape[1] if units else 0
-    wrong = [int(unit) for unit in units if not 0 <= unit < count]
-    if wrong:
-        raise ValueError(f"{name}: layer {layer} has the hidden units 0 to {count - 1}, not {wrong[:5]}")
-
-
 def _sites(parts: Stack, sites: Sites) -> list[tuple[str, str, Any]]:
     """Label, site and units of each entry of the first axis; heads are slices of their projection's input."""
     given, out = (sites,) if isinstance(sites, str | Mapping) else tuple(sites), []
@@ -304,7 +294,7 @@ def _sites(parts: Stack, sites: Sites) -> list[tuple[str, str, Any]]:
         if isinstance(site, Mapping):
             for name, sets in site.items():
                 for layer, units in sets.items():
-                    _check_units(parts, f"sites[{name!r}]", layer, tuple(units))
+                    check_units(parts, f"sites[{name!r}]", layer, tuple(units))
                 units = {layer: tuple(sorted({int(u) for u in units})) for layer, units in sets.items()}
                 out.append((name, "neurons", units))
         elif site == "head":
