@@ -14,7 +14,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 
 import numpy as np
@@ -49,19 +49,13 @@ class Estimate:
         return f"{self.value:.{digits}f} [{self.low:.{digits}f}, {self.high:.{digits}f}], n = {self.n}"
 
 
-def _mean(values: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
-    return np.mean(values, axis=axis)
-
-
-def _ratio(numerator: np.ndarray, denominator: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
-    return np.mean(numerator, axis=axis) / np.mean(denominator, axis=axis)
-
-
-def _drop(before: np.ndarray, after: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
-    return 1 - np.mean(after, axis=axis) / np.mean(before, axis=axis)
-
-
-_STATISTICS: dict[str, Callable] = {"mean": _mean, "ratio": _ratio, "relative drop": _drop}
+_STATISTICS: dict[str, Callable] = {
+    "mean": lambda values, axis=-1: np.mean(values, axis=axis),
+    "ratio": lambda top, bottom, axis=-1: np.mean(top, axis=axis) / np.mean(bottom, axis=axis),
+    "relative drop": lambda before, after, axis=-1: (
+        1 - np.mean(after, axis=axis) / np.mean(before, axis=axis)
+    ),
+}
 
 
 def _columns(name: str, values: ArrayLike) -> tuple[np.ndarray, ...]:
@@ -84,19 +78,6 @@ def _columns(name: str, values: ArrayLike) -> tuple[np.ndarray, ...]:
     return (array,) if array.ndim == 1 else tuple(np.ascontiguousarray(array.T))
 
 
-def _paired(name: str, values: ArrayLike, other: str, others: ArrayLike) -> list[np.ndarray]:
-    """Two vectors [units] of one length."""
-    found = []
-    for what, given in ((name, values), (other, others)):
-        columns = _columns(what, given)
-        if len(columns) != 1:
-            raise ValueError(f"{what}: expected shape [units], got {len(columns)} columns")
-        found += columns
-    if len(found[0]) != len(found[1]):
-        raise ValueError(f"{name}, {other}: must be paired, got {len(found[0])} and {len(found[1])} units")
-    return found
-
-
 def _statistic(statistic: str | Callable, n_columns: int) -> Callable:
     if callable(statistic):
         return statistic
@@ -109,10 +90,8 @@ def _statistic(statistic: str | Callable, n_columns: int) -> Callable:
 
 
 def _with_ability(columns: Mapping[str, tuple[np.ndarray, ...]], shared: bool) -> dict[str, tuple]:
-    """The units that count for a relative drop, those with something before or after; ``shared`` as below.
-
-    Of a unit that never had the ability, nothing can go.
-    """
+    """The units that count for a relative drop, those with something before or after; the same of every seed
+    if ``shared``. Of a unit that never had the ability, nothing can go."""
     for name, (before, _) in columns.items():
         if not before.mean() > 0:
             raise ValueError(
@@ -120,7 +99,7 @@ def _with_ability(columns: Mapping[str, tuple[np.ndarray, ...]], shared: bool) -
                 "Measure an ability that the model has, or report what is there after"
             )
     counts = {name: (before != 0) | (after != 0) for name, (before, after) in columns.items()}
-    if shared:  # the same units of every seed
+    if shared:
         counts = dict.fromkeys(columns, np.any(list(counts.values()), axis=0))
     return {name: tuple(column[counts[name]] for column in each) for name, each in columns.items()}
 
@@ -166,9 +145,8 @@ def _interval(distribution: np.ndarray, value: float, n: int, per_seed: Mapping 
 def _all_same_outcome(columns: Sequence[np.ndarray], statistic: str | Callable) -> float | None:
     """0.0 or 1.0 if these are yes/no outcomes that all came out alike, else None.
 
-    Their bootstrap interval would be a point whatever n is; the exact binomial one is not. The same goes for
-    a relative drop where all that was there is gone, or all of it stayed: each unit that had the ability,
-    whole or in part, is one trial.
+    Their bootstrap interval would be a point whatever n is. The same goes for a relative drop of all that was
+    there or of nothing: each unit that had the ability, whole or in part, is one trial.
     """
     if statistic == "relative drop":
         pairs = list(zip(columns[::2], columns[1::2], strict=True))
@@ -199,12 +177,10 @@ def bootstrap_ci(
             (1 - mean of column 1, after, over mean of column 0, before), or a function of one array per
             column, vectorised along ``axis`` if it takes such an argument. For a relative drop only units
             that had the ability count (or have it after), in ``n`` too.
-        n_resamples: number of resamples.
         seed: of the resampling; the same seed gives the same interval.
 
-    Values that are all equal give an interval of no width. The exception is yes/no outcomes (0 and 1)
-    that all came out alike: their mean gets the exact binomial interval. So does a relative drop where all of
-    the k units that had the ability lost it (k of k), or none lost any of it (0 of k).
+    Yes/no outcomes (0 and 1) that all came out alike get the exact binomial interval for their mean, not one
+    of no width. So does a relative drop where all units that had the ability lost it, or none lost any of it.
 
     Raises:
         ValueError: ``values`` empty, not finite, of one unit only; ``statistic`` unknown; a relative drop of
@@ -220,25 +196,6 @@ def bootstrap_ci(
         return proportion_ci(int(same * n), n)
     distribution = _distribution(function, columns, n_resamples, seed)
     return _interval(distribution, _point(function, columns), n)
-
-
-def ratio_of_means(numerator: ArrayLike, denominator: ArrayLike) -> Estimate:
-    """Mean of ``numerator`` over mean of ``denominator``, both [units] and paired by unit.
-
-    The normalised effect of the mediation notebooks: the ratio of the means over pairs, not the mean
-    of the pairs' ratios, which one pair with a tiny total effect could carry away.
-
-    Raises:
-        ValueError: lengths differ; bad values; the denominator's mean can't be told from zero.
-    """
-    top, bottom = _paired("numerator", numerator, "denominator", denominator)
-    below = bootstrap_ci(bottom)
-    if below.low <= 0 <= below.high:
-        raise ValueError(
-            f"denominator: its mean is {below}, which can't be told from zero, so a ratio means nothing. "
-            "Drop units below a floor, or report the numerator alone."
-        )
-    return bootstrap_ci(np.stack([top, bottom], axis=1), "ratio")
 
 
 def proportion_ci(k: Real, n: Real) -> Estimate:
@@ -269,20 +226,18 @@ def over_seeds(
     """Hierarchical bootstrap: training seeds are resampled, then the units within each.
 
     The value is the mean over seeds of the statistic within a seed, so every seed counts alike.
-    ``per_seed`` of the answer holds each seed's own estimate.
+    ``per_seed`` of the answer holds each seed's own estimate; with one seed this is :func:`bootstrap_ci`.
 
     Args:
         values: training seed -> values [units] or [units, columns], as for :func:`bootstrap_ci`.
-        statistic: as for :func:`bootstrap_ci`.
-        shared_units: True if row i is the same item or request in every seed, as for the held-out
-            items of the world. The same units are then drawn for all seeds at once, since an item
-            that is hard for one seed is hard for the others too, and n counts the items (of a relative
-            drop, those that any seed could do). With False n counts the units of all seeds.
-        n_resamples, seed: as for :func:`bootstrap_ci`.
+        shared_units: True if row i is the same item or request in every seed. The same units are then drawn
+            for all seeds at once, since an item that is hard for one seed is hard for the others too, and n
+            counts the items (of a relative drop, those that any seed could do), else the units of all seeds.
+        statistic, n_resamples, seed: as for :func:`bootstrap_ci`.
 
     With few seeds a bootstrap of seeds is somewhat too narrow if seeds differ much (its variance over
     seeds is (seeds - 1) / seeds of the right one); the verdict rules therefore also ask that most
-    seeds agree one by one. With one seed this is :func:`bootstrap_ci`.
+    seeds agree one by one.
 
     Raises:
         ValueError: no seeds; bad values (names the seed); ``shared_units`` with unequal lengths.
@@ -309,8 +264,7 @@ def over_seeds(
 
     same = _all_same_outcome([column for cols in columns.values() for column in cols], statistic)
     if same is not None:
-        exact = proportion_ci(int(same * n), n)
-        return Estimate(exact.value, exact.low, exact.high, n, per_seed)
+        return replace(proportion_ci(int(same * n), n), per_seed=per_seed)
 
     draws = np.stack([  # [seeds, resamples]; with shared units column b is the same draw in every row
         _distribution(_statistic(statistic, len(cols)), cols, n_resamples, streams[key])
@@ -322,24 +276,6 @@ def over_seeds(
         np.arange(n_resamples)[:, None] if shared_units else rng.integers(n_resamples, size=picked.shape)
     )
     return _interval(draws[picked, resample].mean(axis=1), value, n, per_seed)
-
-
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """P-values by name, adjusted by Holm's step-down rule. The family is the claims of one notebook."""
-    from statsmodels.stats.multitest import multipletests
-
-    values = np.array(list(p_values.values()), dtype=np.float64)
-    if not values.size or not ((values >= 0) & (values <= 1)).all():  # also catches NaN
-        raise ValueError(f"p_values: must be given and lie between 0 and 1, got {values.tolist()}")
-    return dict(zip(p_values, multipletests(values, method="holm")[1].tolist(), strict=True))
-
-
-def wilcoxon_greater(first: ArrayLike, second: ArrayLike) -> float:
-    """One-sided p-value that ``first`` exceeds ``second``, paired by unit (Wilcoxon signed-rank test)."""
-    a, b = _paired("first", first, "second", second)
-    if (a == b).all():
-        return 1.0  # no pair differs: nothing speaks for the claim
-    return float(scipy_stats.wilcoxon(a, b, alternative="greater").pvalue)
 
 
 def matched(
