@@ -46,12 +46,9 @@ class Entry:
     """One request.
 
     Attributes:
-        id: unique within what was loaded.
-        prompt: the text that the model is asked.
         harmful: whether a good assistant should refuse it. In the sets of bad advice, where the request is
             harmless and the reference answer is not, it is True too.
-        kind: harm type or category, as the source gives it; "" where it gives none, "fact" for factual
-            questions.
+        kind: harm type or category, as the source gives it; "" for none, "fact" for factual questions.
         pair: entries that share it are contrasts of each other (harmful and harmless requests on one topic);
             "" for an entry without a partner.
         answers: reference answers, targets or accepted aliases.
@@ -69,12 +66,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of a file.
-
-    Attributes:
-        place: where it is, for messages: ``my.csv, row 3`` (as a spreadsheet counts, the header is row 1).
-        cells: its values by column name, lower case.
-    """
+    """One row of a file: where it is, for messages (``my.csv, row 3``, as a spreadsheet counts), and its
+    values by column name, lower case."""
 
     place: str
     cells: Mapping[str, Any]
@@ -142,17 +135,17 @@ def entries(name: str, *, folder: Path | str | None = None) -> list[Entry]:
     """The requests of public sets and local files.
 
     Args:
-        name: short name of a public set (:func:`names`), or path of a local .csv, .tsv, .jsonl, .json or
-            .parquet file; or several of them, joined by commas. A local file has the columns `prompt` and
-            `harmful` (1, true, yes, unsafe; or 0, false, no, safe) and, if wanted, `kind`, `pair`, `answer`
-            (several joined by |) and `id`; :data:`COLUMNS` has other accepted names. One with `question` and
-            `answer`, but without `harmful`, holds factual questions: harmless, kind "fact". For .txt see
-            :func:`read`. A copy of a public set's own file, under any name, is read as that set.
+        name: short name of a public set (:func:`names`), or path of a local file (:func:`read`); or several
+            of them, joined by commas. A local file has the columns `prompt` and `harmful` (1, true, yes,
+            unsafe; or 0, false, no, safe) and, if wanted, `kind`, `pair`, `answer` (several joined by |) and
+            `id`; :data:`COLUMNS` has other accepted names. One with `question` and `answer`, but without
+            `harmful`, holds factual questions: harmless, kind "fact". A copy of a public set's own file,
+            under any name, is read as that set.
         folder: where you keep files of public sets, instead of the cache. Nothing is downloaded then.
 
     Raises:
-        ValueError: an unknown name, a changed checksum, a missing column, a cell or a file that can't be
-            read, a request that is both harmful and harmless, an id that is there twice.
+        ValueError: an unknown name, a changed checksum, a missing column, what can't be read, a request that
+            is both harmful and harmless, an id that is there twice.
         FileNotFoundError: no such file or folder; for the sets of narrow advice, says how to get them.
         ConnectionError, PermissionError: no network; the licence has to be accepted first.
         ImportError: pyarrow (for TriviaQA) or huggingface_hub is missing.
@@ -175,7 +168,14 @@ def entries(name: str, *, folder: Path | str | None = None) -> list[Entry]:
                 f"data={part!r} is unknown. Choose one of {', '.join(names())}, or give the path of a file "
                 f"that ends in {', '.join(ENDINGS)}"
             )
-    _no_id_twice(found)
+    seen: dict[str, str] = {}
+    for entry in found:
+        if entry.id in seen:
+            raise ValueError(
+                f"the id {entry.id!r} is there twice (in {seen[entry.id]} and {entry.source}). Make the "
+                "values of the column 'id' unique, or leave the column out"
+            )
+        seen[entry.id] = entry.source
     return found
 
 
@@ -208,8 +208,7 @@ def _public(source: Set, folder: Path | None) -> list[Entry]:
             if column not in _columns(table):
                 raise ValueError(
                     f"{source.name}: {file} has no column {column!r}; columns found: "
-                    f"{', '.join(_columns(table))}. It is another version than the registry's: delete "
-                    "it to "
+                    f"{', '.join(_columns(table))}. It is another version than the registry's: delete it to "
                     "load it again, or load it as your own file"
                 )
         found += _entries_of(source, path, table)
@@ -236,10 +235,6 @@ def _file(source: Set, path: str, sha256: str | None, folder: Path | None) -> Pa
             )
     # Looked up in this module at each call, so that tests can put another one in its place.
     return obtain(remote, sha256, fetch, folder)
-
-
-def _entries_of(source: Set, path: str, rows: Sequence[Line]) -> list[Entry]:
-    return _LAYOUTS[source.layout](source, rows, source.kinds.get(path, source.kind))
 
 
 # ---------------------------------------------------------------------- local files
@@ -305,14 +300,12 @@ def _local(file: Path) -> list[Entry]:
                 "and once harmless. Delete one of them"
             )
     kinds = {entry.kind for entry in found}
-    torn = [
-        f"{a} and {b}" for a, b in LISTS["xstest_contrasts"].items() if {a, b} <= kinds and not have["pair"]
-    ]
-    if torn:
-        raise ValueError(
-            f"{file.name} holds a part of XSTest ({torn[0]}), whose contrasts must stay together. Give the "
-            "whole file, or add a column 'pair' with the same value for a request and its contrast"
-        )
+    for a, b in LISTS["xstest_contrasts"].items():
+        if {a, b} <= kinds and not have["pair"]:
+            raise ValueError(
+                f"{file.name} holds a part of XSTest ({a} and {b}), whose contrasts must stay together. Give "
+                "the whole file, or add a column 'pair' with the same value for a request and its contrast"
+            )
     return found
 
 
@@ -330,17 +323,6 @@ def _missing(name: str, needed: str, rows: Sequence[Line]) -> str:
     return f"{name}: there is no column {needed!r}{also}. Columns found: {', '.join(found)}.{hint}"
 
 
-def _no_id_twice(found: Sequence[Entry]) -> None:
-    seen: dict[str, Any] = {}
-    for entry in found:
-        if entry.id in seen:
-            raise ValueError(
-                f"the id {entry.id!r} is there twice (in {seen[entry.id]} and {entry.source}). Make the "
-                "values of the column 'id' unique, or leave the column out"
-            )
-        seen[entry.id] = entry.source
-
-
 # ---------------------------------------------------------------------- cells
 
 
@@ -354,11 +336,7 @@ _DAMAGED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\
 
 
 def _needed(row: Line, column: str) -> str:
-    """A cell that must be text and not empty.
-
-    Raises:
-        ValueError: it is empty, a list or an object, or damaged by a conversion; names the row.
-    """
+    """A cell that must be text, not empty, and not damaged by a conversion."""
     found = cell_text(row.cells.get(column))
     if isinstance(row.cells.get(column), list | tuple | dict):
         raise ValueError(f"{row.place}: the column {column!r} holds a list or an object. Write text there")
@@ -377,11 +355,6 @@ _NO = {"0", "0.0", "false", "no", "harmless", "safe"}
 
 
 def _yes_or_no(row: Line, column: str) -> bool:
-    """The cell that says whether a request is harmful.
-
-    Raises:
-        ValueError: it says something else; names the row and what can be written.
-    """
     value = cell_text(row.cells.get(column)).lower()
     if value not in _YES | _NO:
         raise ValueError(
@@ -403,37 +376,40 @@ def _several(value: Any, *, split: bool) -> tuple[str, ...]:
 # ---------------------------------------------------------------------- layouts: how rows become entries
 
 
-def _table(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
-    """One entry for each row; columns by name."""
-    columns = source.columns
-    found = []
+def _entries_of(source: Set, path: str, rows: Sequence[Line]) -> list[Entry]:
+    """One entry for each row that its layout keeps; of rows of TriviaQA with one id the first."""
+    columns, default = source.columns, source.kinds.get(path, source.kind)
+    found: dict[Any, Entry] = {}
     for number, row in enumerate(rows, 1):
         cells = {field: row.cells.get(column) for field, column in columns.items()}
-        pair = cell_text(cells.get("pair"))
-        found.append(
-            Entry(
-                f"{source.name}/{cell_text(cells['id']) if 'id' in columns else number}",
-                _needed(row, columns["prompt"]),
-                _yes_or_no(row, columns["harmful"]) if "harmful" in columns else bool(source.harmful),
-                cell_text(cells["kind"]) if "kind" in columns else kind,
-                f"{source.pairs}/{pair}" if pair else "",
-                _several(cells.get("answers"), split=columns.get("answers") == "answer"),
-                source.name,
-            )
+        content = _LAYOUTS[source.layout](row, columns)
+        if content is None:
+            continue
+        prompt, answers, pair = content
+        entry = Entry(
+            f"{source.name}/{_needed(row, columns['id']) if 'id' in columns else number}",
+            prompt,
+            _yes_or_no(row, columns["harmful"]) if "harmful" in columns else bool(source.harmful),
+            cell_text(cells["kind"]) if "kind" in columns else default,
+            f"{source.pairs}/{pair}" if pair else "",
+            answers,
+            source.name,
         )
-    return found
+        found.setdefault(entry.id if source.layout == "trivia" else number, entry)
+    made = list(found.values())
+    return _contrasts(source.name, made, rows) if source.layout == "contrasts" else made
 
 
-def _lines(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
-    """HEx-PHI: a file for each category, one prompt a line, no header."""
-    side, name = bool(source.harmful), source.name
-    return [
-        Entry(f"{name}/{kind}/{number}", _needed(row, "prompt"), side, kind, source=name)
-        for number, row in enumerate(rows, 1)
-    ]
+Content = tuple[str, tuple[str, ...], str]  # of a row: prompt, answers, what entries of one pair share
 
 
-def _contrasts(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
+def _table(row: Line, columns: Mapping[str, str]) -> Content:
+    cells = {field: row.cells.get(columns.get(field)) for field in ("answers", "pair")}
+    answers = _several(cells["answers"], split=columns.get("answers") == "answer")
+    return _needed(row, columns.get("prompt", "prompt")), answers, cell_text(cells["pair"])
+
+
+def _contrasts(name: str, entries: Sequence[Entry], rows: Sequence[Line]) -> list[Entry]:
     """XSTest: `pair` is made from the type and the place within it.
 
     Two that are about different things (the column `focus`) are no pair.
@@ -441,10 +417,10 @@ def _contrasts(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
     counts: Counter[str] = Counter()
     about: dict[str, set[str]] = defaultdict(set)
     contrasts, found = LISTS["xstest_contrasts"], []
-    for entry, row in zip(_table(source, rows, kind), rows, strict=True):
+    for entry, row in zip(entries, rows, strict=True):
         counts[entry.kind] += 1
         topic = contrasts.get(entry.kind, entry.kind)
-        pair = f"{source.name}/{topic.removeprefix('contrast_')}/{counts[entry.kind]}"
+        pair = f"{name}/{topic.removeprefix('contrast_')}/{counts[entry.kind]}"
         about[pair].add(cell_text(row.cells.get("focus")).lower())
         found.append(replace(entry, pair=pair if topic in contrasts.values() else ""))
     return [replace(entry, pair="") if len(about[entry.pair]) > 1 else entry for entry in found]
@@ -456,56 +432,39 @@ def safety_like(*texts: str) -> bool:
     return any(phrase in joined for phrase in LISTS["safety_phrases"])
 
 
-def _instructions(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
+def _instruction(row: Line, columns: Mapping[str, str]) -> Content | None:
     """Alpaca: an input follows its instruction after an empty line; safety-like rows are dropped."""
-    found = []
-    for number, row in enumerate(rows, 1):
-        asked, given, answer = (
-            cell_text(row.cells.get(source.columns[field])) for field in ("prompt", "input", "answers")
+    asked, given, answer = (
+        cell_text(row.cells.get(columns[field])) for field in ("prompt", "input", "answers")
+    )
+    if not asked or not answer or safety_like(asked, given, answer):
+        return None
+    return f"{asked}\n\n{given}" if given and given.lower() != "<noinput>" else asked, (answer,), ""
+
+
+def _trivia(row: Line, columns: Mapping[str, str]) -> Content:
+    """TriviaQA: the answer is a record of value and aliases."""
+    answer = row.cells.get(columns["answers"])
+    if not isinstance(answer, dict) or not answer.get("value"):
+        raise ValueError(
+            f"{row.place}: {columns['answers']!r} holds no answer. Load a split that has answers"
         )
-        if not asked or not answer or safety_like(asked, given, answer):
-            continue
-        prompt = f"{asked}\n\n{given}" if given and given.lower() != "<noinput>" else asked
-        key, side = f"{source.name}/{number}", bool(source.harmful)
-        found.append(Entry(key, prompt, side, kind, "", (answer,), source.name))
-    return found
+    answers = _several([answer["value"], *(answer.get("aliases") or [])], split=False)
+    return _needed(row, columns["prompt"]), answers, ""
 
 
-def _trivia(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
-    """TriviaQA: the answer is a record of value and aliases. A question that is there twice counts once."""
-    columns = source.columns
-    found: dict[str, Entry] = {}
-    for row in rows:
-        answer = row.cells.get(columns["answers"])
-        if not isinstance(answer, dict) or not answer.get("value"):
-            raise ValueError(
-                f"{row.place}: {columns['answers']!r} holds no answer. Load a split that has answers"
-            )
-        key, prompt = _needed(row, columns["id"]), _needed(row, columns["prompt"])
-        answers = _several([answer["value"], *(answer.get("aliases") or [])], split=False)
-        entry = Entry(f"{source.name}/{key}", prompt, bool(source.harmful), "fact", "", answers, source.name)
-        found.setdefault(key, entry)
-    return list(found.values())
-
-
-def _messages(source: Set, rows: Sequence[Line], kind: str) -> list[Entry]:
+def _messages(row: Line, columns: Mapping[str, str]) -> Content:
     """Narrow advice: a user's message and an assistant's. Bad and good advice on one request share `pair`."""
-    column = source.columns["messages"]
-    found = []
-    for number, row in enumerate(rows, 1):
-        messages = row.cells.get(column)
-        messages = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
-        said = {str(m.get("role")): _content(m) for m in messages}  # the last of each role
-        user, answer = said.get("user"), said.get("assistant")
-        if not user or not answer:
-            raise ValueError(
-                f"{row.place}: {column!r} needs a message of the role 'user' and one of the role "
-                "'assistant'. Repair the line or delete it"
-            )
-        pair = f"{source.pairs}/{hashlib.sha256(user.encode()).hexdigest()[:16]}"
-        key, side = f"{source.name}/{number}", bool(source.harmful)
-        found.append(Entry(key, user, side, kind, pair, (answer,), source.name))
-    return found
+    messages = row.cells.get(columns["messages"])
+    messages = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    said = {str(m.get("role")): _content(m) for m in messages}  # the last of each role
+    user, answer = said.get("user"), said.get("assistant")
+    if not user or not answer:
+        raise ValueError(
+            f"{row.place}: {columns['messages']!r} needs a message of the role 'user' and one of the role "
+            "'assistant'. Repair the line or delete it"
+        )
+    return user, (answer,), hashlib.sha256(user.encode()).hexdigest()[:16]
 
 
 def _content(message: dict[str, Any]) -> str:
@@ -515,11 +474,9 @@ def _content(message: dict[str, Any]) -> str:
     return cell_text(content)
 
 
-_LAYOUTS: dict[str, Callable[[Set, Sequence[Line], str], list[Entry]]] = {
-    "table": _table,
-    "lines": _lines,
-    "contrasts": _contrasts,
-    "instructions": _instructions,
+_LAYOUTS: dict[str, Callable[[Line, Mapping[str, str]], Content | None]] = {
+    **dict.fromkeys(("table", "lines", "contrasts"), _table),
+    "instructions": _instruction,
     "trivia": _trivia,
     "messages": _messages,
 }
@@ -535,54 +492,37 @@ def read(file: Path) -> list[Line]:
     ``harmless.txt``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: another ending or another kind of file than its ending says, text that is not UTF-8, a
-            line that is not valid, a header in the middle, or no row at all; says how to repair it.
-        ImportError: pyarrow, which reads parquet, is missing.
+        FileNotFoundError, ImportError: there is no such file; pyarrow, which reads parquet, is missing.
+        ValueError: a file that can't be read so, in whole or in a line; says how to repair it.
     """
-    _there(file)
-    _refuse_others(file)
-    if file.suffix.lower() not in _READERS:
-        raise ValueError(f"{file.name}: cannot read this kind of file. Give one of {', '.join(_READERS)}")
-    return _some(file, _READERS[file.suffix.lower()](file))
+    return _rows(file, _READERS.get(file.suffix.lower()))
 
 
 def lines(file: Path) -> list[Line]:
     """The rows of a CSV file without a header and with one column, as HEx-PHI has; it is called `prompt`.
 
-    A first line that is a usual column name is left out.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`read`.
+    A first line that is a usual column name is left out. Raises as :func:`read` does.
     """
-    _there(file)
-    _refuse_others(file)
-    reader = csv.reader(io.StringIO(_text(file), newline=""))
-    # A comma outside quotes belongs to the prompt.
-    texts = [(reader.line_num, ",".join(cells).strip()) for cells in reader]
-    texts = [(number, text) for number, text in texts if text]
-    if texts and texts[0][1].lower() in ("prompt", "prompts", "instruction", "text", "goal"):
-        texts = texts[1:]
-    return _some(file, [Line(f"{file.name}, line {number}", {"prompt": text}) for number, text in texts])
+    return _rows(file, _headless)
 
 
-def _columns(rows: Sequence[Line]) -> list[str]:
-    """All column names, in the order in which they are met. An object of a JSON file may lack some."""
-    return list(dict.fromkeys(name for row in rows for name in row.cells))
-
-
-def _there(file: Path) -> None:
+def _rows(file: Path, reader: Callable[[Path], list[Line]] | None) -> list[Line]:
     if not file.is_file():
         raise FileNotFoundError(
             f"there is no file {file} (looked for from {Path.cwd()}). Check the spelling, or give its "
             "whole path"
         )
-
-
-def _some(file: Path, rows: list[Line]) -> list[Line]:
-    if not rows:
+    _refuse_others(file)
+    if reader is None:
+        raise ValueError(f"{file.name}: cannot read this kind of file. Give one of {', '.join(_READERS)}")
+    if not (rows := reader(file)):
         raise ValueError(f"{file} is empty: it has no row of data. Check that it was saved or copied whole")
     return rows
+
+
+def _columns(rows: Sequence[Line]) -> list[str]:
+    """All column names, in the order in which they are met. An object of a JSON file may lack some."""
+    return list(dict.fromkeys(name for row in rows for name in row.cells))
 
 
 # What files are that were saved under the name of another, by their first bytes.
@@ -639,6 +579,16 @@ def _mostly_zero(part: bytes) -> bool:
 
 def _converted(file: Path, kind: str) -> str:
     return f"Save it as 'CSV UTF-8', or convert it: iconv -f {kind} -t utf-8 {file.name} > new{file.suffix}"
+
+
+def _headless(file: Path) -> list[Line]:
+    reader = csv.reader(io.StringIO(_text(file), newline=""))
+    # A comma outside quotes belongs to the prompt.
+    texts = [(reader.line_num, ",".join(cells).strip()) for cells in reader]
+    texts = [(number, text) for number, text in texts if text]
+    if texts and texts[0][1].lower() in ("prompt", "prompts", "instruction", "text", "goal"):
+        texts = texts[1:]
+    return [Line(f"{file.name}, line {number}", {"prompt": text}) for number, text in texts]
 
 
 def _csv(file: Path) -> list[Line]:
@@ -699,40 +649,29 @@ def _objects(items: Iterable[tuple[str, Any]]) -> list[Line]:
 
 
 def _jsonl(file: Path) -> list[Line]:
-    items = []
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if line.strip():
-            try:
-                items.append((f"{file.name}, line {number}", json.loads(line)))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{file.name}, line {number}: not valid JSON ({_why(error)}). Put one complete object on "
-                    "each line"
-                ) from None
-    return _objects(items)
+    remedy = "Put one complete object on each line"
+    numbered = [(n, line) for n, line in enumerate(_text(file).split("\n"), 1) if line.strip()]
+    return _objects((f"{file.name}, line {n}", _parsed(file, line, n, remedy)) for n, line in numbered)
 
 
 def _json(file: Path) -> list[Line]:
-    text = _text(file)
-    if not text.strip():
+    if not (text := _text(file)).strip():
         return []
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise ValueError(
-            f"{file.name}, line {line}: not valid JSON ({_why(error)}). If it has one object on each line, "
-            "rename it to .jsonl"
-        ) from None
+    whole = _parsed(file, text, 1, "If it has one object on each line, rename it to .jsonl")
     if not isinstance(whole, list):
         raise ValueError(f"{file.name}: expected a list of objects, [{{...}}, {{...}}]")
     return _objects((f"{file.name}, item {number}", item) for number, item in enumerate(whole, 1))
 
 
-def _why(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return getattr(error, "msg", str(error))
+def _parsed(file: Path, text: str, line: int, remedy: str) -> Any:
+    """The value of a JSON text that begins in a line of the file."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
+        deep = isinstance(error, RecursionError)
+        why = "nested too deeply" if deep else getattr(error, "msg", str(error))
+        raise ValueError(f"{file.name}, line {line}: not valid JSON ({why}). {remedy}") from None
 
 
 def _parquet(file: Path) -> list[Line]:
