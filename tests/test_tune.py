@@ -291,9 +291,9 @@ def test_adapters_that_overflow_float16_are_not_merged():
 
 
 def state(model):
-    """All that enabling could leave behind."""
+    """What enabling could leave behind."""
     return [
-        (dict(vars(m)["_forward_hooks"]), {k: v for k, v in vars(m).items() if "checkpointing" in k})
+        (dict(vars(m)["_forward_hooks"]), getattr(m, "gradient_checkpointing", False))
         for m in model.modules()
     ]
 
@@ -447,7 +447,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(method, at, tmp_p
     whole, first, second = (tiny.model() for _ in range(3))
     losses = tune(whole, chats(whole), recipe(method)).losses
     interrupted(first, recipe(method), tmp_path, at)
-    assert len(list(tmp_path.glob("*.safetensors"))) == (at > 2)
+    assert len(list(tmp_path.glob("*.pt"))) == (at > 2)
     done = tune(second, chats(second), recipe(method), folder=tmp_path)
     assert done.losses == losses
     assert same(weights(second), weights(whole))
@@ -524,16 +524,13 @@ def test_another_run_has_another_file(change, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_damaged_checkpoint_starts_anew_and_a_foreign_one_is_refused(tmp_path):
+def test_a_damaged_checkpoint_starts_anew(tmp_path):
     lm, other = tiny.model(), tiny.model()
     tune(lm, chats(lm), SHORT, folder=tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
     tune(other, chats(other), SHORT, folder=tmp_path)
     assert same(weights(lm), weights(other))
-    foreign, stream = training.Checkpoint(file, "another key"), training.shuffled(chats(lm), 4, 0)
-    with pytest.raises(ValueError, match=r"holds another run.*delete it, or give another folder"):
-        training.fit(lm.model, stream, training.Schedule(1, 1e-3), checkpoint=foreign)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -541,7 +538,7 @@ def test_pre_training_is_taken_up_as_well(optimizer, tmp_path):
     def run(steps_before_stop=None):
         model = tiny.untrained().model
         rows = organism.transcript_rows(organism.tokenizer(), world.Mix(), 0)
-        kept = training.Checkpoint(tmp_path / f"{optimizer}.safetensors", "key", every=2)
+        kept = training.Checkpoint(tmp_path / f"{optimizer}.pt", every=2)
 
         def after(step):
             if step == steps_before_stop:
@@ -554,7 +551,7 @@ def test_pre_training_is_taken_up_as_well(optimizer, tmp_path):
     with pytest.raises(Interrupted):
         run(5)
     resumed, history = run()
-    (tmp_path / f"{optimizer}.safetensors").unlink()
+    (tmp_path / f"{optimizer}.pt").unlink()
     whole, expected = run()
     assert history == expected
     assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))

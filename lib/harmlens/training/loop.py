@@ -32,10 +32,8 @@ def shuffled(
 ) -> Iterator[Batch]:
     """Batches of at most ``size`` rows, grouped by length within pools of ``pool`` batches.
 
-    Args:
-        rows: of a data set, which are gone through again and again, in a new order each time: each pass holds
-            every row once, in ``ceil(rows / size)`` batches whose sizes differ by one at most. Or a stream,
-            which is read once.
+    The rows of a data set are gone through again and again, in a new order each time: each pass holds every
+    row once, in ``ceil(rows / size)`` batches whose sizes differ by one at most. A stream is read once.
 
     Raises:
         ValueError: no rows, or ``size`` or ``pool`` below 1.
@@ -43,7 +41,11 @@ def shuffled(
     if min(size, pool) < 1:
         raise ValueError(f"size={size}, pool={pool}: both must be at least 1")
     rng = random.Random(seed)
-    for drawn in _passes(rows, size, pool, seed) if isinstance(rows, Sequence) else _pools(rows, size * pool):
+    if isinstance(rows, Sequence):
+        pools = _passes(rows, size, pool, seed)
+    else:
+        pools = iter(lambda: list(itertools.islice(rows, size * pool)), [])
+    for drawn in pools:
         groups = _parts(sorted(drawn, key=lambda row: len(row.ids)), size)
         rng.shuffle(groups)
         for group in groups:
@@ -60,11 +62,6 @@ def _passes(rows: Sequence[Row], size: int, pool: int, seed: int) -> Iterator[li
         parts = _parts(order, size)
         for i in range(0, len(parts), pool):
             yield [row for part in parts[i : i + pool] for row in part]
-
-
-def _pools(rows: Iterator[Row], most: int) -> Iterator[list[Row]]:
-    while drawn := list(itertools.islice(rows, most)):
-        yield drawn
 
 
 def _parts(rows: list[Row], size: int) -> list[list[Row]]:
@@ -131,16 +128,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run is kept, so that an interrupted one goes on where it was: one file of safetensors.
+    """Where a run is kept, so that an interrupted one goes on where it was: a file of its own.
 
     Attributes:
-        key: digest of all that decides the run; a file with another key is not touched.
         every: steps after which it is written again.
         notes: what else is kept, and read back into it.
     """
 
     file: Path
-    key: str
     every: int = 100
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -151,8 +146,7 @@ class Tuned:
 
     Attributes:
         losses: of every step.
-        skipped: steps that changed no weight, since float16 gradients overflowed. A few at the start are
-            normal.
+        skipped: steps that changed no weight, since float16 gradients overflowed; a few at first are normal.
         seen: steps done -> what was seen of the model then (:func:`training.tune.tune`).
     """
 
@@ -289,12 +283,10 @@ def _write(
     to: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], about: dict[str, Any]
 ) -> None:
     """Write the state of a run, whole or not at all. Without optimizers it is a finished one."""
-    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    for number, optimizer in enumerate(optimizers):
-        for at, state in optimizer.state_dict()["state"].items():
-            for name, value in state.items():
-                tensors[f"optimizer/{number}/{at}/{name}"] = torch.as_tensor(value)
-    files.write_tensors(to.file, tensors, "run", {**about, "notes": to.notes, "key": to.key})
+    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    known = {**about, "notes": to.notes, "weights": weights, "optimizers": states}
+    files.write_whole(to.file, lambda part: torch.save(known, part))
 
 
 def _resume(
@@ -304,29 +296,14 @@ def _resume(
 
     A damaged file counts as none: the run then starts from its beginning.
     """
-    if not at.file.is_file():
-        return None
     try:
-        about, tensors = files.read_tensors(at.file, "run")
+        known = torch.load(at.file, map_location="cpu", weights_only=True)
     except Exception:  # a spoilt file raises whatever its parser raises
         return None
-    if about.pop("key", None) != at.key:
-        raise ValueError(
-            f"checkpoint {at.file.name} holds another run (other model, data or settings); delete it, or "
-            "give another folder"
-        )
-    states: dict[int, dict[int, dict[str, Tensor]]] = {}
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in tensors.items():
-            kind, _, rest = name.partition("/")
-            if kind == "model":
-                parameters[rest].copy_(value)
-            else:
-                number, place, what = rest.split("/")
-                states.setdefault(int(number), {}).setdefault(int(place), {})[what] = value
-    for number, optimizer in enumerate(optimizers):
-        if number in states:
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": states[number], "param_groups": groups})
-    return about
+        for name, value in known["weights"].items():
+            parameters[name].copy_(value)
+    for optimizer, state in zip(optimizers, known["optimizers"], strict=False):  # a finished run has none
+        optimizer.load_state_dict(state)
+    return known

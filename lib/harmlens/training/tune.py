@@ -99,7 +99,7 @@ def tune(
 
     Args:
         rows: such as :func:`models.forward.chat_row` makes; :func:`training.loop.shuffled` draws them.
-        watch: measures something of the model as it is; must return what JSON can hold.
+        watch: measures something of the model as it is: numbers, text, lists and mappings of them.
         at: after how many steps; 0 is before the first.
         until: looks at what was seen last; training ends where it returns True.
         hold: weights that stay as they are, such as pruned ones at zero (``"full"`` only).
@@ -121,9 +121,9 @@ def tune(
             "all weights can't be trained in float16, whose steps vanish or overflow; load the model with "
             "dtype=torch.bfloat16 or torch.float32, or choose method='lora'"
         )
-    if hold is not None and recipe.method != "full":
-        raise ValueError(f"hold keeps weights as they are, which method={recipe.method!r} can't; use 'full'")
     if hold is not None:
+        if recipe.method != "full":
+            raise ValueError(f"hold keeps weights as they are: method={recipe.method!r} can't; use 'full'")
         masks.check(hold, lm)
     for step in at:
         if not 0 <= step <= recipe.steps:
@@ -131,8 +131,7 @@ def tune(
     checkpoint, seen = None, {}
     if folder is not None:
         key = digests.digest(files.versions(), tune, lm, list(rows), recipe, hold, watch, list(at), until)
-        file = Path(folder).expanduser() / f"{key[:16]}.safetensors"
-        checkpoint = Checkpoint(file, key, notes=seen)
+        checkpoint = Checkpoint(Path(folder).expanduser() / f"{key[:16]}.pt", notes=seen)
     kept = {} if hold is None else masks.values(lm, hold)
 
     def after(step: int) -> bool:
@@ -140,24 +139,23 @@ def tune(
             masks.put(lm, hold, kept)
         if watch is None or step not in at:
             return False
-        if str(step) not in seen:
+        if step not in seen:
             with torch.no_grad():
-                seen[str(step)] = watch()
-        return until is not None and bool(until(seen[str(step)]))
+                seen[step] = watch()
+        return until is not None and bool(until(seen[step]))
 
     stream = shuffled(list(rows), recipe.batch_size, lm.tokenizer.pad_token_id, seed=recipe.seed)
     schedule = Schedule(recipe.steps, recipe.lr, warmup=recipe.warmup, weight_decay=recipe.weight_decay)
     with ExitStack() as during:
         if recipe.method == "lora":
-            options = {"rank": recipe.rank, "alpha": recipe.alpha, "seed": recipe.seed}
-            during.enter_context(adapters(lm, **options))
+            during.enter_context(adapters(lm, rank=recipe.rank, alpha=recipe.alpha, seed=recipe.seed))
         if recipe.checkpoint_activations:
             during.enter_context(recomputing(lm.model))
         done = fit(
             lm.model, stream, schedule, rows_at_once=rows_at_once,
             after=after if kept or watch is not None else None, checkpoint=checkpoint, progress=lm.name,
         )  # fmt: skip
-    return replace(done, seen={int(step): value for step, value in seen.items()})
+    return replace(done, seen=seen)
 
 
 # --------------------------------------------------------------------------- what suits a model
@@ -180,11 +178,7 @@ def suited(lm: LanguageModel, recipe: Recipe) -> Recipe:
 
 
 def require_room_for_copy(lm: LanguageModel) -> None:
-    """Refuse a copy of a model for which there is no memory, before it is made.
-
-    Raises:
-        MemoryError: with the need and what is free.
-    """
+    """Refuse a copy of a model for which there is no memory, before it is made, with a MemoryError."""
     need = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     free = files.free_memory(lm.device)
     if need > free:
@@ -260,30 +254,24 @@ def _require_finite(wrapped: nn.Module, peft: ModuleType) -> None:
 def recomputing(model: nn.Module) -> Iterator[None]:
     """Of each block only the input is kept, and the rest computed again in the backward pass.
 
-    Memory for about a third more time, in training mode only. Afterwards the model is as it was.
-
-    Raises:
-        ValueError: the model's class can't do it.
+    Memory for about a third more time, in training mode only. A model whose class can't is a ValueError.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(
             f"checkpoint_activations=True: {type(model).__name__} does not support activation checkpointing; "
             "choose checkpoint_activations=False, and a smaller rows_at_once to save memory"
         )
-    names = ("gradient_checkpointing", "_gradient_checkpointing_func")
-    before = [
-        (module, {n: vars(module)[n] for n in names if n in vars(module)}) for module in model.modules()
-    ]
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    on, off = (
+        getattr(model, f"activation_checkpointing_{way}", None)  # the name since transformers 5
+        or getattr(model, f"gradient_checkpointing_{way}")
+        for way in ("enable", "disable")
+    )
+    # Positional, since the argument was renamed in transformers. The old, re-entrant kind needs an input
+    # that requires a gradient, which frozen embeddings don't give.
     try:
-        # Positional, since the argument was renamed in transformers. The old, re-entrant kind needs an input
-        # that requires a gradient, which frozen embeddings don't give.
-        enable({"use_reentrant": False})
+        on({"use_reentrant": False})
         yield
     finally:
-        if hasattr(model, "_require_grads_hook"):  # enabling leaves a hook on the embeddings
+        off()
+        if hasattr(model, "_require_grads_hook"):  # it leaves a hook on the embeddings
             model.disable_input_require_grads()
-        for module, values in before:
-            for name in names:
-                vars(module).pop(name, None)
-            vars(module).update(values)
