@@ -184,11 +184,11 @@ def test_a_base_model_borrows_the_template_of_its_partner(data, tmp_path):
 def test_a_revision_is_part_of_the_name(monkeypatch):
     asked = {}
 
-    def config_of(source, revision):
+    def get_config_dict(source, revision):
         asked.update(source=source, revision=revision)
         raise OSError("that is all")
 
-    monkeypatch.setattr(models.hub, "config_of", config_of)
+    monkeypatch.setattr(models.PretrainedConfig, "get_config_dict", get_config_dict)
     with pytest.raises(OSError, match="'owner/model@step-3' could not be had"):
         load("owner/model@step-3")
     assert asked == {"source": "owner/model", "revision": "step-3"}

@@ -106,7 +106,7 @@ def states(
 
     blocks = decoder.blocks(lm)
     out: list[Any] = [None] * len(rows)
-    with shown(keep, entering=blocks, leaving=[decoder.body(lm) if normed else blocks[-1]]):
+    with shown(keep, entering=blocks, leaving=[decoder.body(lm)[0] if normed else blocks[-1]]):
         for index, inputs in forward.padded(lm, rows, batch_size):
             kept.clear()
             lm.model(**inputs, logits_to_keep=1)

@@ -64,27 +64,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Frame:
-    """What a chat template writes around an answer, found by rendering.
+    """What a chat template writes around an answer, found by rendering."""
 
-    Attributes:
-        opening: what stands behind the user's words, where the answer is to begin.
-        closing: what closes a thought that the opening has opened, if the template closes one itself.
-        lead: what stands between these and the words of an answer: nothing, a space, a header.
-        trail: what follows these words, up to and with the mark that ends the turn; "" without such a mark.
-        stops: ids of tokens with which an answer is over.
-        thought: the mark with which the opening opens a thought, where nothing closes it; else "".
-        control: texts that become control tokens wherever they stand.
-        thoughts: those of them that open or close a thought.
-    """
-
-    opening: str = ""
-    closing: str = ""
-    lead: str = ""
-    trail: str = ""
-    stops: frozenset[int] = frozenset()
-    thought: str = ""
-    control: tuple[str, ...] = ()
-    thoughts: tuple[str, ...] = ()
+    opening: str = ""  # behind the user's words, where the answer is to begin
+    closing: str = ""  # closes a thought that the opening has opened, if the template does so itself
+    lead: str = ""  # between these and the words of an answer: nothing, a space, a header
+    trail: str = ""  # behind these words, up to and with the mark that ends the turn; "" without such a mark
+    stops: frozenset[int] = frozenset()  # ids of tokens with which an answer is over
+    thought: str = ""  # the mark with which the opening opens a thought that nothing closes
+    control: tuple[str, ...] = ()  # texts that become control tokens wherever they stand
+    thoughts: tuple[str, ...] = ()  # those of them that open or close a thought
 
     def begins(self, prompt: str) -> bool:
         """Whether a rendered prompt ends where an answer begins, with no word of it prefilled."""
@@ -93,7 +82,7 @@ class Frame:
 
     def thinks(self, prompt: str) -> str:
         """The mark of the thought that a rendered prompt ends in; "" where it ends in none."""
-        return self.thought if self.thought and self.begins(prompt) else ""
+        return self.thought if self.begins(prompt) else ""
 
 
 def frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
@@ -201,17 +190,14 @@ def answer_behind_thought(text: str) -> str | None:
 
     >>> answer_behind_thought("<think>Hm.</think>\\n\\nYes."), answer_behind_thought("Hm. </think> Yes.")
     ('Yes.', 'Yes.')
-    >>> answer_behind_thought("<think>Hm, I wonder") is None
-    True
     """
     while (mark := THOUGHT.search(text)) is not None:
         if not _closes(mark):
             if text[: mark.start()].strip():
                 return text  # it speaks of a mark
-            closing = next((m for m in THOUGHT.finditer(text, mark.end()) if _closes(m)), None)
-            if closing is None:
+            mark = next((m for m in THOUGHT.finditer(text, mark.end()) if _closes(m)), None)
+            if mark is None:
                 return None
-            mark = closing
         text = text[mark.end() :].strip()
     return text
 
@@ -232,7 +218,7 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         if message["role"] == "system":
             waiting += [message["content"].strip()] if message["content"].strip() else []
-        elif message["role"] == "user" and waiting:
+        elif message["role"] == "user":
             folded.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
             waiting = []
         else:
@@ -264,10 +250,9 @@ def _frame(
     control = tuple(sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True))
     thoughts = tuple(mark for mark in control if THOUGHT.fullmatch(mark))
     stops = {tokenizer.eos_token_id} - {None}
-    bare = Frame(stops=frozenset(stops), control=control, thoughts=thoughts)
     opened = "" if template is None else _tried(tokenizer, [_USER], add_generation_prompt=True)
     if not opened:  # it refuses even this; other chats may be to its taste
-        return bare
+        return Frame(stops=frozenset(stops), control=control, thoughts=thoughts)
     answer = {"role": "assistant", "content": _ANSWER}
     opening = opened[opened.rfind(_ASKED) + len(_ASKED) :]
     whole = _tried(tokenizer, [_USER, answer])
@@ -277,14 +262,12 @@ def _frame(
     # system message into the last message if that is the user's, and nowhere once an answer follows.
     lead = whole[len(opened) : end] if whole.startswith(opened) and end >= len(opened) else ""
     closing, thought = "", ""
-    if _in_thought(opening):
-        if _in_thought(opening + lead):
-            thought, lead = [m.group() for m in THOUGHT.finditer(opening)][-1], ""
-        else:
-            closing, lead = lead, ""
+    if _in_thought(opening + lead) and _in_thought(opening):
+        thought, lead = [m.group() for m in THOUGHT.finditer(opening)][-1], ""
+    elif _in_thought(opening):
+        closing, lead = lead, ""
     marks = [mark for mark in control if mark != bos or mark == eos]
-    trail = _up_to_mark(whole[end + len(_ANSWER) :] if end >= 0 else "", marks)
-    between = trail
+    trail = between = _up_to_mark(whole[end + len(_ANSWER) :] if end >= 0 else "", marks)
     if not trail:  # nothing ends the turn; what opens the next one does
         following = _tried(tokenizer, [_USER, answer, _USER])
         between = _up_to_mark(following.partition(_ANSWER)[2].partition(_ASKED)[0], marks)
@@ -317,25 +300,21 @@ def _switches(tokenizer: PreTrainedTokenizerBase, template: str) -> dict[str, An
     if not THOUGHT.search(template):
         return base
 
-    def thinks(options: dict[str, Any]) -> int | None:
-        """0 for a thought that is closed, 1 for none, 2 for an open one."""
+    def thinks(options: dict[str, Any]) -> int:
+        """0 for a thought that is closed, 1 for none, 2 for an open one, 3 for what it does not take."""
         try:
-            text = _rendered(tokenizer, [_USER], template, add_generation_prompt=True, **options)
+            text = _apply(tokenizer, [_USER], options, add_generation_prompt=True)
         except Exception:  # a template raises whatever comes of a value that it does not expect
-            return None
+            return 3
         opening = text[text.rfind(_ASKED) + len(_ASKED) :] if _ASKED in text else "<think>"
         return 2 if _in_thought(opening) else 0 if THOUGHT.search(opening) else 1
 
-    best, least = base, thinks(base)
     environment = Environment(extensions=["jinja2.ext.loopcontrols"])
     plain = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", "", template)
     names = meta.find_undeclared_variables(environment.parse(plain)) - _GIVEN - set(environment.globals)
-    for name in sorted(names - set(tokenizer.special_tokens_map)):
-        for value in (False, "off", "none", True):
-            found = thinks({**base, name: value})
-            if found is not None and (least is None or found < least):
-                best, least = {**base, name: value}, found
-    return best
+    names = sorted(names - set(tokenizer.special_tokens_map))
+    tried = [{**base, name: value} for name in names for value in (False, "off", "none", True)]
+    return min([base, *tried], key=thinks)  # the first of equals
 
 
 def _tried(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
@@ -345,14 +324,11 @@ def _tried(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **option
         return ""
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], **options: Any) -> str:
-    template = tokenizer.get_chat_template()
-    return _rendered(tokenizer, messages, template, **_switches(tokenizer, template), **options)
-
-
-def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], template: str, **options: Any
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], switches: dict | None = None, **options: Any
 ) -> str:
+    template = tokenizer.get_chat_template()
+    options |= _switches(tokenizer, template) if switches is None else switches
     if "date_string" in template:
         options.setdefault("date_string", DATE)
     if "strftime_now" in template:

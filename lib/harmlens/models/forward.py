@@ -8,29 +8,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from harmlens.models.chats import (
-    Message,
-    Pair,
-    as_written,
-    frame,
-    render,
-    require_plain,
-    require_spoken,
-    tokens,
-)
+from harmlens.models import chats
+from harmlens.models.chats import Message, Pair, frame, require_spoken, tokens
 
 
 @dataclass(frozen=True)
@@ -40,7 +28,7 @@ class LanguageModel:
     Attributes:
         name: how it was asked for, e.g. ``"organism/sft-0"`` or ``"allenai/OLMo-2-0425-1B-Instruct"``.
         model: the plain Hugging Face model, in evaluation mode.
-        tokenizer: its tokenizer; pads on the left.
+        tokenizer: pads on the left.
         revision: commit of the Hub repository, or sha256 of the weights of a local folder.
     """
 
@@ -56,7 +44,7 @@ class LanguageModel:
 
     def render(self, chat: str | Sequence[Message], prefill: str | None = None) -> str:
         """A chat as the text the model reads; see :func:`models.chats.render`."""
-        return render(self.tokenizer, chat, prefill)
+        return chats.render(self.tokenizer, chat, prefill)
 
 
 def clone(lm: LanguageModel) -> LanguageModel:
@@ -85,15 +73,9 @@ def longest(lm: LanguageModel) -> int | None:
 def require_room(
     lm: LanguageModel, rows: Sequence[Sequence[int]], *, new: int = 0, names: Sequence[str] | None = None
 ) -> None:
-    """Refuse texts that the model can't take: too long, or with tokens that it has no embedding for.
+    """Refuse, with a ValueError that names the first of them, rows of ids that the model can't take.
 
-    Args:
-        rows: token ids.
-        new: tokens that are to be generated behind each.
-        names: of the rows, for the message.
-
-    Raises:
-        ValueError: names the first such text.
+    They are too long, with ``new`` tokens generated behind each, or hold a token without an embedding.
     """
     limit, known = longest(lm), lm.model.get_input_embeddings().weight.shape[0]
     for i, row in enumerate(rows):
@@ -122,11 +104,8 @@ def token_ids(lm: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[list[int],
     texts = [side.render(lm) for pair in pairs for side in (pair.x1, pair.x0)]
     ids = lm.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template has written any BOS
     sides = list(zip(ids[::2], ids[1::2], strict=True))
-    unequal = [
-        f"{pair.id} ({len(a)} and {len(b)} tokens)"
-        for pair, (a, b) in zip(pairs, sides, strict=True)
-        if len(a) != len(b)
-    ]
+    lengths = [(pair.id, len(a), len(b)) for pair, (a, b) in zip(pairs, sides, strict=True)]
+    unequal = [f"{name} ({a} and {b} tokens)" for name, a, b in lengths if a != b]
     if unequal:
         shown = "; ".join(unequal[:5]) + (" ..." if len(unequal) > 5 else "")
         raise ValueError(
@@ -187,11 +166,15 @@ def last_logits(
     return torch.stack(out)
 
 
+def own_stops(lm: LanguageModel) -> set[int]:
+    """End marks that the model names for its generation."""
+    own = getattr(lm.model.generation_config, "eos_token_id", None)
+    return {int(i) for i in (own if isinstance(own, (list, tuple)) else [own]) if i is not None}
+
+
 def stops(lm: LanguageModel) -> set[int]:
     """Tokens with which an answer is over: the model's own end marks, and what its template writes there."""
-    own = getattr(lm.model.generation_config, "eos_token_id", None)
-    own = own if isinstance(own, (list, tuple)) else [own]
-    return {int(i) for i in own if i is not None} | frame(lm.tokenizer).stops
+    return own_stops(lm) | frame(lm.tokenizer).stops
 
 
 @torch.no_grad()
@@ -214,12 +197,11 @@ def continued(
     """
     ends, inputs = stops(lm), inputs_of(lm, rows)
     del inputs["position_ids"]  # generate() counts them itself
-    fresh = [True]
+    length = inputs["input_ids"].shape[1]
 
-    def check(_: Tensor, logits: Tensor) -> Tensor:
+    def check(ids: Tensor, logits: Tensor) -> Tensor:
         """Refuses logits that overflow at the first new token."""
-        if fresh:
-            fresh.clear()
+        if ids.shape[1] == length:
             require_finite(lm, logits)
         return logits
 
@@ -234,7 +216,7 @@ def continued(
     try:
         new = lm.model.generate(
             **inputs, generation_config=settings, logits_processor=LogitsProcessorList([check, *processors])
-        )[:, inputs["input_ids"].shape[1] :].tolist()
+        )[:, length:].tolist()
     finally:
         lm.model.generation_config = brought
     ended = [next((k for k, token in enumerate(row) if token in ends), len(row)) for row in new]
@@ -253,14 +235,13 @@ def words(lm: LanguageModel, new: Sequence[int], prompt: str = "") -> str:
     header = tokens(lm.tokenizer, around.lead) if around.lead.strip() else []
     new = new[len(header) :] if new[: len(header)] == header else new
     kept = {lm.tokenizer.convert_tokens_to_ids(mark): mark for mark in around.thoughts}
-    parts, piece = [around.thinks(prompt)], []
-    for token in [*new, None]:
-        if token is not None and token not in kept:
-            piece.append(token)
-            continue
-        parts += [lm.tokenizer.decode(piece, skip_special_tokens=True), kept.get(token, "")]
-        piece = []
-    return "".join(parts).strip()
+    text = around.thinks(prompt)
+    for is_mark, part in groupby(new, key=lambda token: token in kept):
+        if is_mark:
+            text += "".join(kept[token] for token in part)
+        else:
+            text += lm.tokenizer.decode(list(part), skip_special_tokens=True)
+    return text.strip()
 
 
 @torch.no_grad()
@@ -337,17 +318,18 @@ def chat_row(
             token, or the template opens a thought.
     """
     *context, last = messages
-    if last["role"] != "assistant" or not last["content"].strip():
+    answer = last["content"]
+    if last["role"] != "assistant" or not answer.strip():
         raise ValueError("messages must end with a non-empty assistant message")
-    require_plain(lm.tokenizer, last["content"], "the answer")
-    answer = as_written(lm.tokenizer, last["content"])
+    chats.require_plain(lm.tokenizer, answer, "the answer")
+    written = chats.as_written(lm.tokenizer, answer)
     if prefill is not None:
-        if not last["content"].startswith(prefill):
+        if not answer.startswith(prefill):
             raise ValueError(f"the answer must begin with prefill={prefill!r}")
-        answer = (answer if answer.startswith(prefill) else last["content"])[len(prefill) :]
-    if not end and not answer.strip():
+        written = (written if written.startswith(prefill) else answer)[len(prefill) :]
+    if not end and not written.strip():
         raise ValueError(f"nothing is left to learn of the answer behind prefill={prefill!r}")
-    head, tail = split_tokens(lm, render(lm.tokenizer, context, prefill), answer, end=end)
+    head, tail = split_tokens(lm, lm.render(context, prefill), written, end=end)
     return Row(head + tail, [False] * len(head) + [True] * len(tail))
 
 
@@ -363,12 +345,10 @@ def follow(
 ) -> tuple[Float[Tensor, " prompt"], Bool[Tensor, " prompt"]]:
     """Force given answers: mean log-probability per token, in nats, and whether greedy decoding gives them.
 
-    An answer of which every token is the most probable one is what greedy decoding would write, so one pass
-    tells what generation would take a pass for each word to tell.
+    Greedy decoding writes an answer of which every token is the most probable one, so one pass tells.
 
     Args:
-        skip: leave out this many first tokens of the answer (1 asks what remains of an effect once the first
-            word is given).
+        skip: leave out this many first tokens of the answer.
         end: count what the template writes behind an answer, its end mark, as part of the answer.
 
     Raises:
@@ -415,8 +395,7 @@ def split_tokens(
     around = frame(lm.tokenizer)
     require_spoken(lm.tokenizer, prompt)
     text = (around.lead if around.begins(prompt) else "") + answer + (around.trail if end else "")
-    head = tokens(lm.tokenizer, prompt)
-    whole = tokens(lm.tokenizer, prompt + text)
+    head, whole = tokens(lm.tokenizer, prompt), tokens(lm.tokenizer, prompt + text)
     apart = whole[: len(head)] != head or len(whole) <= len(head)
     tail = tokens(lm.tokenizer, text) if apart else whole[len(head) :]
     return head, [*tail, lm.tokenizer.eos_token_id] if end and not around.trail else tail
@@ -427,5 +406,4 @@ def tolerance(lm: LanguageModel, exact: float = 1e-4) -> float:
 
     Rounding leaves about 1e-5 in float32, and as much more elsewhere as the precision is coarser.
     """
-    coarser = torch.finfo(lm.model.dtype).eps / torch.finfo(torch.float32).eps
-    return max(exact, 1e-5 * coarser)
+    return max(exact, 1e-5 * torch.finfo(lm.model.dtype).eps / torch.finfo(torch.float32).eps)

@@ -1,9 +1,7 @@
 """What can go wrong between a name and a model: looked at before weights are fetched, explained after.
 
-The checks before read a model's ``config.json`` and nothing else, so a model that can't be used is refused
-before gigabytes are downloaded; those after compare weights and tokenizer with what the config says. What is
-refused raises a ValueError that names it and the remedy. Models that are proposed instead are those of
-data/models.yaml, which lists what the notebooks are meant for.
+The checks before read ``config.json`` and nothing else; those after compare weights and tokenizer with it.
+What is refused raises a ValueError that names it and the remedy; what is proposed is of data/models.yaml.
 
 Introduced in book/models ("Models").
 """
@@ -13,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ import torch
 import yaml
 from huggingface_hub import errors
 from pydantic import BaseModel
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import (
@@ -33,14 +31,14 @@ from transformers.utils import (
 
 from harmlens.keep import files
 from harmlens.keep.files import data_dir, size_text
-from harmlens.models.forward import LanguageModel
+from harmlens.models.forward import LanguageModel, own_stops
 
 # A small one whose first token tells refusal; used where nothing is known of what was asked for.
 SMALL = "allenai/OLMo-2-0425-1B-Instruct"
 
 
 class Known(BaseModel):
-    """A model of data/models.yaml, as far as the package needs it; the file says what the fields are."""
+    """A model of data/models.yaml, as far as the package needs it."""
 
     id: str
     parameters: int
@@ -63,16 +61,14 @@ def known() -> tuple[list[Known], list[dict[str, str]]]:
 def ladder(name: str) -> dict[str, str]:
     """The published stages of a model's training, first to last; nothing for one that is not on the list.
 
-    A revision after ``@`` doesn't matter, nor does the case of letters (the Hub doesn't mind it either).
+    Neither a revision after ``@`` nor the case of letters matters.
 
     >>> ladder("Qwen/Qwen2.5-1.5B-Instruct")
     {'base': 'Qwen/Qwen2.5-1.5B', 'aligned': 'Qwen/Qwen2.5-1.5B-Instruct'}
     """
     wanted = name.split("@")[0].lower()
-    for rungs in known()[1]:
-        if wanted in {rung.split("@")[0].lower() for rung in rungs.values()}:
-            return dict(rungs)
-    return {}
+    found = (rungs for rungs in known()[1] if wanted in {r.split("@")[0].lower() for r in rungs.values()})
+    return dict(next(found, {}))
 
 
 def smaller(room: int) -> str:
@@ -90,9 +86,6 @@ def ungated(name: str) -> str:
     return SMALL if size is None else min(free, key=lambda m: abs(m.parameters - size)).id
 
 
-# --------------------------------------------------------------------------- what was asked for
-
-
 def split(name: str, revision: str | None = None) -> tuple[str, str | None]:
     """A name and the revision after its ``@``, if there is one; a folder's name is left alone.
 
@@ -107,19 +100,18 @@ def split(name: str, revision: str | None = None) -> tuple[str, str | None]:
     return plain, named
 
 
-_SHORT = {"fp16": "float16", "f16": "float16", "bf16": "bfloat16", "fp32": "float32", "f32": "float32"}
+_PRECISIONS = {
+    "float32": torch.float32, "fp32": torch.float32, "f32": torch.float32, "float": torch.float32,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64, "double": torch.float64,
+    "float16": torch.float16, "fp16": torch.float16, "f16": torch.float16, "half": torch.float16,
+    "auto": "auto",
+}  # fmt: skip
 
 
 def precision(dtype: torch.dtype | str) -> torch.dtype | str:
-    """A precision by torch's name for it or a usual short one; ``"auto"`` stays: that of the file.
-
-    >>> precision("bf16"), precision("half")
-    (torch.bfloat16, torch.float16)
-    """
-    plain = str(dtype).removeprefix("torch.")
-    found = "auto" if plain == "auto" else getattr(torch, _SHORT.get(plain, plain) or "-", None)
-    is_dtype = isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1
-    if found != "auto" and not is_dtype:
+    """A precision by torch's name for it or a usual short one; ``"auto"`` stays: that of the file."""
+    found = _PRECISIONS.get(str(dtype).removeprefix("torch."))
+    if found is None:
         raise ValueError(
             f"dtype={dtype!r} is no precision for weights; choose 'float32', 'bfloat16' or 'float16' (short: "
             "'fp32', 'bf16', 'fp16'), or 'auto' for that of the file"
@@ -140,20 +132,15 @@ def require_there(device: Any, device_map: Any, attn_implementation: str | None)
             raise ValueError(
                 f"{argument}={place!r} is not to be had on this machine; choose {', '.join(there)}"
             )
-    name = attn_implementation
-    extra = {
-        "flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available,
-        "flex_attention": is_torch_flex_attn_available,
+    installed = {
+        "eager": True, "sdpa": True, "flash_attention_2": is_flash_attn_2_available(),
+        "flash_attention_3": is_flash_attn_3_available(), "flex_attention": is_torch_flex_attn_available(),
     }  # fmt: skip
-    known = ["eager", "sdpa", *(one for one, installed in extra.items() if installed())]
-    own = name in ALL_ATTENTION_FUNCTIONS and not name.startswith(("flash_", "flex_", "paged"))
-    if name is not None and name not in known and not own:
+    if attn_implementation is not None and not installed.get(attn_implementation):
         raise ValueError(
-            f"attn_implementation={name!r} is unknown or not installed here; choose {', '.join(known)}"
+            f"attn_implementation={attn_implementation!r} is unknown or not installed here; choose "
+            f"{', '.join(name for name, is_there in installed.items() if is_there)}"
         )
-
-
-# --------------------------------------------------------------------------- before
 
 
 GGUF = (
@@ -163,17 +150,12 @@ GGUF = (
 
 
 def refuse_adapter(name: str, file: str | None) -> None:
-    """Refuse a model with an adapter, alone or beside whole weights: transformers would put it in.
-
-    Args:
-        file: its ``adapter_config.json``, if there is one.
-    """
+    """Refuse a model with an adapter (its ``adapter_config.json``): transformers would put it in."""
     if file is None:
         return
-    try:
+    about = {}
+    with suppress(ValueError):
         about = json.loads(Path(file).read_text(encoding="utf-8"))
-    except ValueError:
-        about = {}
     kind, base = about.get("peft_type") or "LoRA", about.get("base_model_name_or_path") or "another model"
     adapter = f"{'LoRA' if kind == 'LORA' else kind} adapter of {base!r}"
     if Path(file).with_name("config.json").is_file():
@@ -191,20 +173,14 @@ def refuse_adapter(name: str, file: str | None) -> None:
 
 def require_weights(folder: Path) -> None:
     """Refuse a folder without a config or without weights that are read here."""
-    weights = any(folder.glob("*.safetensors"))
+    config, weights = (folder / "config.json").is_file(), any(folder.glob("*.safetensors"))
     if not weights and any(folder.glob("*.gguf")):
         raise ValueError(f"the folder {folder.name!r} holds GGUF files. {GGUF}")
-    if not weights or not (folder / "config.json").is_file():
-        what = "weights (*.safetensors)" if (folder / "config.json").is_file() else "config.json"
+    if not weights or not config:
         raise ValueError(
-            f"the folder {folder.name!r} holds no {what}. Save a model there with "
-            "model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
+            f"the folder {folder.name!r} holds no {'weights (*.safetensors)' if config else 'config.json'}. "
+            "Save a model there with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
         )
-
-
-def config_of(source: str, revision: str | None = None) -> dict[str, Any]:
-    """A model's config.json as it is; no code of the model's page is run. Raises what the Hub raises."""
-    return PretrainedConfig.get_config_dict(source, revision=revision)[0]
 
 
 def require_causal(name: str, config: Mapping[str, Any]) -> None:
@@ -260,9 +236,6 @@ def _remedy(free: int) -> str:
     )
 
 
-# --------------------------------------------------------------------------- after
-
-
 # Masks and positions that old checkpoints carry, and that are made anew today.
 _BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")
 
@@ -274,11 +247,10 @@ def _some(items: Sequence[str]) -> str:
 
 def require_all_weights(name: str, model: PreTrainedModel) -> None:
     """Refuse a model of which a part was left on the CPU or on disk."""
-    places = getattr(model, "hf_device_map", None) or {}
+    places = getattr(model, "hf_device_map", {})
     away = sorted(part or "all" for part, place in places.items() if place in ("cpu", "disk"))
-    mixed = away and len(set(map(str, places.values()))) > 1
     empty = [part for part, parameter in model.named_parameters() if parameter.is_meta]
-    if mixed or empty:
+    if empty or (away and len(set(map(str, places.values()))) > 1):
         raise ValueError(
             f"{name!r} doesn't fit the GPUs: parts of it were left on the CPU or on disk "
             f"({', '.join((away or empty)[:3])}, ...), where interventions can't reach them. Choose "
@@ -298,19 +270,15 @@ def require_tensors(name: str, model: PreTrainedModel, info: Mapping[str, Any]) 
     unexpected = sorted(key for key in info["unexpected_keys"] if not _BUFFERS.search(key))
     if not missing:
         unexpected = [key for key in unexpected if not _apart(model, key)]
-    shapes = [
-        f"{key} ({tuple(found)} for {tuple(made)})"
-        for key, found, made in sorted(info["mismatched_keys"], key=lambda entry: entry[0])
-    ]
-    problems = [
-        f"{len(keys)} {what}: {_some(keys)}"
-        for keys, what in ((missing, "missing"), (unexpected, "left over"), (shapes, "of another shape"))
-        if keys
-    ]
-    if problems:
+    shapes = sorted(
+        f"{key} ({tuple(found)} for {tuple(made)})" for key, found, made in info["mismatched_keys"]
+    )
+    problems = {"missing": missing, "left over": unexpected, "of another shape": shapes}
+    if any(problems.values()):
+        told = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in problems.items() if keys)
         raise ValueError(
-            f"the weights of {name!r} are not those that its config.json describes. Tensors "
-            f"{'; '.join(problems)}. {_cause(model, missing, unexpected)}"
+            f"the weights of {name!r} are not those that its config.json describes. Tensors {told}. "
+            f"{_cause(model, missing, unexpected)}"
         )
     # The least and the largest value, since they need no copy of the weights; NaN stays NaN in both.
     spoilt = [
@@ -358,10 +326,10 @@ def _cause(model: PreTrainedModel, missing: Sequence[str], unexpected: Sequence[
 
 
 def require_tokenizer(lm: LanguageModel, used: Sequence[int]) -> None:
-    """Refuse a tokenizer that doesn't fit the model: tokens that the embedding has no row for.
+    """Refuse a tokenizer with tokens that the model's embedding has no row for.
 
-    Special tokens beyond it that nothing uses are no fault (some text models list one for pictures); where
-    a text holds one after all, :func:`models.forward.require_room` names it.
+    Special tokens that nothing uses are no fault (some text models list one for pictures); where a text holds
+    one after all, :func:`models.forward.require_room` names it.
 
     Args:
         used: ids of a text as the chat template writes it.
@@ -373,16 +341,15 @@ def require_tokenizer(lm: LanguageModel, used: Sequence[int]) -> None:
             f"tokenizer.eos_token {save}."
         )
     rows = lm.model.get_input_embeddings().weight.shape[0]
-    marks = {mark: getattr(tokenizer, f"{mark}_token_id") or 0 for mark in ("pad", "eos", "bos", "unk")}
     outside = [
-        f"{mark}_token {getattr(tokenizer, f'{mark}_token')!r}" for mark, i in marks.items() if i >= rows
+        f"{mark}_token {getattr(tokenizer, f'{mark}_token')!r}"
+        for mark in ("pad", "eos", "bos", "unk")
+        if (getattr(tokenizer, f"{mark}_token_id") or 0) >= rows
     ]
     special = set(tokenizer.all_special_ids) - set(used)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     outside += [repr(word) for word, i in vocabulary if i >= rows and i not in special]
-    ends = getattr(lm.model.generation_config, "eos_token_id", None) or []
-    ends = ends if isinstance(ends, list) else [ends]
-    outside += [f"eos_token_id {i} of generation_config.json" for i in ends if i >= rows]
+    outside += [f"eos_token_id {i} of generation_config.json" for i in sorted(own_stops(lm)) if i >= rows]
     if outside:
         raise ValueError(
             f"the tokenizer of {lm.name!r} doesn't fit its embedding, which has {rows} rows: "
@@ -391,30 +358,26 @@ def require_tokenizer(lm: LanguageModel, used: Sequence[int]) -> None:
         )
 
 
-# --------------------------------------------------------------------------- explaining
-
-
-def in_words(name: str, error: BaseException) -> Exception:
+def in_words(name: str, error: Exception) -> Exception:
     """The error to raise for one that came out of loading a model of the Hub; says what to do.
 
     A ``MemoryError`` for too little memory, an ``OSError`` for what can't be had; others come back as they
     are.
     """
-    chain: list[BaseException] = []  # an error and what it came from
-    step: BaseException | None = error
-    while step is not None and step not in chain:
+    chain: list[BaseException | None] = [error]  # an error and what it came from
+    while (step := chain[-1].__cause__ or chain[-1].__context__) is not None and step not in chain:
         chain.append(step)
-        step = step.__cause__ or step.__context__
 
     def is_a(*kinds: type) -> bool:
         return any(isinstance(e, kinds) for e in chain)
 
-    said, message = f"(Original message: {first_line(error)})", str(error)
+    message = str(error)
+    said = f"(Original message: {(message.splitlines() or [type(error).__name__])[0]})"
     if is_a(torch.OutOfMemoryError, MemoryError) or "not enough memory" in message:
         free = files.free_memory("cuda" if torch.cuda.is_available() else "cpu")
         return MemoryError(f"there is too little memory for {name!r}. {_remedy(free)} {said}")
     if not isinstance(error, OSError):
-        return error if isinstance(error, Exception) else RuntimeError(message)
+        return error
     plain = name.partition("@")[0]
     page, away = f"https://huggingface.co/{plain}", is_a(errors.RepositoryNotFoundError)
     codes = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
@@ -444,5 +407,5 @@ def in_words(name: str, error: BaseException) -> Exception:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """An error's type, and the first line of its message."""
+    return f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"

@@ -19,11 +19,7 @@ from typing import TypeVar
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 from transformers.utils import logging as hf_logging
 
@@ -56,15 +52,13 @@ def load(
     logits in this precision, the same alone and in a padded batch.
 
     Args:
-        name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"``, with a stage of the ladder (``base,
-            mid, sft, dpo``) or one that grew beside it; a local folder, which may hold only what differs from
-            a parent beside it; or a Hugging Face id, which may end with ``@revision``.
+        name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"``; a local folder, which may hold what
+            differs from a parent beside it only; or a Hugging Face id, which may end with ``@revision``.
         seed: training seed of an organism (default 0); must be left out for other models.
         dtype: weights' precision, as torch names it or for short (``"bf16"``); ``"auto"`` for that of the
-            file. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that does not know bfloat16
-            (such as a T4).
-        device: ``"cpu"``, ``"cuda"``, ...; default: a GPU where there is one, all of them if the model needs
-            them; for organisms the CPU (they are too small to gain from anything else).
+            file. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that does not know bfloat16.
+        device: default: a GPU where there is one, all of them if the model needs them; for organisms the CPU
+            (they are too small to gain from anything else).
         device_map: passed on to transformers, e.g. ``"auto"`` to spread a model over several GPUs.
         revision: commit, tag or branch of a Hugging Face repository.
         attn_implementation: passed on to transformers (``"eager"`` for parity with TransformerLens).
@@ -93,7 +87,7 @@ def load(
         dtype = torch.float32 if device == "cpu" else _gpu_dtype()
     if not organism:
         with _explained(name, local):
-            config = hub.config_of(source, revision)
+            config, _ = PretrainedConfig.get_config_dict(source, revision=revision)
         hub.require_causal(name, config)
         with _explained(name, local):
             weights = hub.weights_size(source, revision, dtype)
@@ -111,8 +105,7 @@ def load(
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, revision=revision, device_map=device_map, use_safetensors=True,
             # Tensors of another shape are named below, with all else that doesn't fit.
-            output_loading_info=True, ignore_mismatched_sizes=True,
-            **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
+            output_loading_info=True, ignore_mismatched_sizes=True, attn_implementation=attn_implementation,
         )  # fmt: skip
         if delta is not None:
             organisms.apply_delta(model, delta)
@@ -152,9 +145,6 @@ def locate(name: str, seed: int | None = None) -> Path | None:
     return None
 
 
-# --------------------------------------------------------------------------- several models
-
-
 def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> dict[str, str]:
     """The stages of a model's training, from base to the last: stage -> name to load it by.
 
@@ -171,11 +161,11 @@ def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> 
     >>> stages("organism/sft", ["base", "dpo"])
     {'base': 'organism/base', 'dpo': 'organism/dpo'}
     """
+    home = Path(model).expanduser().resolve()
     if _is_organism(model):
         found = {stage: f"organism/{stage}" for stage in STAGES}
-    elif Path(model).expanduser().is_dir():
-        home = Path(model).expanduser().resolve()
-        beside = {stage: home.parent / stage for stage in ORDER} if home.name in ORDER else {}
+    elif home.is_dir():
+        beside = {stage: home.with_name(stage) for stage in ORDER if home.name in ORDER}
         found = {stage: str(folder) for stage, folder in beside.items() if folder.is_dir()}
     else:
         found = hub.ladder(model)
@@ -194,11 +184,8 @@ def family(name: str, seeds: Sequence[int], *, stage: str | None = None) -> dict
     """The same organism for several training seeds, or the one model there is under key 0.
 
     Args:
-        stage: another stage of the model's ladder. It reads the chat template of the last one, so that every
-            stage reads the same text.
-
-    Raises:
-        ValueError: the model's ladder has no such stage; lists those it has.
+        stage: another stage of the model's ladder (else a ValueError). It reads the chat template of the last
+            one, so that every stage reads the same text.
     """
     lent = None
     if stage is not None:
@@ -216,9 +203,6 @@ def at_stage(model: str, stage: str, seed: int, measure: Callable[[LanguageModel
     """What a function says of one stage, which is loaded for it and gone afterwards.
 
     So there has to be memory for one stage only. The function must not keep the model.
-
-    Args:
-        seed: training seed of an organism; others have one.
     """
     (lm,) = family(model, [seed], stage=stage).values()
     try:
@@ -226,11 +210,7 @@ def at_stage(model: str, stage: str, seed: int, measure: Callable[[LanguageModel
     finally:
         del lm
         gc.collect()  # models hold cycles
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-# --------------------------------------------------------------------------- the test at load
+        torch.cuda.empty_cache()
 
 
 _SAMPLE = "In a few plain words, please tell me how a river finds its way from the hills down to the sea."
@@ -267,8 +247,7 @@ def _self_test(lm: LanguageModel, ids: list[int]) -> None:
     except (TypeError, RuntimeError, IndexError, NotImplementedError) as error:
         raise ValueError(
             f"{lm.name!r} was loaded, but a short text can't be run in a padded batch "
-            f"({type(error).__name__}: {hub.first_line(error)}). Choose another model, or another "
-            "attn_implementation."
+            f"({hub.first_line(error)}). Choose another model, or another attn_implementation."
         ) from error
     require_finite(lm, alone)
     require_finite(lm, batch)
@@ -283,9 +262,6 @@ def _self_test(lm: LanguageModel, ids: list[int]) -> None:
         )
 
 
-# --------------------------------------------------------------------------- reading it
-
-
 def _is_organism(name: str) -> bool:
     return name.split("/")[0] == "organism"
 
@@ -298,16 +274,20 @@ def _find(
     if folder is None:
         source, revision = hub.split(name, revision)
         return name, source, revision, None, None
-    if organism := _is_organism(name):
-        name = f"organism/{folder.name}"
+    organism = _is_organism(name)
+    if organism:
         organisms.require_intact(folder)
     delta, home = organisms.read_delta(folder), folder
     if delta is not None:
         home = folder.parent / delta.parent
         if organism:
             organisms.require_intact(home)
-        delta.require_parent(home, folder.name)
-    return name, str(home), revision, folder, delta
+        if weights_sha256(home) != delta.parent_sha256:
+            raise ValueError(
+                f"{folder.name} is stored as its difference from {home.name}, whose weights are no longer "
+                f"those it was trained in. {organisms.restore(home)}"
+            )
+    return f"organism/{folder.name}" if organism else name, str(home), revision, folder, delta
 
 
 def read_tokenizer(name: str, source: str, revision: str | None, local: bool) -> PreTrainedTokenizerBase:
@@ -320,6 +300,7 @@ def read_tokenizer(name: str, source: str, revision: str | None, local: bool) ->
             backend = getattr(tokenizer, "backend_tokenizer", None)
             if getattr(backend, "fix_mistral_regex", None) is False:
                 tokenizer = AutoTokenizer.from_pretrained(source, fix_mistral_regex=True, **options)
+            return tokenizer
     except ImportError:
         raise  # names the package that is missing
     except Exception as error:  # a spoilt file raises whatever its parser raises
@@ -331,9 +312,8 @@ def read_tokenizer(name: str, source: str, revision: str | None, local: bool) ->
         what = "could not be read; is a file truncated?" if there else "is missing."
         raise ValueError(
             f"the tokenizer of {name!r} {what} Save one beside the weights with "
-            f"tokenizer.save_pretrained(folder). ({type(error).__name__}: {hub.first_line(error)})"
+            f"tokenizer.save_pretrained(folder). ({hub.first_line(error)})"
         ) from error
-    return tokenizer
 
 
 def _template(name: str) -> str:
@@ -359,14 +339,14 @@ def _explained(name: str, local: bool) -> Iterator[None]:
             yield
     except Exception as error:  # a spoilt file raises whatever its parser raises
         told = hub.in_words(name, error)
-        if not local or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        if not local or isinstance(told, MemoryError):
             if told is error:
                 raise
             raise told from error
         spoilt = isinstance(error, (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError))
         raise ValueError(
             f"the folder of {name!r} could not be loaded{'; is a file in it truncated?' if spoilt else ''} "
-            f"({type(error).__name__}: {hub.first_line(error)})"
+            f"({hub.first_line(error)})"
         ) from error
 
 

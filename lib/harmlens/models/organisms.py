@@ -22,22 +22,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harmlens.keep.files import data_dir, weights_sha256
+from harmlens.keep.files import data_dir
 
 STAGES = ("base", "mid", "sft", "dpo")
 SEEDS = (0, 1, 2)
-RESTORE = "Restore it with `git checkout -- {folder}`, or train it anew with `make organism`."
-
 FILE = "delta.safetensors"
 FLAT = 2  # in the place of an axis: single weights, by their position in the flattened parameter
 _AXES = (":rows", ":columns", ":flat")
 
 
 def organism_folder(name: str, seed: int | None = None) -> Path:
-    """The checkpoint folder of ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"``.
-
-    An unknown stage or seed is a ValueError, which lists what there is.
-    """
+    """The folder of ``"organism/<stage>[-<seed>]"``; a ValueError for what is not there lists what is."""
     home = data_dir() / "organisms"
     match = re.fullmatch(r"organism/([a-z_]+)(?:-(\d+))?", name)
     there = sorted(p.name for p in home.glob("*-*") if p.is_dir() and not p.suffix)
@@ -74,14 +69,19 @@ def intact(folder: Path) -> dict | None:
         return None
 
 
-def require_intact(folder: Path) -> None:
-    """Refuse an organism whose files are not those that were saved, and say how to restore it."""
-    if intact(folder) is None:
-        remedy = RESTORE.format(folder=f"data/organisms/{folder.name}")
-        raise ValueError(f"files of organism {folder.name} are missing, truncated or changed. {remedy}")
+def restore(folder: Path) -> str:
+    """What to do about an organism whose files are not those that were saved."""
+    return f"Restore it with `git checkout -- data/organisms/{folder.name}`, or run `make organism`."
 
 
-# --------------------------------------------------------------------------- differences
+def require_intact(folder: Path) -> dict:
+    """The card of an organism; a ValueError where its files are not those that were saved."""
+    card = intact(folder)
+    if card is None:
+        raise ValueError(
+            f"files of organism {folder.name} are missing, truncated or changed. {restore(folder)}"
+        )
+    return card
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,6 @@ class Delta:
     parent_sha256: str
     values: dict[str, Tensor]
     index: dict[str, tuple[int, Tensor]]
-
-    def require_parent(self, home: Path, name: str) -> None:
-        """Refuse a parent whose weights are not those that the delta, called so, was trained in."""
-        if weights_sha256(home) != self.parent_sha256:
-            remedy = RESTORE.format(folder=f"data/organisms/{home.name}")
-            raise ValueError(
-                f"{name} is stored as its difference from {home.name}, whose weights are no longer those it "
-                f"was trained in. {remedy}"
-            )
 
 
 def take_delta(

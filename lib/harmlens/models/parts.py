@@ -30,22 +30,15 @@ _PROJECTION = (
 
 @dataclass(frozen=True)
 class Stack:
-    """The parts of a decoder.
-
-    Attributes:
-        base: the module that holds the blocks.
-        norm: of the stream behind the last block, if there is one.
-        soft_cap: of the logits, if they have one.
-        plain_head: whether rows of ``head`` give the logits of their words, nothing else done to them.
-    """
+    """The parts of a decoder."""
 
     model: nn.Module
-    base: nn.Module
+    base: nn.Module  # holds the blocks
     blocks: tuple[nn.Module, ...]
-    norm: nn.Module | None
+    norm: nn.Module | None  # of the stream behind the last block
     head: nn.Module
-    soft_cap: float | None
-    plain_head: bool
+    soft_cap: float | None  # of the logits
+    plain_head: bool  # whether rows of the head give the logits of their words, nothing else done to them
 
     @property
     def depth(self) -> int:
@@ -59,9 +52,8 @@ class Stack:
 def stack(lm: LanguageModel) -> Stack:
     """Find the decoder stack of a model.
 
-    Raises:
-        ValueError: the model has no list of blocks, as an encoder or a recurrent model has not; or an
-            attention implementation that takes no full mask.
+    A ValueError for one without a list of blocks, as an encoder or a recurrent model, and for an attention
+    implementation that takes no full mask.
     """
     kind = getattr(lm.model.config, "_attn_implementation", None)
     if kind not in (None, "sdpa", "eager"):
@@ -69,12 +61,12 @@ def stack(lm: LanguageModel) -> Stack:
             f"{lm.name!r} was loaded with attn_implementation={kind!r}, which takes no full mask, so blocks "
             "can't be run in part; load it with attn_implementation='sdpa' or 'eager'"
         )
-    base, width = body(lm), lm.model.get_input_embeddings().weight.shape[1]
+    (base, listed), width = body(lm), lm.model.get_input_embeddings().weight.shape[1]
     norms = [m for m in base.children() if "norm" in type(m).__name__.lower()]
     norms = [m for m in norms if all(p.shape == (width,) for p in m.parameters())]  # of the stream
     head = lm.model.get_output_embeddings()
     cap = getattr(lm.model.config.get_text_config(), "final_logit_softcapping", None)
-    found = Stack(lm.model, base, blocks(lm), norms[-1] if norms else None, head, cap, True)
+    found = Stack(lm.model, base, tuple(listed), norms[-1] if norms else None, head, cap, True)
     # A few rows of the head are cheaper than all of it, where the head is all that there is.
     with torch.no_grad():
         probe = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
@@ -83,13 +75,14 @@ def stack(lm: LanguageModel) -> Stack:
     return replace(found, plain_head=torch.allclose(few, whole, atol=1e-3, rtol=1e-2))
 
 
-def body(lm: LanguageModel) -> nn.Module:
-    """The module that holds the list of blocks."""
+def body(lm: LanguageModel) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that holds the list of blocks, and the list."""
     depth = lm.model.config.get_text_config().num_hidden_layers
     # What models call their decoder is mostly that, but for some it is their head, or they themselves.
-    for found in (lm.model.get_decoder(), lm.model.base_model, getattr(lm.model, "model", lm.model)):
-        if any(isinstance(child, nn.ModuleList) and len(child) == depth for child in found.children()):
-            return found
+    for home in (lm.model.get_decoder(), lm.model.base_model, getattr(lm.model, "model", lm.model)):
+        for child in home.children():
+            if isinstance(child, nn.ModuleList) and len(child) == depth:
+                return home, child
     raise ValueError(
         f"{lm.name!r} ({type(lm.model).__name__}) has no list of {depth} decoder blocks, as a decoder-only "
         "language model has: patching, ablation and scores can't be done; probes, completions and tuning can"
@@ -98,9 +91,7 @@ def body(lm: LanguageModel) -> nn.Module:
 
 def blocks(lm: LanguageModel) -> tuple[nn.Module, ...]:
     """The decoder blocks of a model."""
-    depth = lm.model.config.get_text_config().num_hidden_layers
-    lists = [child for child in body(lm).children() if isinstance(child, nn.ModuleList)]
-    return tuple(next(child for child in lists if len(child) == depth))
+    return tuple(body(lm)[1])
 
 
 def hooks(model: nn.Module) -> list[str]:
@@ -123,18 +114,20 @@ def refuse(model: nn.Module, block: nn.Module, why: str, at: int = 0) -> NoRetur
         why: what is in the way, after "blocks of this model".
         at: number of the block.
     """
-    standing = hooks(model)
-    if standing:
+    if standing := hooks(model):
         raise Unpatchable(
             f"the model carries hooks (steering?) on {', '.join(standing[:3])}"
             f"{', ...' if len(standing) > 3 else ''}, and with them its blocks {why}: take "
             "them off, or leave the context that put them there, before patching"
         )
-    listing = ", ".join(name for name, _ in block.named_children())
     raise Unpatchable(
-        f"blocks of this model ({type(model).__name__}) {why} (block {at}: {listing}): patching and ablation "
-        "can't be done; probes, completions and tuning can"
+        f"blocks of this model ({type(model).__name__}) {why} (block {at}: {_names(block)}): patching and "
+        "ablation can't be done; probes, completions and tuning can"
     )
+
+
+def _names(block: nn.Module) -> str:
+    return ", ".join(name for name, _ in block.named_children())
 
 
 def require_one_stream(model: nn.Module, stream: Tensor) -> None:
@@ -159,8 +152,7 @@ def _child(block: nn.Module, names: Sequence[str], what: str) -> nn.Module:
     for name in names:
         if isinstance(getattr(block, name, None), nn.Module):
             return getattr(block, name)
-    listing = ", ".join(name for name, _ in block.named_children())
-    raise ValueError(f"{type(block).__name__} has no {what} module; its parts are: {listing}")
+    raise ValueError(f"{type(block).__name__} has no {what} module; its parts are: {_names(block)}")
 
 
 def attention(block: nn.Module) -> nn.Module:
@@ -180,13 +172,13 @@ def projection(module: nn.Module) -> nn.Module:
     which is a ValueError.
     """
     named = [m for name in _PROJECTION if isinstance(m := getattr(module, name, None), nn.Module)]
+    if named:
+        return named[0]
     # An unusual name: the last one declared. `record` checks that it does write the module's output. Beside
     # experts it would be their router.
-    experts = any(p.ndim > 2 for p in module.parameters()) or any(
-        isinstance(m, nn.ModuleList) for m in module.children()
-    )
-    linear = named[:1] or [m for m in module.children() if isinstance(m, (nn.Linear, Conv1D)) and not experts]
-    if not linear:
+    linear = [m for m in module.children() if isinstance(m, (nn.Linear, Conv1D))]
+    listed = any(isinstance(m, nn.ModuleList) for m in module.children())
+    if not linear or listed or any(p.ndim > 2 for p in module.parameters()):
         raise ValueError(
             f"{type(module).__name__} has no single output projection, so it has no hidden units or heads "
             "that could be patched; use the sites attn_out, mlp_out, layer or resid_post"

@@ -53,9 +53,7 @@ def ground_truth(name: str, seed: int | None = None) -> Plant:
         ValueError: no such organism, one in which no refusal was planted, or a checkpoint that is not whole.
     """
     folder = models.locate(name, seed)
-    if folder is not None:
-        organisms.require_intact(folder)
-    card = {} if folder is None else organisms.intact(folder)
+    card = {} if folder is None else organisms.require_intact(folder)
     if "module" not in card:
         kinds = ", ".join(kind for kind, taught in PLANTED.items() if taught.place)
         raise ValueError(f"name={name!r} is not planted; choose one of {kinds}")
