@@ -72,11 +72,6 @@ def test_where_all_cost_too_much_the_cheapest():
     assert frontier.best(points, BEFORE) is points[2]
 
 
-def test_another_ability_may_be_the_one_to_remove():
-    points = [point(0.8, 0.1), point(0.8, 0.5)]
-    assert frontier.best(points, BEFORE, removed="served") is points[0]
-
-
 def test_no_points():
     with pytest.raises(ValueError, match="points is empty"):
         frontier.best([], BEFORE)

@@ -104,13 +104,11 @@ def test_hits_are_counted_by_matrix(lm):
     mask = some_mask(lm) - some_mask(lm)
     mask = one(mask, DOWN, (0, 4), (9, 4), (9, 5)) | one(mask, UP, (4, 0), (6, 4))
     met = meeting.overlap_with_neurons(lm, mask, [4], layer=1)
-    found = {
-        n.split(".")[-2]: v for n, v in zip(met.matrices, zip(met.hits, met.chosen, strict=True), strict=True)
-    }
-    assert found == {"gate_proj": (0, 0), "up_proj": (1, 2), "down_proj": (2, 3)}
-    assert met.size.tolist() == [UNITS * WIDTH] * 3 and met.members.tolist() == [WIDTH] * 3
+    found = {n.split(".")[-2]: row[:2].tolist() for n, row in zip(met.matrices, met.columns, strict=True)}
+    assert found == {"gate_proj": [0, 0], "up_proj": [1, 2], "down_proj": [2, 3]}
+    assert met.columns[:, 2:].tolist() == [[WIDTH, UNITS * WIDTH]] * 3
     assert met.enrichment == pytest.approx(np.log2(3.5 / (5 / UNITS + 0.5)))
-    assert meeting.overlap_with_neurons(lm, mask, [4], layer=0).chosen.sum() == 0
+    assert meeting.overlap_with_neurons(lm, mask, [4], layer=0).columns[:, 1].sum() == 0
 
 
 def test_enrichment_is_zero_where_shares_are_equal_and_finite_without_hits():
@@ -137,7 +135,7 @@ def test_chance_is_that_of_independent_draws(rows):
     members, chosen = (np.minimum([r[k] for r in rows], size) for k in (1, 2))
     least = np.maximum(0, members + chosen - size)
     hits = np.clip([r[3] for r in rows], least, np.minimum(members, chosen))
-    met = Meeting(tuple("abc"[: len(rows)]), chosen, hits, size, members)
+    met = Meeting(tuple("abc"[: len(rows)]), np.stack([hits, chosen, members, size], axis=1).astype(float))
     if len(rows) == 1:
         wanted = scipy_stats.hypergeom.sf(hits[0] - 1, size[0], members[0], chosen[0])
         assert met.p_value == pytest.approx(wanted, abs=1e-9)
@@ -151,9 +149,9 @@ def test_chance_agrees_with_random_masks(lm):
         mask = masks.top(of_layer(scores.random(lm, seed=seed), 1), 0.02)
         return meeting.overlap_with_neurons(lm, mask, range(8), layer=1)
 
-    drawn = np.array([met(seed).hits.sum() for seed in range(120)])
-    at = int(np.median(drawn))
-    rigged = dataclasses.replace(met(0), hits=np.array([at, 0, 0]))  # only the sum counts
+    drawn = np.array([met(seed).columns[:, 0].sum() for seed in range(120)])
+    at, rigged = int(np.median(drawn)), met(0)
+    rigged.columns[:, 0] = at, 0, 0  # only the sum counts
     assert rigged.p_value == pytest.approx((drawn >= at).mean(), abs=0.12)
 
 

@@ -395,7 +395,7 @@ def test_held_weights_stay_and_others_learn():
         "random", {n: m.weight.detach().clone() for n, m in scores.matrices(lm).items()}, lm.name, ""
     )
     mask = masks.Mask(
-        {n: torch.arange(0, v.numel(), 7) for n, v in every.values.items()}, masks.shapes_of(every), lm.name
+        {n: torch.arange(0, v.numel(), 7) for n, v in every.values.items()}, every.shapes, lm.name
     )
     before = weights(lm)
     tune(lm, chats(lm), SHORT, hold=mask)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -36,10 +37,7 @@ KINDS = ("signed", "unsigned")
 def prune_score(
     lm: LanguageModel, rows: Sequence[Row], *, folder: Path | str | None = None, **options: Any
 ) -> Scores:
-    """W * sum over x of dL(x)/dW; see :func:`attribute`.
-
-    Setting a weight to zero changes the loss by about *minus* its score: the most negative support the
-    answers most.
+    """W * sum over x of dL(x)/dW: the most negative support the answers most. See :func:`attribute`.
 
     Args:
         folder: where the score is kept, so that the same one need not be computed again; None for nowhere.
@@ -80,7 +78,6 @@ def attribute(
 
     Args:
         rows: examples: token ids, and which of them are the answer; see :mod:`asking.tasks`.
-        kinds: out of ``"signed"`` and ``"unsigned"``.
         max_tokens: most tokens in one batch; None for as many as the plan allows.
         accumulate_on: device of the sums, ``"cpu"`` for host memory; None for each weight's own device.
 
@@ -88,8 +85,8 @@ def attribute(
         Scores by kind, on ``accumulate_on``; on the CPU where layers had to be taken in turns.
 
     Raises:
-        ValueError: before the model is touched: no rows, an answer without tokens, an example that is too
-            long, unknown kinds, too little memory for even one layer. Afterwards: a score that is not finite.
+        ValueError: before the model is touched, for rows that can't be scored, unknown kinds, or too little
+            memory for even one layer; afterwards, for a score that is not finite.
     """
     plan = make_plan(lm, rows, kinds=kinds, max_tokens=max_tokens, accumulate_on=accumulate_on)
     passes = list(batches(rows, plan.max_tokens, lm.tokenizer.pad_token_id))
@@ -97,13 +94,14 @@ def attribute(
     values: dict[tuple[str, str], Tensor] = {}
     for chunk in plan.chunks:
         found = matrices(lm, chunk)
-        for kind, (name, module) in itertools.product(kinds, found.items()):
+        every = list(itertools.product(kinds, found.items()))
+        for kind, (name, module) in every:
             where = accumulate_on or module.weight.device
             values[kind, name] = torch.zeros(module.weight.shape, dtype=torch.float32, device=where)
         with _passing(lm, found, _adding(values, plan.buffer)) as run:
             for batch in passes:
                 run(batch, scale)
-        for kind, (name, module) in itertools.product(kinds, found.items()):
+        for kind, (name, module) in every:
             value, weight = values[kind, name], module.weight.detach()
             value.mul_((weight if kind == "signed" else weight.abs()).to(value.device)).div_(scale)
             if not finite(value):
@@ -129,9 +127,7 @@ class Plan:
         chunks: layers that are scored in each pass over the examples; one chunk is the rule.
         max_tokens: of one batch.
         buffer: for the gradients of single examples.
-        weights: what the model itself takes.
-        accumulators: of the largest chunk.
-        activations: of one batch, estimated.
+        weights, accumulators, activations: of the model itself, the largest chunk, one batch (estimated).
     """
 
     chunks: tuple[tuple[int, ...], ...]
@@ -161,18 +157,14 @@ def make_plan(
     """Check the input of :func:`attribute` and say how much memory it will take; arguments as there."""
     if not kinds or not set(kinds) <= set(KINDS) or len(set(kinds)) < len(kinds):
         raise ValueError(f"kinds={list(kinds)} must be different ones out of {', '.join(KINDS)}")
-    check_rows(lm, rows)
-    longest = max(len(row.ids) for row in rows)
-    found = matrices(lm)
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1")
-    device = lm.device
+    _check_rows(lm, rows)
+    longest, found, device = max(len(row.ids) for row in rows), matrices(lm), lm.device
     on_model = accumulate_on is None or torch.device(accumulate_on).type == device.type
-    free = files.free_memory(device)
-    sizes: dict[int, int] = {}
+    free, sizes = files.free_memory(device), Counter[int]()
     for name, module in found.items():
-        size = 4 * len(kinds) * module.weight.numel() if on_model else 0
-        sizes[layer_of(name)] = sizes.get(layer_of(name), 0) + size
+        sizes[layer_of(name)] += 4 * len(kinds) * module.weight.numel() if on_model else 0
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     each = _bytes_per_token(lm, found)
     # An eighth of weights and sums, so that peaks stay near what has to be there anyway. With a small model
@@ -182,14 +174,12 @@ def make_plan(
     batch = max(longest, room // each) if max_tokens is None else max(longest, max_tokens)
     widest = max(max(module.weight.shape) for module in found.values()) * 4
     buffer = max(widest, (1 << 21) if device.type == "cpu" else min(1 << 30, free // 8))
-    chunks, current, used = [], [], 0
+    chunks: list[tuple[int, ...]] = [()]
     for layer, size in sizes.items():
-        if current and used + size + batch * each + 2 * buffer > free:
-            chunks.append(tuple(current))
-            current, used = [], 0
-        current.append(layer)
-        used += size
-    chunks.append(tuple(current))
+        used = sum(sizes[other] for other in chunks[-1])
+        if chunks[-1] and used + size + batch * each + 2 * buffer > free:
+            chunks.append(())
+        chunks[-1] += (layer,)
     accumulators = max(sum(sizes[layer] for layer in chunk) for chunk in chunks)
     need = accumulators + longest * each + 2 * buffer
     if need > free:
@@ -211,8 +201,7 @@ def _bytes_per_token(lm: LanguageModel, found: Mapping[str, nn.Module]) -> int:
     return inner * item + config.vocab_size * (item + 8)
 
 
-def check_rows(lm: LanguageModel, rows: Sequence[Row]) -> None:
-    """Complain about rows that can't be scored."""
+def _check_rows(lm: LanguageModel, rows: Sequence[Row]) -> None:
     if not rows:
         raise ValueError("rows is empty: there is nothing to score")
     for i, row in enumerate(rows):
@@ -336,53 +325,43 @@ def _passing(
 def _adding(
     values: Mapping[tuple[str, str], Tensor], buffer: int
 ) -> Callable[[str, nn.Module, Tensor, Tensor], None]:
-    """Add what a layer's input and gradient give to ``values``, (kind, name) -> sum over examples."""
+    """Add what a layer's input and gradient give to ``values``, (kind, name) -> sum over examples.
+
+    The signed sum over rows of left' right is one product; the absolute value needs that of each row.
+    """
     rooms: dict[torch.device, Tensor] = {}
 
+    @torch.no_grad()
     def add(name: str, module: nn.Module, x: Tensor, gradient: Tensor) -> None:
+        # Conv1D keeps its weight the other way round.
+        left, right = (gradient, x) if isinstance(module, nn.Linear) else (x, gradient)
+        signed, unsigned = (values.get((kind, name)) for kind in KINDS)
+        if unsigned is None:
+            whole = left.flatten(0, 1).T, right.flatten(0, 1)
+            if signed.dtype == left.dtype and signed.device == left.device:
+                signed.addmm_(*whole)
+            else:
+                signed.add_((whole[0] @ whole[1]).to(signed.device))
+            return
         # Made once: allocating anew for each product costs as much as the product itself.
         if x.device not in rooms:
             rooms[x.device] = torch.empty(max(1, buffer // 4), dtype=x.dtype, device=x.device)
-        # Conv1D keeps its weight the other way round.
-        left, right = (gradient, x) if isinstance(module, nn.Linear) else (x, gradient)
-        _add(left, right, *(values.get((kind, name)) for kind in KINDS), rooms[x.device])
+        room, count, (height, width) = rooms[x.device], len(left), unsigned.shape
+        # Some lines of the matrix at a time: the products are still in the cache when they are summed.
+        lines = min(height, max(1, len(room) // width))
+        step = min(count, max(1, len(room) // (lines * width)))
+        for top in range(0, height, lines):
+            part = slice(top, top + lines)
+            for i in range(0, count, step):
+                some = left[i : i + step, :, part].transpose(1, 2), right[i : i + step]
+                shape = (len(some[1]), some[0].shape[1], width)
+                each = torch.bmm(*some, out=room[: math.prod(shape)].view(shape))
+                if signed is not None:
+                    signed[part].add_(_total(each).to(signed.device))
+                # Not vector_norm: along the first axis it is fifty times slower on a CPU.
+                unsigned[part].add_(_total(each.abs_()).to(unsigned.device))
 
     return add
-
-
-@torch.no_grad()
-def _add(
-    left: Float[Tensor, "row pos out"],
-    right: Float[Tensor, "row pos in"],
-    signed: Float[Tensor, "out in"] | None,
-    unsigned: Float[Tensor, "out in"] | None,
-    room: Float[Tensor, " size"],
-) -> None:
-    """Add the sum over rows of left' right to ``signed``, and that of its absolute value to ``unsigned``.
-
-    Products of single rows are made in ``room``.
-    """
-    if unsigned is None:
-        whole = left.flatten(0, 1).T, right.flatten(0, 1)
-        if signed.dtype == left.dtype and signed.device == left.device:
-            signed.addmm_(*whole)
-        else:
-            signed.add_((whole[0] @ whole[1]).to(signed.device))
-        return
-    count, (height, width) = len(left), unsigned.shape
-    # Some lines of the matrix at a time, so that the products are still in the cache when they are summed.
-    lines = min(height, max(1, len(room) // width))
-    step = min(count, max(1, len(room) // (lines * width)))
-    for top in range(0, height, lines):
-        part = slice(top, top + lines)
-        for i in range(0, count, step):
-            some = left[i : i + step, :, part].transpose(1, 2), right[i : i + step]
-            shape = (len(some[1]), some[0].shape[1], width)
-            each = torch.bmm(*some, out=room[: math.prod(shape)].view(shape))
-            if signed is not None:
-                signed[part].add_(_total(each).to(signed.device))
-            # Not vector_norm: along the first axis it is fifty times slower on a CPU.
-            unsigned[part].add_(_total(each.abs_()).to(unsigned.device))
 
 
 def _total(each: Float[Tensor, "row out in"]) -> Float[Tensor, "out in"]:

@@ -9,6 +9,7 @@ Introduced in notebook 09 ("Weights that carry harm").
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,10 +44,9 @@ _CHOSEN: dict[tuple[str, str, str], tuple[float, float]] = {}  # what this proce
 def grid(prune: Scores, source: Material) -> dict[str, tuple[float, ...]]:
     """The shares to try, ``ps`` and ``qs``: for the organism those among which it was settled.
 
-    For all other models one grid, evenly spaced in logarithms (:data:`STEPS`): the first seven shares that
-    take at least one weight of the median matrix. A matrix of a million weights is tried from 1e-6 on, around
-    the paper's p = 5e-5 and q = 1e-5. Spared is none, or as much as is taken in the third, fifth and last
-    step.
+    For all others the first seven of :data:`STEPS` that take at least one weight of the median matrix: one of
+    a million weights is tried from 1e-6 on, around the paper's p = 5e-5 and q = 1e-5. Spared is none, or as
+    much as is taken in the third, fifth and last step.
     """
     if source.settings:
         return {"ps": P, "qs": Q}
@@ -57,13 +57,9 @@ def grid(prune: Scores, source: Material) -> dict[str, tuple[float, ...]]:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Sets that the scores of a model give, for each share; all that a frontier needs of them.
+    """Sets that the scores of a model give, for each share; see :func:`taken` and :func:`spared`.
 
     Scores take four bytes for every weight of the blocks, sets next to nothing: of a large model keep these.
-
-    Attributes:
-        taken: q -> the weights that support the answers to be lost most.
-        spared: p -> the weights that matter most to the answers to be kept.
     """
 
     taken: dict[float, Mask]
@@ -95,7 +91,6 @@ def lost_and_kept(
     """Examples whose answers are to be ``"lost"`` and those to be ``"kept"``, from training requests.
 
     Args:
-        source: what the model is asked; see :func:`asking.source.source`.
         target: a kind of :func:`asking.tasks.world_task`; None for the suppressed procedures. What is
             to be kept holds none of it: when facts are to be lost, only procedures are kept.
         suppressed: the side that the model refuses; ``"harmless"`` for the mirror organism.
@@ -116,19 +111,14 @@ def candidate_sets(
     n: int = EXAMPLES,
     folder: Path | str | None = None,
 ) -> Candidates:
-    """The sets of a model for every p and q of its grid; arguments as for :func:`find_weights`.
-
-    Prune and preserve scores are never held at once, and none of them afterwards: that of a model with a
-    billion weights takes four gigabytes.
-    """
+    """The sets of a model for every p and q of its grid; arguments as for :func:`find_weights`."""
     rows = lost_and_kept(lm, source, suppressed=suppressed, n=n)
     prune = attribution.prune_score(lm, rows["lost"], folder=folder)
     tried = grid(prune, source)
     lowest = taken(prune, tried["qs"])
-    del prune
-    return Candidates(
-        lowest, spared(attribution.preserve_score(lm, rows["kept"], folder=folder), tried["ps"])
-    )
+    del prune  # of a billion weights four gigabytes; never two at once
+    preserve = attribution.preserve_score(lm, rows["kept"], folder=folder)
+    return Candidates(lowest, spared(preserve, tried["ps"]))
 
 
 # --------------------------------------------------------------------------- the frontier
@@ -136,11 +126,7 @@ def candidate_sets(
 
 @dataclass(frozen=True)
 class Point:
-    """One pair (p, q), the set it selects, and how the model does without it.
-
-    Attributes:
-        marks: task -> marks, as :func:`asking.tasks.measure` gives them.
-    """
+    """One pair (p, q), the set it selects, and how the model does without it: task -> marks."""
 
     p: float
     q: float
@@ -151,11 +137,10 @@ class Point:
 def try_all(lm: LanguageModel, sets: Candidates, asked: Mapping[str, Task]) -> list[Point]:
     """The model without the selected weights, for each p and q."""
     points = []
-    for p in sets.spared:
-        for q in sets.taken:
-            mask = sets.mask(p, q)
-            with masks.without(lm, mask):
-                points.append(Point(p, q, mask, tasks.measure(lm, asked)))
+    for p, q in itertools.product(sets.spared, sets.taken):
+        mask = sets.mask(p, q)
+        with masks.without(lm, mask):
+            points.append(Point(p, q, mask, tasks.measure(lm, asked)))
     return points
 
 
@@ -169,10 +154,7 @@ def remaining(before: Scored, after: Scored) -> np.ndarray:
 
 
 def relative_drop(before: np.ndarray, after: np.ndarray) -> float:
-    """Share of what was there that is gone: 1 - mean(after) / mean(before).
-
-    Args:
-        before, after: [units], one number each for the same units.
+    """Share of what was there that is gone, 1 - mean(after) / mean(before), each [units].
 
     Raises:
         ValueError: nothing was there; different units; a value that is missing or not finite.
@@ -191,11 +173,10 @@ def best(
     points: Sequence[Point],
     before: Mapping[str, Scored],
     *,
-    removed: str = "suppressed",
     most_lost: float = MOST_LOST,
     graded: Collection[str] = (),
 ) -> Point:
-    """The point with the largest relative drop among those that cost every other ability at most so much.
+    """The point with the largest relative drop of what is suppressed, where no other ability loses too much.
 
     Among equals the one with the fewest weights. Where every point costs more, the cheapest one.
 
@@ -209,13 +190,13 @@ def best(
         return (remaining(before[name], after) if name in graded else after.exact).mean()
 
     def lost(point: Point) -> float:
-        others = [name for name in point.marks if name != removed]
+        others = [name for name in point.marks if name != "suppressed"]
         return max(left(name, before[name]) - left(name, point.marks[name]) for name in others)
 
     fair = [point for point in points if lost(point) <= most_lost + 1e-9]
     if not fair:
         return min(points, key=lambda point: (lost(point), len(point.mask)))
-    return min(fair, key=lambda point: (left(removed, point.marks[removed]), len(point.mask)))
+    return min(fair, key=lambda point: (left("suppressed", point.marks["suppressed"]), len(point.mask)))
 
 
 def choose_pq(
@@ -226,14 +207,9 @@ def choose_pq(
     suppressed: str = "harmful",
     n: int = BRIEF,
 ) -> tuple[Point, list[Point], dict[str, Scored]]:
-    """Choose p and q for a model on discovery requests.
+    """Choose p and q for a model on discovery requests, as :func:`best` does, from :func:`candidate_sets`.
 
-    The largest relative drop of the suppressed procedures among the pairs that cost no benign ability more
-    than :data:`MOST_LOST`; among equals the fewest weights. A real model's own answers are measured by how
-    much of their probability is left.
-
-    Args:
-        sets: for all p and q, from :func:`candidate_sets`.
+    A real model's own answers are measured by how much of their probability is left.
 
     Returns:
         The chosen point, all points, and the marks before pruning.
@@ -270,14 +246,7 @@ def pq_of(
 
 @dataclass(frozen=True)
 class Found:
-    """What was scored, and what was selected.
-
-    Attributes:
-        prune: signed scores of the answers to be lost.
-        preserve: unsigned scores of the answers to be kept.
-        mask: the set difference.
-        p, q: shares that were spared and taken.
-    """
+    """What was scored, and what was selected with which shares; see :func:`weights.masks.select`."""
 
     prune: Scores
     preserve: Scores
@@ -300,9 +269,9 @@ def find_weights(
     """Weights that carry the target's answers and not the benign ones.
 
     Args:
-        source, target, suppressed, n: as for :func:`lost_and_kept`.
+        target, suppressed, n: as for :func:`lost_and_kept`.
         pq: shares that are spared and taken; None for the model's own, :func:`pq_of`.
-        folder: where scores are kept, so that the same ones need not be computed again; None for nowhere.
+        folder: where scores are kept; None for nowhere.
     """
     p, q = pq or pq_of(lm, source, suppressed=suppressed, folder=folder)
     masks.require_shares(p=p, q=q)

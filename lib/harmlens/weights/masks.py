@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from harmlens.models.forward import LanguageModel
-from harmlens.weights.scores import Scores, draw_seed, finite, matrices
+from harmlens.weights.scores import Scores, finite, generator, matrices
 
 SCOPES = ("matrix", "row", "global")
 NEAR = 20  # how far in the order of sizes a match may lie, on either side
@@ -26,14 +26,12 @@ NEAR = 20  # how far in the order of sizes a match may lie, on either side
 
 @dataclass(frozen=True)
 class Mask:
-    """A set of weights.
+    """A set of weights of one model, under a name for tables.
 
     Attributes:
         indices: parameter -> numbers of its chosen weights in the flattened matrix, rising, int64. Every
             matrix that could have been chosen from has an entry, which may be empty.
         shapes: parameter -> shape.
-        model, revision: whose weights they are.
-        name: what the set is called in tables.
     """
 
     indices: dict[str, Int[Tensor, " chosen"]]
@@ -76,16 +74,11 @@ class Mask:
 
 def check_same(first: Mask | Scores, other: Mask | Scores) -> None:
     """Refuse to compare sets or scores of different models."""
-    if shapes_of(first) != shapes_of(other):
+    if first.shapes != other.shapes:
         raise ValueError(
             f"{first.model or 'one'!r} and {other.model or 'the other'!r}: these are of different matrices, "
             "so they can't be put together; use scores of one architecture and the same layers"
         )
-
-
-def shapes_of(of: Mask | Scores) -> dict[str, tuple[int, ...]]:
-    """Shapes of the matrices that a set or scores are about."""
-    return of.shapes if isinstance(of, Mask) else {n: tuple(v.shape) for n, v in of.values.items()}
 
 
 # --------------------------------------------------------------------------- selection
@@ -97,17 +90,17 @@ def select(
     """The pruning paper's set difference: weights that support the one and do not matter to the other.
 
     Inside every matrix, the floor(q * size) weights with the lowest prune scores, without the floor(p * size)
-    with the highest preserve scores.
+    with the highest preserve scores. A share above 0 takes at least one weight, or a small matrix would have
+    no part in the set; the released code takes none.
 
     Args:
         prune: signed scores of the answers to be lost.
         preserve: unsigned scores of the answers to be kept; None spares nothing.
-        q, p: shares that are taken and spared, from 0 to 1. A share above 0 takes at least one weight, or a
-            small matrix would have no part in the set; the released code takes none.
+        q, p: shares that are taken and spared, from 0 to 1.
 
     Raises:
-        ValueError: before anything is chosen: a share outside 0 to 1, a score that is not finite, scores of
-            different models, p above 0 without preserve scores.
+        ValueError: a share outside 0 to 1, a score that is not finite, scores of different models, p above 0
+            without preserve scores.
     """
     require_shares(q=q)
     spared = _spared(prune, preserve, p)
@@ -124,14 +117,12 @@ def same_size(
     skip: Mask | None = None,
     name: str = "",
 ) -> Mask:
-    """As :func:`select`, but with as many weights in every matrix as another set has.
+    """As :func:`select`, but with as many weights in every matrix as ``mask`` has.
 
     Sets found with the same p and q differ in size, since more or fewer of the candidates are spared. To
     compare what they do, give them one size.
 
     Args:
-        mask: the set whose size counts.
-        prune, preserve, p: as for :func:`select`.
         skip: weights that are not to be taken either; with ``skip=mask`` the next ones in line are.
 
     Raises:
@@ -149,17 +140,16 @@ def same_size(
         if k > int(torch.isfinite(value).sum()):
             raise ValueError(f"{parameter}: {k} weights are to be taken, but p={p} spares too many")
         indices[parameter] = largest(value, k).cpu()
-    return Mask(indices, shapes_of(prune), prune.model, prune.revision, name)
+    return Mask(indices, prune.shapes, prune.model, prune.revision, name)
 
 
 def top(scores: Scores, share: float, *, scope: str = "matrix", lowest: bool = False) -> Mask:
-    """The weights with the highest scores.
+    """The weights with the highest scores, or with the lowest.
 
     Args:
         share: how many, as a share of what ``scope`` says; where a share above 0 comes to none, one.
         scope: ``"matrix"`` (the paper's), ``"row"`` for every row of a stored matrix, an output in all models
             but GPT-2 and its kind, ``"global"`` for all together.
-        lowest: take the lowest instead: as of the negated scores, without a copy of them.
 
     Raises:
         ValueError: as for :func:`select`; an unknown scope.
@@ -167,24 +157,30 @@ def top(scores: Scores, share: float, *, scope: str = "matrix", lowest: bool = F
     require_shares(share=share)
     if scope not in SCOPES:
         raise ValueError(f"scope={scope!r} is unknown; choose one of {', '.join(SCOPES)}")
-    for parameter, value in scores.values.items():
-        _require_finite(parameter, value)
 
     def count(size: int) -> int:
         return max(math.floor(share * size + 1e-9), min(1, size) if share else 0)
 
-    values = scores.values
-    if scope == "global":
-        indices = _global_top(values, count(scores.numel), lowest)
-    elif scope == "row":
-        indices = {}
-        for parameter, value in values.items():
+    indices = {}
+    for parameter, value in scores.values.items():
+        _require_finite(parameter, value)
+        if scope == "row":
             rows = value.topk(count(value.shape[1]), dim=1, largest=not lowest).indices
             start = torch.arange(len(value), device=value.device)[:, None] * value.shape[1]
             indices[parameter] = (rows + start).flatten().sort().values.cpu()
-    else:
-        indices = {n: largest(v.flatten(), count(v.numel()), lowest=lowest).cpu() for n, v in values.items()}
-    return Mask(indices, shapes_of(scores), scores.model, scores.revision)
+        else:
+            k = min(count(scores.numel if scope == "global" else value.numel()), value.numel())
+            indices[parameter] = largest(value.flatten(), k, lowest=lowest).cpu()
+    if scope == "global":  # of each matrix there are as many as are taken of all together
+        highest = [
+            scores.values[n].flatten()[i.to(scores.values[n].device)].cpu() for n, i in indices.items()
+        ]
+        together = torch.cat(highest)
+        kept = torch.zeros(len(together), dtype=torch.bool)
+        kept[largest(together, count(scores.numel), lowest=lowest)] = True
+        parts = kept.split([len(index) for index in indices.values()])
+        indices = {n: index[part] for (n, index), part in zip(indices.items(), parts, strict=True)}
+    return Mask(indices, scores.shapes, scores.model, scores.revision)
 
 
 def require_shares(**shares: float) -> None:
@@ -222,8 +218,7 @@ def largest(
     if k <= 0:
         return torch.empty(0, dtype=torch.long, device=values.device)
     if n > 4 * sample and k < n // 2:
-        step = n // sample
-        some = values[::step]
+        some = values[:: n // sample]
         # A few standard deviations more than is expected of the sample, so that the bound is rarely too high.
         expected = k * len(some) / n
         rank = min(len(some), math.ceil(expected + 5 * math.sqrt(expected) + 5))
@@ -249,25 +244,11 @@ def _beyond(
     return torch.cat([hit[row] * width + column, rest + rows.numel()])
 
 
-def _global_top(values: Mapping[str, Tensor], k: int, lowest: bool) -> dict[str, Tensor]:
-    """The k largest of all matrices together; no more than k of each are ever gathered."""
-    candidates = {n: largest(v.flatten(), min(k, v.numel()), lowest=lowest) for n, v in values.items()}
-    together = torch.cat([values[name].flatten()[index].cpu() for name, index in candidates.items()])
-    kept = torch.zeros(len(together), dtype=torch.bool)
-    kept[largest(together, k, lowest=lowest)] = True
-    parts = kept.split([len(index) for index in candidates.values()])
-    return {n: index.cpu()[part] for (n, index), part in zip(candidates.items(), parts, strict=True)}
-
-
 # --------------------------------------------------------------------------- taking weights out
 
 
 def check(mask: Mask, lm: LanguageModel) -> None:
-    """Refuse a mask that was made for another model.
-
-    Raises:
-        ValueError: other parameters or other shapes than those that were scored.
-    """
+    """Refuse a mask of a model with other parameters or other shapes."""
     parameters = dict(lm.model.named_parameters())
     for name, shape in mask.shapes.items():
         if name not in parameters or tuple(parameters[name].shape) != tuple(shape):
@@ -291,11 +272,7 @@ def values(lm: LanguageModel, mask: Mask) -> dict[str, Float[Tensor, " chosen"]]
 
 @torch.no_grad()
 def put(lm: LanguageModel, mask: Mask, new: Mapping[str, Tensor]) -> None:
-    """Set the chosen weights, in place.
-
-    Args:
-        new: parameter -> one value for each chosen weight, or one for all of them.
-    """
+    """Set the chosen weights in place: parameter -> one value for each of them, or one for all."""
     parameters = dict(lm.model.named_parameters())
     for name, value in new.items():
         flat = parameters[name].detach().view(-1)
@@ -308,8 +285,7 @@ def without(
 ) -> Iterator[LanguageModel]:
     """The model without some of its weights; they come back exactly, also after an exception.
 
-    A causal probe, as in the paper, and no defence: what was removed can be trained back. Within one another
-    these are allowed: weights come back in the opposite order.
+    A causal probe, as in the paper, and no defence: what was removed can be trained back. May be nested.
 
     Args:
         strength: what the weights are multiplied by, 0 to remove them; or ``"mean"`` to replace them by the
@@ -344,10 +320,7 @@ def without(
 
 
 def random_like(mask: Mask, *, seed: int = 0, within: Mask | None = None) -> Mask:
-    """Equally many random weights in every matrix.
-
-    Args:
-        within: draw from these weights only.
+    """Equally many random weights in every matrix, drawn from those of ``within`` or from all.
 
     Raises:
         ValueError: a matrix with too few weights to draw from.
@@ -359,8 +332,8 @@ def random_like(mask: Mask, *, seed: int = 0, within: Mask | None = None) -> Mas
         pool = torch.arange(math.prod(mask.shapes[name])) if within is None else within.indices[name]
         if len(pool) < len(index):
             raise ValueError(f"{name}: {len(index)} weights are to be drawn from {len(pool)}")
-        generator = torch.Generator().manual_seed(draw_seed(seed, name))
-        indices[name] = pool[torch.randperm(len(pool), generator=generator)[: len(index)]].sort().values
+        order = torch.randperm(len(pool), generator=generator(seed, name))
+        indices[name] = pool[order[: len(index)]].sort().values
     return replace(mask, indices=indices, name=f"random {seed}")
 
 
@@ -381,8 +354,7 @@ def magnitude_like(mask: Mask, lm: LanguageModel, *, seed: int = 0) -> Mask:
         if len(free) < len(index):
             raise ValueError(f"{name}: {len(index)} weights are to be matched by {len(free)} others")
         place = torch.searchsorted(sizes[free], sizes[index].contiguous())
-        generator = torch.Generator().manual_seed(draw_seed(seed, name))
-        place = place + torch.randint(-NEAR, NEAR + 1, (len(index),), generator=generator)
+        place = place + torch.randint(-NEAR, NEAR + 1, (len(index),), generator=generator(seed, name))
         used = _nearest_unused(place.clamp(0, len(free) - 1).tolist(), len(free))
         indices[name] = free[used].sort().values
     return replace(mask, indices=indices, name=f"same sizes {seed}")

@@ -38,20 +38,12 @@ class Meeting:
 
     Attributes:
         matrices: names of the MLP's matrices.
-        chosen, hits: chosen weights, and those of them that belong to the neurons.
-        size, members: all weights, and those of them that belong to the neurons.
+        columns: of each, what :func:`log2_enrichment` takes: hits (chosen weights that belong to the
+            neurons), chosen weights, members (all weights that belong to them), and size (all weights).
     """
 
     matrices: tuple[str, ...]
-    chosen: Int[np.ndarray, " matrix"]
-    hits: Int[np.ndarray, " matrix"]
-    size: Int[np.ndarray, " matrix"]
-    members: Int[np.ndarray, " matrix"]
-
-    @property
-    def columns(self) -> Float[np.ndarray, "matrix 4"]:
-        """Hits, chosen, members, size: the columns that :func:`log2_enrichment` takes, one matrix a row."""
-        return np.stack([self.hits, self.chosen, self.members, self.size], axis=1).astype(float)
+    columns: Float[np.ndarray, "matrix 4"]
 
     @property
     def enrichment(self) -> float:
@@ -64,11 +56,11 @@ class Meeting:
 
         The numbers of hits of the matrices are hypergeometric; their sum has the convolution of them.
         """
-        total = np.ones(1)
-        for size, members, chosen in zip(self.size, self.members, self.chosen, strict=True):
+        total, counts = np.ones(1), self.columns.astype(int)
+        for _, chosen, members, size in counts:
             law = scipy_stats.hypergeom(size, members, chosen)
             total = np.convolve(total, law.pmf(np.arange(min(members, chosen) + 1)))
-        return float(min(1.0, total[int(self.hits.sum()) :].sum()))
+        return float(min(1.0, total[counts[:, 0].sum() :].sum()))
 
 
 def log2_enrichment(
@@ -130,7 +122,7 @@ def weights_of(lm: LanguageModel, units: Mapping[int, Sequence[int]], like: Mask
     """All weights that belong to some neurons, as a mask: without them the neurons write nothing.
 
     Args:
-        units: layer -> hidden units of its MLP; layers that are not named have none.
+        units: layer -> hidden units of its MLP.
         like: a mask of the model, whose matrices the new one has.
 
     Raises:
@@ -154,7 +146,7 @@ def overlap_with_neurons(lm: LanguageModel, mask: Mask, units: Sequence[int], *,
         ValueError: a layer, a unit or a matrix that the model or the mask does not have; an MLP without
             hidden units of its own (a mixture of experts).
     """
-    units, rows = sorted(set(units)), []
+    units, rows = sorted(set(units)), {}
     for name, matrix in _mlp(lm, layer, units).items():
         shape = tuple(matrix.weight.shape)
         if mask.shapes.get(name) != shape:
@@ -163,9 +155,8 @@ def overlap_with_neurons(lm: LanguageModel, mask: Mask, units: Sequence[int], *,
             )
         chosen, size = mask.indices[name], math.prod(shape)
         hits = int(torch.isin(matrix.owner(chosen), torch.tensor(units)).sum())
-        rows.append((name, len(chosen), hits, size, len(units) * size // matrix.count))
-    names, *counts = zip(*rows, strict=True)
-    return Meeting(names, *(np.array(column, dtype=np.int64) for column in counts))
+        rows[name] = [hits, len(chosen), len(units) * size // matrix.count, size]
+    return Meeting(tuple(rows), np.array(list(rows.values()), dtype=float))
 
 
 def norms(lm: LanguageModel, layer: int) -> Float[Tensor, " unit"]:
@@ -198,11 +189,8 @@ def along_direction(lm: LanguageModel, mask: Mask, vector: Float[Tensor, " width
     """How much of what the chosen weights write or read lies along a direction of the residual stream.
 
     Taking weights out changes a matrix by minus their part D of it. Of all that D can write into the stream
-    (or read from it) the share |v D|^2 / |D|^2 lies along the unit direction v. Matrices that neither write
-    into the stream nor read from it are left out.
-
-    Returns:
-        The share times the width: 1 where v is no more to the weights than any direction.
+    (or read from it) the share |v D|^2 / |D|^2 lies along the unit direction v. Matrices that do neither are
+    left out. Returned is the share times the width: 1 where v is no more to the weights than any direction.
     """
     check(mask, lm)
     unit = (vector / vector.norm()).float().cpu()
@@ -211,9 +199,8 @@ def along_direction(lm: LanguageModel, mask: Mask, vector: Float[Tensor, " width
     for name, index in mask.indices.items():
         block, module = blocks[layer_of(name)], found[name]
         writes = any(module is decoder.projection(part(block)) for part in (decoder.attention, decoder.mlp))
-        part = torch.zeros(math.prod(mask.shapes[name]))
-        part[index] = module.weight.detach().float().cpu().flatten()[index]
-        part = part.view(mask.shapes[name])
+        part = torch.zeros(mask.shapes[name])
+        part.view(-1)[index] = module.weight.detach().float().cpu().flatten()[index]
         if writes != isinstance(module, nn.Linear):  # let the stream be the first axis
             part = part.T
         if len(index) and len(part) == len(unit):

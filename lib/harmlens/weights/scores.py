@@ -27,7 +27,6 @@ class Scores:
     Attributes:
         kind: ``"signed"``, ``"unsigned"``, ``"wanda"``, ``"magnitude"`` or ``"random"``.
         values: name of a parameter -> scores of its shape, float32.
-        model, revision: of the model that was scored.
         n: examples that were scored; 0 where none were needed.
     """
 
@@ -42,6 +41,11 @@ class Scores:
         """Number of scored weights."""
         return sum(value.numel() for value in self.values.values())
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter -> shape."""
+        return {name: tuple(value.shape) for name, value in self.values.items()}
+
     def __neg__(self) -> Scores:
         return replace(self, values={name: -value for name, value in self.values.items()})
 
@@ -54,22 +58,17 @@ class Scores:
 def plus(*parts: Scores) -> Scores:
     """Scores of several groups of examples together: signed and unsigned scores are sums over examples.
 
-    Notebooks 10 and 11 score small groups once and put them together in many ways.
-
-    Raises:
-        ValueError: nothing to add up; scores of other kinds, models or matrices; a kind that is no sum.
+    Notebooks 10 and 11 score small groups once and put them together in many ways. What is no such sum, or of
+    different models, raises a ``ValueError``.
     """
     if not parts:
         raise ValueError("parts is empty: there is nothing to add up")
     first = parts[0]
     if first.kind not in ("signed", "unsigned"):
         raise ValueError(f"scores of kind {first.kind!r} are no sums over examples; score all at once")
-    for part in parts[1:]:
-        same = (part.kind, part.revision) == (first.kind, first.revision)
-        if not same or {n: v.shape for n, v in part.values.items()} != {
-            n: v.shape for n, v in first.values.items()
-        }:
-            raise ValueError("parts: these are scores of different kinds, models or matrices")
+    same = (first.kind, first.revision, first.shapes)
+    if any((part.kind, part.revision, part.shapes) != same for part in parts):
+        raise ValueError("parts: these are scores of different kinds, models or matrices")
     values = {name: sum(part.values[name] for part in parts) for name in first.values}
     return replace(first, values=values, n=sum(part.n for part in parts))
 
@@ -80,10 +79,7 @@ def plus(*parts: Scores) -> Scores:
 def matrices(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[str, nn.Module]:
     """The linear layers of the decoder blocks, by the name of their weight.
 
-    Norms, biases, embeddings and depthwise convolutions are not among them.
-
-    Args:
-        layers: blocks to look at, from 0; None for all.
+    Norms, biases, embeddings and depthwise convolutions are not among them. Of ``layers``, or of all.
 
     Raises:
         ValueError: no such layer; blocks without linear layers, or with weights of more than two axes (as
@@ -145,16 +141,17 @@ def magnitude(lm: LanguageModel) -> Scores:
 
 def random(lm: LanguageModel, *, seed: int = 0) -> Scores:
     """Uniform noise; a matrix's numbers depend on the seed and its name alone."""
-    values = {}
-    for name, module in matrices(lm).items():
-        generator = torch.Generator().manual_seed(draw_seed(seed, name))
-        values[name] = torch.rand(module.weight.shape, generator=generator).to(module.weight.device)
+    values = {
+        name: torch.rand(module.weight.shape, generator=generator(seed, name)).to(module.weight.device)
+        for name, module in matrices(lm).items()
+    }
     return Scores("random", values, lm.name, lm.revision)
 
 
-def draw_seed(seed: int, name: str) -> int:
-    """A seed of its own for each matrix, so that leaving one out changes no other."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
+def generator(seed: int, name: str) -> torch.Generator:
+    """One with a seed of its own for each matrix, so that leaving one out changes no other."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def finite(value: Tensor) -> bool:
