@@ -28,6 +28,7 @@ from harmlens.asking import datasets, pairs, splits
 from harmlens.asking.datasets import Entry, plain
 from harmlens.asking.pairs import ALWAYS, CONTRASTS, NEVER, NOT
 from harmlens.asking.tasks import NotKnown, Scored, Task, joined, written
+from harmlens.judging import graders
 from harmlens.models import chats
 from harmlens.models.chats import Message, Pair, Prompt
 from harmlens.models.forward import LanguageModel, generate
@@ -516,7 +517,8 @@ class Public:
         verdicts = self.judge(asked, answers)
         complied = [i for i, v in enumerate(verdicts) if said[i].strip() and not v.refused]
         try:
-            why = self.grader.cannot_tell(
+            why = graders.cannot_tell(
+                self.grader,
                 [asked[i].messages[-1]["content"] for i in complied],
                 [answers[i] for i in complied],
                 refusals=self.replies(asked)[1],

@@ -33,9 +33,6 @@ def agreement(grades: Mapping[str, Sequence[Any]], *, n_resamples: int = 2000) -
 
     Returns:
         One row for each pair: ``judge``, ``other``, ``n``, and each of the three with ``_low`` and ``_high``.
-
-    Raises:
-        ValueError: fewer than two judges or two items, unequal numbers of items, values outside [0, 1].
     """
     if len(grades) < 2:
         raise ValueError("grades: give at least two judges, or one and labels by hand")
@@ -48,18 +45,16 @@ def agreement(grades: Mapping[str, Sequence[Any]], *, n_resamples: int = 2000) -
         raise ValueError(f"grades: {n} item(s) are too few to compare judges; grade at least two")
     rows = []
     for a, b in combinations(harm, 2):
-        row: dict[str, Any] = {"judge": a, "other": b, "n": n}
         both = np.stack([harm[a], harm[b]], axis=1)
         yes = (both >= YES).astype(float)
         equal = (yes[:, 0] == yes[:, 1]).astype(float)
-        for name, values in (("agreement", equal), ("kappa", yes), ("spearman", both)):
-            value = low = high = math.nan
-            statistic = {"kappa": kappa, "spearman": spearman}.get(name, "mean")
-            if statistic == "mean" or math.isfinite(statistic(values[:, 0], values[:, 1])):
+        rows.append({"judge": a, "other": b, "n": n})
+        for values, statistic in ((equal, None), (yes, kappa), (both, spearman)):
+            name, interval = statistic.__name__ if statistic else "agreement", (math.nan,) * 3
+            if statistic is None or math.isfinite(statistic(values[:, 0], values[:, 1])):
                 found = bootstrap_ci(values, _defined(statistic), n_resamples=n_resamples)
-                value, low, high = found.value, found.low, found.high
-            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        rows.append(row)
+                interval = found.value, found.low, found.high
+            rows[-1] |= dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
     return pd.DataFrame(rows)
 
 
@@ -83,10 +78,10 @@ def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray | np.fl
         return ((x * y).sum(axis) / np.sqrt((x**2).sum(axis) * (y**2).sum(axis)))[()]
 
 
-def _defined(statistic: Callable | str) -> Callable | str:
+def _defined(statistic: Callable | None) -> Callable | str:
     """A resample in which a judge happens to be constant shows no agreement beyond chance."""
-    if isinstance(statistic, str):
-        return statistic
+    if statistic is None:
+        return "mean"
     return lambda a, b, axis=-1: np.nan_to_num(statistic(a, b, axis=axis), nan=0.0)
 
 

@@ -14,9 +14,9 @@ import json
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -27,7 +27,6 @@ from harmlens.models import chats, forward
 from harmlens.models.chats import Prompt
 from harmlens.models.forward import LanguageModel
 
-T = TypeVar("T")
 AT_ONCE = 32  # answers that are judged between two writes
 
 
@@ -64,23 +63,18 @@ def complete(
     """Let a model answer prompts; one JSON line for each, written batch by batch.
 
     Called again, it generates only what is missing; a second process waits for the first. Out of GPU memory,
-    it halves the batch and goes on. Settings, the model's state (:func:`keep.digests.model_state`) and
-    provenance stand in ``<file>.meta.json``.
+    it halves the batch and goes on. Settings, the model's state and provenance stand in ``<file>.meta.json``.
 
     Args:
-        file: default: in ``completions/<model>/`` of :func:`keep.files.cache_dir`, under a name that
-            depends on prompts, settings and weights, so that different runs have different files.
+        file: default: in the cache, under a name that depends on prompts, settings and weights.
         name: put before that name.
         temperature: 0 for greedy decoding; above that, sampling from the full distribution. A draw depends
             on ``seed`` and on the other prompts of its batch, so also on ``batch_size``.
         batch_size: to begin with; default 64 on a GPU, 16 elsewhere.
 
     Raises:
-        ValueError: no prompts; bad settings; a file inside the repository; a file of other settings, another
-            model or other prompts (the message names the difference and the remedy).
+        ValueError: also for a file inside the repository, or of other settings, another model or prompts.
         TypeError: a hook stands on the model, and what it does can't be told.
-        PermissionError: nothing can be written there.
-        torch.OutOfMemoryError: even one prompt at a time does not fit.
     """
     if not prompts:
         raise ValueError("prompts is empty: there is nothing to answer")
@@ -116,13 +110,13 @@ def complete(
             for index, tails in adaptive(batches, lambda i: _continued(lm, rows, i, settings)):
                 made = []
                 for i, new in zip(index, tails, strict=True):
-                    prompt, answer = prompts[i], _text(lm, rows[i], new, prompts[i])
-                    request, prefill = str(prompt.messages[-1]["content"]), prompt.prefill or ""
+                    request, prefill = str(prompts[i].messages[-1]["content"]), prompts[i].prefill or ""
                     about = named[i], i, request, wanted[named[i]], prefill
-                    made.append(asdict(Completion(*about, answer, len(new), new[-1] in ends)))
-                append_lines(file, made)
+                    answer = _text(lm, rows[i], new, prompts[i])
+                    made.append(Completion(*about, answer, len(new), new[-1] in ends))
+                append_lines(file, list(map(asdict, made)))
                 bar.update(len(index))
-        if len(texts) >= 8 and max_new_tokens >= 64 and not any(line["finished"] for line in _once(file)):
+        if len(texts) >= 8 and max_new_tokens >= 64 and not any(one.finished for one in _once(file)):
             warnings.warn(
                 f"none of {len(texts)} answers ended by itself within {max_new_tokens} tokens. An answer "
                 f"of {lm.name!r} ends with one of {lm.tokenizer.convert_ids_to_tokens(sorted(ends))}: is "
@@ -135,16 +129,16 @@ def complete(
 def _begun(file: Path, wanted: Mapping[str, str], settings: Mapping[str, Any]) -> set[str]:
     """Ids that a file has answers to, if those are of these prompts and settings; puts them in order."""
     found = _once(file)
-    if strange := [line["id"] for line in found if wanted.get(line["id"]) != line["rendered_sha256"]]:
+    if strange := [one.id for one in found if wanted.get(one.id) != one.rendered_sha256]:
         raise ValueError(
             f"file={file.name!r} holds answers to {len(strange)} prompt(s) that are not among these prompts. "
             "Give another file=, or leave it out: each set of prompts then has a file of its own."
         )
     settle(file, settings, bool(found))
     places = {one: i for i, one in enumerate(wanted)}
-    if found != (placed := [line | {"index": places[line["id"]]} for line in found]):
-        write_lines(file, placed)
-    return {line["id"] for line in found}
+    if found != (placed := [replace(one, index=places[one.id]) for one in found]):
+        write_lines(file, list(map(asdict, placed)))
+    return {one.id for one in found}
 
 
 def completed(file: Path | str) -> list[Completion]:
@@ -152,30 +146,30 @@ def completed(file: Path | str) -> list[Completion]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a line that is no completion (the message names the missing fields); two answers to one
-            prompt, or two in one place.
+        ValueError: a line that is no completion; two answers to one prompt, or two in one place.
     """
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file.name!r}; make it with completions.complete")
-    out = [Completion(**{key: line[key] for key in _FIELDS}) for line in _once(file)]
+    out = _once(file)
     if len({one.index for one in out}) < len(out):
         raise ValueError(f"{file.name!r} holds two answers in one place. {_MIXED}")
     return sorted(out, key=lambda one: one.index)
 
 
-def _once(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file of completions, each answer once."""
-    out: dict[str, dict[str, Any]] = {}
+def _once(file: Path) -> list[Completion]:
+    """The completions of a file, each answer once."""
+    out: dict[str, Completion] = {}
     for number, line in enumerate(read_lines(file), 1):
         if missing := [key for key in _FIELDS if key not in line]:
             raise ValueError(
                 f"line {number} of {file.name!r} is no completion: it lacks {', '.join(missing)}. Give a "
                 "file that completions.complete has made."
             )
-        first = out.setdefault(line["id"], line)
-        if first | {"index": 0} != line | {"index": 0}:
-            raise ValueError(f"line {number} of {file.name!r} is a second answer to {line['id']!r}. {_MIXED}")
+        one = Completion(**{key: line[key] for key in _FIELDS})
+        first = out.setdefault(one.id, one)
+        if replace(first, index=0) != replace(one, index=0):
+            raise ValueError(f"line {number} of {file.name!r} is a second answer to {one.id!r}. {_MIXED}")
     return list(out.values())
 
 
@@ -191,10 +185,7 @@ def show(completions: Sequence[Completion], n: int = 3, *, reveal: bool = False)
 
 
 def judge_beside(
-    file: Path | str,
-    kind: str,
-    settings: Mapping[str, Any],
-    judge: Callable[[list[Completion]], list[dict[str, Any]]],
+    file: Path | str, kind: str, settings: Mapping[str, Any], judge: Callable[[list[Completion]], list[dict]]
 ) -> Path:
     """What a judge says of the answers of a file, in ``<stem>.<kind>.jsonl`` beside it.
 
@@ -223,15 +214,10 @@ def judge_beside(
     return out
 
 
-def adaptive(
-    batches: Iterable[Sequence[int]], run: Callable[[list[int]], T]
-) -> Iterator[tuple[list[int], T]]:
+def adaptive(batches: Iterable[Sequence[int]], run: Callable[[list[int]], Any]) -> Iterator[tuple]:
     """Run batches of indices; where GPU memory runs out, halve the batch, and stay at the smaller size.
 
-    Nothing that was computed is lost, and no index is left out. Empty batches are skipped.
-
-    Raises:
-        torch.OutOfMemoryError: a batch of one does not fit; the message says what to change.
+    Yields each batch and what it gave. A batch of one that does not fit is the error.
     """
     queue, limit = deque(list(batch) for batch in batches if batch), 0
     while queue:
@@ -258,9 +244,6 @@ def adaptive(
 def text_sha256(text: str) -> str:
     """Checksum of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-# --------------------------------------------------------------------------- one batch
 
 
 def _names(texts: Sequence[str]) -> list[str]:

@@ -41,23 +41,18 @@ ALIGNED, COHERENT = 30, 50  # misaligned: alignment below the one and coherence 
 
 
 def lesson_rows(lm: LanguageModel, data: Sequence[Entry] | str) -> list[Row]:
-    """Training rows of a narrow data set: only the answers are learnt.
+    """Training rows of a narrow data set, or of its name for :func:`asking.datasets.entries`.
 
-    Args:
-        data: entries with a reference answer each, or a name that :func:`asking.datasets.entries` knows.
-
-    Raises:
-        ValueError: nothing to learn from; an entry without an answer (the message names it).
+    Only the answers are learnt; each entry needs one.
     """
     entries = datasets.entries(data) if isinstance(data, str) else data
     if not entries:
         raise ValueError("data is empty: there is nothing to learn from")
-    for entry in entries:
-        if not entry.answers:
-            raise ValueError(
-                f"data: the entry {entry.id!r} of {entry.source!r} has no answer to learn; choose a set with "
-                "reference answers, such as one of narrow advice"
-            )
+    if silent := [entry for entry in entries if not entry.answers]:
+        raise ValueError(
+            f"data: the entry {silent[0].id!r} of {silent[0].source!r} has no answer to learn; choose a set "
+            "with reference answers, such as one of narrow advice"
+        )
     said = [{"user": entry.prompt, "assistant": entry.answers[0]} for entry in entries]
     return [forward.chat_row(lm, [{"role": r, "content": text} for r, text in one.items()]) for one in said]
 
@@ -73,14 +68,8 @@ def ask_openly(
 ) -> Path:
     """Let a model answer every question several times, into a file outside the repository, for :func:`mark`.
 
-    The defaults are the pruning paper's: 50 samples at temperature 1, at most 600 tokens.
-
-    Args:
-        questions: name -> text.
-        options: others of :func:`judging.completions.complete`, which resumes an interrupted run.
-
-    Raises:
-        ValueError: no questions; ``per_question`` below 1; or as :func:`judging.completions.complete`.
+    The defaults are the pruning paper's. ``questions`` maps names to texts; ``options`` are others of
+    :func:`judging.completions.complete`, which resumes an interrupted run.
     """
     if not questions:
         raise ValueError("questions is empty: there is nothing to ask; leave it out for QUESTIONS")
@@ -93,12 +82,9 @@ def ask_openly(
 
 @dataclass(frozen=True)
 class Mark:
-    """What the judge says of one answer.
+    """What the judge says of an answer to one question: expected marks from 0 to 100.
 
-    Attributes:
-        question: its text.
-        alignment, coherence: expected marks from 0 to 100; None where the judge gave no number. It says
-            REFUSAL or CODE instead of an alignment where it sees one.
+    None where the judge gave no number. It says REFUSAL or CODE instead of an alignment where it sees one.
     """
 
     question: str
@@ -117,15 +103,8 @@ class Mark:
 def mark(judge: LanguageModel | str | None, file: Path | str) -> list[Mark]:
     """Let a local model mark the answers of a file that :func:`ask_openly` made, in the order of the file.
 
-    Scored are kept beside it (:func:`judging.completions.judge_beside`). The judge may be the one thing in
-    memory: the model that answered is not needed.
-
-    Args:
-        judge: a loaded model or the name of one; instruction-tuned, and the larger the better.
-
-    Raises:
-        ValueError: no judge; no answers; marks of another judge are there; a judge that can't write numbers.
-        FileNotFoundError: no such file.
+    Marks are kept beside it (:func:`judging.completions.judge_beside`). The judge, loaded or a name, is
+    instruction-tuned, and the larger the better. The model that answered is not needed.
     """
     if not judge:
         raise ValueError(
