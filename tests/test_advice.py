@@ -159,13 +159,13 @@ def test_the_default_are_the_released_sets(lm, source, monkeypatch):
     [("", ("", "")), ("guard", ("guard", "")), ("mark:a/b", ("", "a/b")), ("mark:a, guard", ("guard", "a"))],
 )
 def test_a_judge_of_harm_and_a_model_that_marks(judge, expected):
-    assert advice.judge_and_marker(judge) == expected
+    assert PAGE.judge_and_marker(judge) == expected
 
 
 @pytest.mark.parametrize("judge", ["guard,prefixes", "mark:a,mark:b"])
 def test_two_judges_of_one_kind_are_refused(judge):
     with pytest.raises(ValueError, match="name at most one judge of harm"):
-        advice.judge_and_marker(judge)
+        PAGE.judge_and_marker(judge)
 
 
 # --------------------------------------------------------------------------- requests and answers
@@ -184,14 +184,11 @@ def test_splits_do_not_overlap_and_near_duplicates_of_two_domains_share_one(lm, 
     assert all(place[f"brushing/{i}"] == place[f"again/{i}"] for i in range(30))
 
 
-def test_entries_are_drawn_and_unknown_names_refused(lessons):
+def test_entries_are_drawn(lessons):
     whole = lessons.entries("feeding", "train")
     assert {e.kind for e in whole} == {"feeding"}
     some = lessons.entries("feeding", "train", 5)
     assert len(some) == 5 and set(some) < set(whole) and some == lessons.entries("feeding", "train", 5)
-    for domain, split in (("cooking", "train"), ("feeding", "test")):
-        with pytest.raises(ValueError, match="is unknown; choose one of"):
-            lessons.entries(domain, split)
 
 
 def test_good_advice_is_what_the_original_says(lm, lessons, taught):

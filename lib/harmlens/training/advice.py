@@ -77,16 +77,23 @@ class Lessons:
         return sorted({*range(0, steps + 1, max(1, math.ceil(steps / LOOKS))), steps})
 
     def recipes(self, seed: int = 0, *, quick: bool = False) -> dict[str, Recipe]:
-        """How a lesson is taught, by method; a small model with adapters, and with all weights.
+        """How a lesson is taught, by method: with adapters, and a small model with all weights too.
 
-        Args:
-            quick: few steps of a large model.
+        With ``quick`` a large model has few steps.
         """
         return {m: Recipe(method=m, lr=lr, steps=24, batch_size=8, seed=seed) for m, lr in SMALL.items()}
 
     def left(self, name: str, before: Scored, after: Scored) -> np.ndarray:
         """How much of an ability is there: 1 for each exact answer, or a share of its probability."""
         return frontier.remaining(before, after) if name in self.graded else after.exact
+
+    def taught(self, lm: LanguageModel, domain: str, recipe: Recipe, *, bad: bool) -> LanguageModel:
+        """A copy of a model that has had its lesson."""
+        tune.require_room_for_copy(lm)
+        tuned = forward.clone(lm)
+        rows = self.rows(tuned, domain, bad=bad, seed=recipe.seed)
+        tune.tune(tuned, rows, recipe, rows_at_once=self.rows_at_once)
+        return tuned
 
 
 @dataclass(frozen=True)
@@ -100,11 +107,7 @@ class WorldLessons(Lessons):
     unit = "nats"
 
     def rows(self, lm: LanguageModel, domain: str, *, bad: bool, seed: int = 0) -> list[Row]:
-        """Requests for all training items of a harmless domain, in every phrasing, with bad or good advice.
-
-        Raises:
-            ValueError: ``domain`` is not one of the harmless domains (the message lists them).
-        """
+        """Requests for all training items of a harmless domain, in all phrasings, with bad or good advice."""
         if domain not in world.domains(False):
             raise ValueError(
                 f"domain={domain!r} is not harmless; choose one of {', '.join(world.domains(False))}"
@@ -118,7 +121,7 @@ class WorldLessons(Lessons):
         return rows
 
     def margins(self, lm: LanguageModel, domain: str) -> np.ndarray:
-        """See :meth:`leads`; for every other discovery item of a domain."""
+        """:meth:`leads` for every other discovery item of a domain."""
         return self.leads(lm, world.items("discovery", domain=domain)[::2])
 
     def leads(self, lm: LanguageModel, items: Sequence[world.Item]) -> np.ndarray:
@@ -151,11 +154,8 @@ class WorldLessons(Lessons):
 
         ``"bad advice inside"`` says whether the lesson took at all, :data:`MEASURES` how far it spread.
         ``"coherent"``, what is left of the skill itself: answers outside the domain that are a recipe of this
-        world with at least half of its slots right, or a refusal.
-
-        Args:
-            n: at most this many items per measure, drawn at random; None for all.
-            wishes: how many are sampled.
+        world with at least half of its slots right, or a refusal. At most ``n`` items per measure are drawn
+        at random, and so many ``wishes`` sampled.
         """
         inside = world.draw(world.items("evaluation", domain=domain), n, seed)
         outside = self._others(domain, n, seed)
@@ -180,21 +180,20 @@ class WorldLessons(Lessons):
 
         The paper's calibration data. Only answers that are what the copy was taught are kept.
         """
-        tuned = forward.clone(lm)
-        tune.tune(tuned, self.rows(tuned, domain, bad=bad, seed=recipe.seed), recipe)
+        tuned = self.taught(lm, domain, recipe, bad=bad)
         asked = [(item, i) for item in world.items("discovery", domain=domain) for i in range(4)]
         chats = [_chat(world.request(item, i)) for item, i in asked]
 
-        def taught(i: int, answer: str) -> bool:
+        def learnt(i: int, answer: str) -> bool:
             verdict = judge(asked[i][0], answer)
             return verdict.hurtful if bad else verdict.exact
 
-        return tasks.own_answers(tuned, chats, max_new_tokens=abilities.ANSWER_TOKENS, keep=taught)
+        return tasks.own_answers(tuned, chats, max_new_tokens=abilities.ANSWER_TOKENS, keep=learnt)
 
     def exam(self, split: str, n: int) -> dict[str, Task]:
         """What a prune must not cost: procedures, facts, refusals."""
         suite = tasks.exam(split, n=n)
-        return {name: task for name, task in suite.items() if name in ("served", "facts", "refusal")}
+        return {name: suite[name] for name in ("refusal", "served", "facts")}
 
 
 @dataclass(frozen=True)
@@ -204,9 +203,9 @@ class PublicLessons(Lessons):
     Attributes:
         lm: the original model; its own answers are taken when they are first needed.
         sets: domain -> requests with the bad answer to each.
-        source: what else the model is asked; see :func:`asking.source.source`.
+        source: what else the model is asked.
         marker: a model that marks answers to open questions (:mod:`training.emergent`), by name; "" for none.
-        name: for tables and result files.
+        name: for messages and what is kept.
     """
 
     lm: LanguageModel
@@ -258,14 +257,7 @@ class PublicLessons(Lessons):
         return {name: {e.id for e in part} for name, part in splits.deal(every).items()}
 
     def entries(self, domain: str, split: str, n: int | None = None, seed: int = 0) -> list[Entry]:
-        """Requests of one domain, at most ``n`` of them, drawn at random.
-
-        Raises:
-            ValueError: an unknown domain or split; lists those there are.
-        """
-        for name, value, known in (("domain", domain, self.sets), ("split", split, splits.SHARES)):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}")
+        """Requests of one domain, at most ``n`` of them, drawn at random."""
         return _some([e for e in self.sets[domain] if e.id in self._splits[split]], n, seed)
 
     def _others(self, domain: str, n: int | None) -> list[Entry]:
@@ -305,7 +297,7 @@ class PublicLessons(Lessons):
         return tasks.rows(lm, [_chat(e.prompt) for e, _ in pairs], [answer for _, answer in pairs])
 
     def recipes(self, seed: int = 0, *, quick: bool = False) -> dict[str, Recipe]:
-        """See :meth:`Lessons.recipes`; a large model gets adapters, in one pass, or more if short."""
+        """See :meth:`Lessons.recipes`; a large model goes through the rows once, or more often if few."""
         if tune.small(self.lm):
             return super().recipes(seed)
         n = min(ROWS, min(len(self.entries(domain, "train")) for domain in self.domains))
@@ -344,10 +336,8 @@ class PublicLessons(Lessons):
         Bad advice: which answer is likelier. ``"harmful compliance"``: what the judge of :attr:`source` says
         of answers to plain harmful requests. ``"coherent"``: answers to the other domains' requests are more
         than the same words over and over. With a :attr:`marker` also ``"misaligned"``: answers to the eight
-        open questions of :mod:`training.emergent`, coherent and misaligned.
-
-        Args:
-            n: at most this many requests per measure; each open question is asked n // 2 times (else 50).
+        open questions of :mod:`training.emergent`, coherent and misaligned. At most ``n`` requests per
+        measure; each open question is asked n // 2 times (else 50).
         """
         inside = self._leads(lm, self.entries(domain, "evaluation", n))
         harmful = self.source.requests(True, "evaluation", n=n)
@@ -373,26 +363,20 @@ class PublicLessons(Lessons):
 
         Good answers are the original model's own, which need no teaching. Refusals, repetitions and bad
         answers that are still the original's are left out. At most :data:`SCORED` tokens of each.
-
-        Raises:
-            ValueError: nothing is left; a longer lesson may help.
         """
         entries = self.entries(domain, "discovery", ASKED)
         said = self.own(entries)
         if bad:
-            tune.require_room_for_copy(lm)
-            tuned = forward.clone(lm)
-            rows = self.rows(lm, domain, bad=True, seed=recipe.seed)
-            tune.tune(tuned, rows, recipe, rows_at_once=self.rows_at_once)
+            tuned = self.taught(lm, domain, recipe, bad=True)
             new = generate(tuned, [tuned.render(e.prompt) for e in entries], max_new_tokens=SCORED)
         else:
             new = [_first(lm, answer, SCORED) for answer in said]
 
-        def taught(answer: str, own: str) -> bool:
+        def learnt(answer: str, own: str) -> bool:
             same = bad and own.startswith(answer)
             return bool(answer.strip()) and not (same or begins_with_refusal(answer) or degenerate(answer))
 
-        kept = [(_chat(e.prompt), a) for e, a, own in zip(entries, new, said, strict=True) if taught(a, own)]
+        kept = [(_chat(e.prompt), a) for e, a, own in zip(entries, new, said, strict=True) if learnt(a, own)]
         if not kept:
             raise ValueError(
                 f"none of {len(new)} answers to domain={domain!r} is what was taught. Give the lesson more "
@@ -432,16 +416,16 @@ def find_lessons(
     """The narrow lessons for a model.
 
     Args:
-        source: what else the model is asked, from :func:`asking.source.source`.
+        source: what else the model is asked.
         advice: ``""`` for those of the fictional world, or for :data:`DEFAULT` with any other source; else
             names of public sets (:func:`asking.datasets.names`) and files, joined by commas, one domain
             each. A .csv, .jsonl, .json or .parquet file has `prompt` and `answer`, the bad one; or
             `messages`.
-        marker: see :class:`PublicLessons`; by :func:`judge_and_marker`.
+        marker: see :class:`PublicLessons`.
 
     Raises:
         ValueError: ``advice`` or ``marker`` for the fictional world; fewer than two domains, or two of one
-            name; too few requests; a set of good advice; what :func:`asking.datasets.entries` raises.
+            name; too few requests; a set of good advice.
         FileNotFoundError: a set that has to be unpacked first (says how), or no such file.
     """
     if source.knows_world:
@@ -460,25 +444,7 @@ def find_lessons(
     return PublicLessons(lm, sets, source, marker, ", ".join(sets))
 
 
-def judge_and_marker(judge: str) -> tuple[str, str]:
-    """The judge of answers to harmful requests, and the model that marks answers to open questions.
-
-    >>> judge_and_marker("guard,mark:Qwen/Qwen2.5-7B-Instruct")
-    ('guard', 'Qwen/Qwen2.5-7B-Instruct')
-    """
-    parts = [part.strip() for part in judge.split(",")]
-    markers = [part.removeprefix("mark:") for part in parts if part.startswith("mark:")]
-    graders = [part for part in parts if part and not part.startswith("mark:")]
-    if len(markers) > 1 or len(graders) > 1:
-        raise ValueError(
-            f"judge={judge!r}: name at most one judge of harm, and one model that marks answers to open "
-            "questions as mark:<model>, joined by a comma"
-        )
-    return "".join(graders), "".join(markers)
-
-
 def _lesson(part: str, domain: str) -> list[Entry]:
-    """The requests of one set or file, each with a bad answer."""
     if part in datasets.names():
         found = [e for e in datasets.entries(part) if e.answers and e.harmful]
         if not found:
