@@ -310,7 +310,7 @@ def _layers(parts: Stack, layers: Sequence[int | range] | None, named: Sequence[
     """What is patched at once: one layer, or several neighbouring ones."""
     given = range(parts.depth) if layers is None else layers
     chosen = [one if isinstance(one, range) else range(int(one), int(one) + 1) for one in given]
-    decoder.some_layers(parts, [layer for some in chosen for layer in some])
+    decoder.some_layers(parts.depth, [layer for some in chosen for layer in some])
     if any(len(some) != 1 for some in chosen) and {site for _, site, _ in named} - {"layer", *engine.MODULES}:
         raise ValueError(f"layers={layers}: only layer, attn_out and mlp_out can be patched in several")
     return chosen

@@ -39,7 +39,6 @@ class Prompt:
     """A chat that ends where the model's answer begins.
 
     Attributes:
-        messages: the chat, ending with the user.
         prefill: start of the answer put into the model's mouth, if any.
         about: what is asked for: an item of the world, or an entry of a public set or a file.
     """
@@ -86,7 +85,7 @@ class Frame:
 
 
 def frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
-    """What the tokenizer's chat template writes around an answer; without a template only its end."""
+    """What the tokenizer's chat template writes around an answer; without one only its end."""
     template = None if tokenizer.chat_template is None else tokenizer.get_chat_template()
     return _frame(tokenizer, template, tokenizer.bos_token, tokenizer.eos_token, len(tokenizer))
 

@@ -73,10 +73,7 @@ def longest(lm: LanguageModel) -> int | None:
 def require_room(
     lm: LanguageModel, rows: Sequence[Sequence[int]], *, new: int = 0, names: Sequence[str] | None = None
 ) -> None:
-    """Refuse, with a ValueError that names the first of them, rows of ids that the model can't take.
-
-    They are too long, with ``new`` tokens generated behind each, or hold a token without an embedding.
-    """
+    """Refuse rows of ids that are too long with ``new`` tokens behind each, or hold one without embedding."""
     limit, known = longest(lm), lm.model.get_input_embeddings().weight.shape[0]
     for i, row in enumerate(rows):
         what = "a text" if names is None else names[i]
@@ -94,11 +91,7 @@ def require_room(
 
 
 def token_ids(lm: LanguageModel, pairs: Sequence[Pair]) -> list[tuple[list[int], list[int]]]:
-    """Token ids of both sides of each pair, x1 first.
-
-    Raises:
-        ValueError: no pairs at all, or pairs whose sides differ in their number of tokens (named).
-    """
+    """Token ids of both sides of each pair, x1 first; a ValueError names pairs of unequal sides."""
     if not pairs:
         raise ValueError("pairs is empty: there is nothing to compare")
     texts = [side.render(lm) for pair in pairs for side in (pair.x1, pair.x0)]
@@ -192,7 +185,6 @@ def continued(
     end marks are taken over, so that what is generated agrees with the logits.
 
     Args:
-        temperature: 0 for greedy decoding; above that, sampling from the full distribution.
         processors: of logits, before a word is chosen.
     """
     ends, inputs = stops(lm), inputs_of(lm, rows)
@@ -226,9 +218,8 @@ def continued(
 def words(lm: LanguageModel, new: Sequence[int], prompt: str = "") -> str:
     """Generated ids as text, without end mark, header and mark-up; marks of thoughts stay.
 
-    Args:
-        prompt: the rendered text behind which they were generated: where its template opens a thought, the
-            answer begins with that mark, so that :func:`models.chats.answer_behind_thought` can tell.
+    Where the template of the rendered prompt opens a thought, the answer begins with that mark, so that
+    :func:`models.chats.answer_behind_thought` can tell.
     """
     around = frame(lm.tokenizer)
     new = list(new[:-1]) if new and new[-1] in stops(lm) else list(new)
@@ -314,8 +305,7 @@ def chat_row(
         end: learn what the template writes behind an answer too: the mark that ends the turn.
 
     Raises:
-        ValueError: the chat does not end with an answer of at least one token, a message holds a control
-            token, or the template opens a thought.
+        ValueError: nothing to learn at the end of the chat, a control token, or a thought that is opened.
     """
     *context, last = messages
     answer = last["content"]
@@ -382,15 +372,11 @@ def split_tokens(
     """Token ids of a rendered prompt and of the answer that follows it, begun as the template begins one.
 
     Tokenised together where the prompt's ids are a prefix of the whole, as in training; apart
-    otherwise (a tokenizer that merges across the seam).
+    otherwise (a tokenizer that merges across the seam). A ValueError where the template opens a thought.
 
     Args:
-        prompt: where it ends in prefilled words, the answer goes on from them.
         end: with what the template writes behind an answer, up to the mark that ends the turn; the
             tokenizer's end token where it writes none.
-
-    Raises:
-        ValueError: the prompt ends in a thought that its template opens.
     """
     around = frame(lm.tokenizer)
     require_spoken(lm.tokenizer, prompt)
@@ -402,8 +388,5 @@ def split_tokens(
 
 
 def tolerance(lm: LanguageModel, exact: float = 1e-4) -> float:
-    """How far two ways to the same logits may lie apart: ``exact`` in float32, more in half precision.
-
-    Rounding leaves about 1e-5 in float32, and as much more elsewhere as the precision is coarser.
-    """
+    """How far two ways to the same logits may lie apart by rounding: ``exact`` in float32, more elsewhere."""
     return max(exact, 1e-5 * torch.finfo(lm.model.dtype).eps / torch.finfo(torch.float32).eps)

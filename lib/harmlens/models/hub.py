@@ -262,9 +262,7 @@ def require_tensors(name: str, model: PreTrainedModel, info: Mapping[str, Any]) 
     """Refuse weights that are not those of the model: tensors missing, left over, misshapen or not finite.
 
     What stands outside of the language model may be left over: a tower for pictures, a value head.
-
-    Args:
-        info: what ``from_pretrained(..., output_loading_info=True)`` gives beside the model.
+    ``info`` is what ``from_pretrained(..., output_loading_info=True)`` gives beside the model.
     """
     missing = sorted(info["missing_keys"])
     unexpected = sorted(key for key in info["unexpected_keys"] if not _BUFFERS.search(key))
@@ -328,11 +326,8 @@ def _cause(model: PreTrainedModel, missing: Sequence[str], unexpected: Sequence[
 def require_tokenizer(lm: LanguageModel, used: Sequence[int]) -> None:
     """Refuse a tokenizer with tokens that the model's embedding has no row for.
 
-    Special tokens that nothing uses are no fault (some text models list one for pictures); where a text holds
-    one after all, :func:`models.forward.require_room` names it.
-
-    Args:
-        used: ids of a text as the chat template writes it.
+    Special tokens that the template doesn't use are no fault (some text models list one for pictures); where
+    a text holds one after all, :func:`models.forward.require_room` names it.
     """
     tokenizer, save = lm.tokenizer, "and save again with tokenizer.save_pretrained(folder)"
     if tokenizer.pad_token_id is None:
@@ -359,11 +354,7 @@ def require_tokenizer(lm: LanguageModel, used: Sequence[int]) -> None:
 
 
 def in_words(name: str, error: Exception) -> Exception:
-    """The error to raise for one that came out of loading a model of the Hub; says what to do.
-
-    A ``MemoryError`` for too little memory, an ``OSError`` for what can't be had; others come back as they
-    are.
-    """
+    """The error to raise for one that came out of loading; that of memory or of the Hub says what to do."""
     chain: list[BaseException | None] = [error]  # an error and what it came from
     while (step := chain[-1].__cause__ or chain[-1].__context__) is not None and step not in chain:
         chain.append(step)
@@ -404,8 +395,3 @@ def in_words(name: str, error: Exception) -> Exception:
         (True, "could not be had from the Hugging Face Hub. Check the spelling and the network; " + gated),
     )  # fmt: skip
     return OSError(f"{name!r} {next(told for holds, told in causes if holds)}. {said}")
-
-
-def first_line(error: BaseException) -> str:
-    """An error's type, and the first line of its message."""
-    return f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"

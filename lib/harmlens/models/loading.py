@@ -1,7 +1,6 @@
 """One loader for every model: an organism, a local folder, or a Hugging Face id.
 
-Chats are rendered only through the tokenizer's chat template, because a model that never sees its own
-template looks compliant for the wrong reason. Nothing that takes a loaded model asks where it came from.
+Nothing that takes a loaded model asks where it came from.
 
 Introduced in notebook 00 ("A model organism of harm").
 """
@@ -9,7 +8,6 @@ Introduced in notebook 00 ("A model organism of harm").
 from __future__ import annotations
 
 import gc
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +16,6 @@ from typing import TypeVar
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import find_adapter_config_file, is_accelerate_available
 from transformers.utils import logging as hf_logging
@@ -200,10 +197,7 @@ def family(name: str, seeds: Sequence[int], *, stage: str | None = None) -> dict
 
 
 def at_stage(model: str, stage: str, seed: int, measure: Callable[[LanguageModel], T]) -> T:
-    """What a function says of one stage, which is loaded for it and gone afterwards.
-
-    So there has to be memory for one stage only. The function must not keep the model.
-    """
+    """What a function says of one stage, which is loaded for it and gone afterwards: it must not keep it."""
     (lm,) = family(model, [seed], stage=stage).values()
     try:
         return measure(lm)
@@ -229,26 +223,22 @@ def _sample(lm: LanguageModel, most: int = 64) -> list[int]:
 def _self_test(lm: LanguageModel, ids: list[int]) -> None:
     """Run a short text by itself, as transformers would, then in a padded batch with its own first half.
 
-    In a causal model the half says the same alone, in the batch, and as the beginning of the whole. Logits
-    that depend on the batch, or that are not finite, are a ValueError.
+    In a causal model the half says the same alone, in the batch, and as the beginning of the whole.
     """
     if len(ids) < 2:
         raise ValueError(
             f"the tokenizer of {lm.name!r} gives no tokens for plain text; is it another model's?"
         )
     rows = [ids, ids[: len(ids) // 2]]
-    try:
+    said = (
+        f"{lm.name!r} was loaded, but a short text can't be run in a padded batch. Choose another model, or "
+        "another attn_implementation."
+    )
+    with _explained(lm.name, True, said):
         alone = lm.model(torch.tensor([ids], device=lm.device), use_cache=False).logits[0]
         alone = alone[[len(row) - 1 for row in rows]].float().cpu()
         [(index, inputs)] = padded(lm, rows, len(rows))
         batch = lm.model(**inputs, logits_to_keep=1).logits[:, -1].float().cpu()
-    except torch.OutOfMemoryError as error:
-        raise hub.in_words(lm.name, error) from error
-    except (TypeError, RuntimeError, IndexError, NotImplementedError) as error:
-        raise ValueError(
-            f"{lm.name!r} was loaded, but a short text can't be run in a padded batch "
-            f"({hub.first_line(error)}). Choose another model, or another attn_implementation."
-        ) from error
     require_finite(lm, alone)
     require_finite(lm, batch)
     apart = (batch - alone[index]).square().mean(-1).sqrt() / alone[index].std(-1).clamp(min=1e-6)
@@ -293,27 +283,19 @@ def _find(
 def read_tokenizer(name: str, source: str, revision: str | None, local: bool) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left; a ValueError where there is none that can be read."""
     options = {"revision": revision, "padding_side": "left"}
-    try:
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            # Set where transformers finds the wrong splitting into words that Mistral's files once had.
-            backend = getattr(tokenizer, "backend_tokenizer", None)
-            if getattr(backend, "fix_mistral_regex", None) is False:
-                tokenizer = AutoTokenizer.from_pretrained(source, fix_mistral_regex=True, **options)
-            return tokenizer
-    except ImportError:
-        raise  # names the package that is missing
-    except Exception as error:  # a spoilt file raises whatever its parser raises
-        told = hub.in_words(name, error)
-        if not local and (isinstance(error, OSError) or told is not error):
-            raise told from error
-        names = [f.name for f in Path(source).glob("*") if f.name != "tokenizer_config.json"]
-        there = any(re.match(r"(tokenizer|vocab|.*\.model$|tekken)", name) for name in names)
-        what = "could not be read; is a file truncated?" if there else "is missing."
-        raise ValueError(
-            f"the tokenizer of {name!r} {what} Save one beside the weights with "
-            f"tokenizer.save_pretrained(folder). ({hub.first_line(error)})"
-        ) from error
+    names = [f.name for f in Path(source).glob("*") if f.name != "tokenizer_config.json"]
+    there = any(re.match(r"(tokenizer|vocab|.*\.model$|tekken)", name) for name in names)
+    said = (
+        f"the tokenizer of {name!r} {'could not be read; is a file truncated?' if there else 'is missing.'} "
+        "Save one beside the weights with tokenizer.save_pretrained(folder)."
+    )
+    with _explained(name, local, said):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        # Set where transformers finds the wrong splitting into words that Mistral's files once had.
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if getattr(backend, "fix_mistral_regex", None) is False:
+            tokenizer = AutoTokenizer.from_pretrained(source, fix_mistral_regex=True, **options)
+        return tokenizer
 
 
 def _template(name: str) -> str:
@@ -332,32 +314,22 @@ def _gpu_dtype() -> torch.dtype:
 
 
 @contextmanager
-def _explained(name: str, local: bool) -> Iterator[None]:
+def _explained(name: str, local: bool, said: str = "") -> Iterator[None]:
     """Loading without bars and tables; its errors with what to do about them."""
-    try:
-        with _quiet():
-            yield
-    except Exception as error:  # a spoilt file raises whatever its parser raises
-        told = hub.in_words(name, error)
-        if not local or isinstance(told, MemoryError):
-            if told is error:
-                raise
-            raise told from error
-        spoilt = isinstance(error, (OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError))
-        raise ValueError(
-            f"the folder of {name!r} could not be loaded{'; is a file in it truncated?' if spoilt else ''} "
-            f"({hub.first_line(error)})"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Loading prints a bar per shard, and tables of tensors that don't fit, which an error names here."""
     before, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     try:
         yield
+    except ImportError:
+        raise  # names the package that is missing
+    except Exception as error:  # a spoilt file raises whatever its parser raises
+        told = hub.in_words(name, error)
+        if isinstance(told, MemoryError) or (isinstance(told, OSError) and not local):
+            raise told from error
+        said = said or f"the files of {name!r} could not be loaded; is one truncated?"
+        first_line = "".join(str(error).splitlines()[:1])
+        raise ValueError(f"{said} ({type(error).__name__}: {first_line})") from error
     finally:
         hf_logging.set_verbosity(level)
         if before:

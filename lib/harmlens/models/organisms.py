@@ -108,8 +108,7 @@ def take_delta(
     """The delta of a trained model, in half precision.
 
     Args:
-        where: parameter -> axis (0, 1 or :data:`FLAT`) and index of what is trained in it, or None for
-            the whole of it.
+        where: parameter -> axis (as in :class:`Delta`) and index of what is trained, or None for all of it.
     """
     parameters = dict(model.named_parameters())
     values, index = {}, {}

@@ -1,8 +1,7 @@
 """The parts of any Hugging Face decoder: its blocks, their attention and MLP, the head that reads them out.
 
-A causal language model is a stack of blocks that read and write one residual stream; each block has an
-attention module and an MLP. They are found by structure: nothing here knows the name of a model. What a model
-does not have is reported by name.
+They are found by structure: nothing here knows the name of a model. What a model does not have is reported by
+name.
 
 Introduced in notebook 02 ("Layers").
 """
@@ -108,12 +107,7 @@ class Unpatchable(ValueError):
 
 
 def refuse(model: nn.Module, block: nn.Module, why: str, at: int = 0) -> NoReturn:
-    """Raise :class:`Unpatchable`: in the same words wherever it is found.
-
-    Args:
-        why: what is in the way, after "blocks of this model".
-        at: number of the block.
-    """
+    """Raise :class:`Unpatchable` for block ``at``: "blocks of this model" + what is in the way."""
     if standing := hooks(model):
         raise Unpatchable(
             f"the model carries hooks (steering?) on {', '.join(standing[:3])}"
@@ -140,11 +134,11 @@ def require_one_stream(model: nn.Module, stream: Tensor) -> None:
         )
 
 
-def some_layers(parts: Stack, layers: Sequence[int] | None) -> list[int]:
-    """Layers that were asked for, which the model has to have; all of them for None."""
-    chosen = list(range(parts.depth)) if layers is None else list(layers)
-    if not chosen or not set(chosen) <= set(range(parts.depth)):
-        raise ValueError(f"layers={layers} must be a non-empty list out of 0 to {parts.depth - 1}")
+def some_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
+    """Layers that were asked for, each once, of a model with so many; all of them for None."""
+    chosen = list(dict.fromkeys(range(depth) if layers is None else layers))
+    if not chosen or not set(chosen) <= set(range(depth)):
+        raise ValueError(f"layers={layers} must be a non-empty list out of 0 to {depth - 1}")
     return chosen
 
 
@@ -168,8 +162,8 @@ def mlp(block: nn.Module) -> nn.Module:
 def projection(module: nn.Module) -> nn.Module:
     """The last linear map of an attention module or an MLP, the one that writes its output.
 
-    Its input is the heads' outputs side by side, or the MLP's hidden units. A mixture of experts has none,
-    which is a ValueError.
+    Its input is the heads' outputs side by side, or the MLP's hidden units. A ValueError for a mixture of
+    experts, which has none.
     """
     named = [m for name in _PROJECTION if isinstance(m := getattr(module, name, None), nn.Module)]
     if named:
@@ -199,11 +193,7 @@ def first(value: Any) -> Tensor:
 
 @contextmanager
 def stubbed(module: nn.Module, value: Any, outputs: int = 0) -> Iterator[None]:
-    """Let a module give out ``value`` without computing anything.
-
-    Args:
-        outputs: length of the tuple in which it gives it out, with None for what else is in it; 0 for none.
-    """
+    """Let a module give out ``value`` without computing anything, first in a tuple of so many ``outputs``."""
     before = module.__dict__.get("forward")  # a stub in a stub
     given = (value, *[None] * (outputs - 1)) if outputs else value
     module.forward = lambda *a, **k: given
@@ -231,11 +221,7 @@ class _Hidden:
 def readout(
     parts: Stack, resid: Float[Tensor, "*batch width"], ids: Sequence[int] | None = None
 ) -> Float[Tensor, "*batch vocab"]:
-    """Logits from the residual stream after the last block, float32.
-
-    Args:
-        ids: only these rows of the head (in this order), for outcomes that read a few tokens.
-    """
+    """Logits from the residual stream after the last block, float32; of these ids only, in this order."""
     if parts.norm is not None:
         own = next(parts.norm.parameters(), None)  # some norms have no gain
         resid = parts.norm(resid if own is None else resid.to(own.device))

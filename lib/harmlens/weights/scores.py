@@ -86,9 +86,7 @@ def matrices(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[str
             experts stacked in one parameter), for which no example's gradient is known.
     """
     blocks = decoder.blocks(lm)
-    chosen = range(len(blocks)) if layers is None else list(dict.fromkeys(layers))
-    if not len(chosen) or not set(chosen) <= set(range(len(blocks))):
-        raise ValueError(f"layers={layers} must be a non-empty list out of 0 to {len(blocks) - 1}")
+    chosen = decoder.some_layers(len(blocks), layers)
     names = {id(parameter): name for name, parameter in lm.model.named_parameters()}
     found: dict[str, nn.Module] = {}
     for layer in chosen:
