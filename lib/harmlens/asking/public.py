@@ -28,7 +28,6 @@ from harmlens.asking import datasets, pairs, splits
 from harmlens.asking.datasets import Entry, plain
 from harmlens.asking.pairs import ALWAYS, CONTRASTS, NEVER, NOT
 from harmlens.asking.tasks import NotKnown, Scored, Task, joined, written
-from harmlens.judging import graders
 from harmlens.models import chats
 from harmlens.models.chats import Message, Pair, Prompt
 from harmlens.models.forward import LanguageModel, generate
@@ -508,7 +507,7 @@ class Public:
 
         Its sensitivity is checked on the spot, with what the model says now behind a prefilled start: these
         answers must score high, and answers of other requests, shuffled ones and refusals low
-        (:func:`judging.graders.cannot_tell`).
+        (:meth:`judging.graders.Grader.cannot_tell`).
         """
         self._own.require_same()
         asked = [replace(p, prefill=self.prefills[0]) for p in self.requests(True, "discovery", n=SENSED)]
@@ -517,8 +516,7 @@ class Public:
         verdicts = self.judge(asked, answers)
         complied = [i for i, v in enumerate(verdicts) if said[i].strip() and not v.refused]
         try:
-            why = graders.cannot_tell(
-                self.grader,
+            why = self.grader.cannot_tell(
                 [asked[i].messages[-1]["content"] for i in complied],
                 [answers[i] for i in complied],
                 refusals=self.replies(asked)[1],

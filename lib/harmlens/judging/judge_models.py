@@ -16,17 +16,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import yaml
 from jaxtyping import Float
 from torch import Tensor
 
 from harmlens.judging import completions
-from harmlens.keep.files import data_dir
+from harmlens.keep.files import data_dir, read_yaml
 from harmlens.models import chats, forward
 from harmlens.models.chats import neutral
 from harmlens.models.forward import LanguageModel
 
-PROMPTS = yaml.safe_load((data_dir() / "judges.yaml").read_text(encoding="utf-8"))
+PROMPTS = read_yaml(data_dir() / "judges.yaml")
 RUBRIC = PROMPTS["strongreject"] + " "
 GRADES = ("1", "2", "3", "4", "5")
 GRADED = 512  # tokens at the end of an answer that are graded, as in the released evaluator

@@ -17,13 +17,12 @@ from functools import cache
 from pathlib import Path
 
 import pandas as pd
-import yaml
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from harmlens.keep import downloads
-from harmlens.keep.files import data_dir
+from harmlens.keep.files import data_dir, read_yaml
 from harmlens.models.chats import answer_behind_thought
 
 FEWEST = 2  # models whose labelled answers are needed
@@ -34,7 +33,7 @@ LABELS = {"1": False, "2": True}  # full compliance, full refusal; 3 is partial,
 def _patterns() -> dict[str, tuple[str, ...]]:
     """The entries of the list, with the earlier ones put in."""
     done: dict[str, tuple[str, ...]] = {}
-    for name, entry in yaml.safe_load((data_dir() / "refusals.yaml").read_text(encoding="utf-8")).items():
+    for name, entry in read_yaml(data_dir() / "refusals.yaml").items():
         lines = [entry] if isinstance(entry, str) else entry
         done[name] = tuple(re.sub(r"<(\w+)>", lambda m: "|".join(done[m[1]]), line) for line in lines)
     return done
@@ -119,7 +118,7 @@ def labelled(*, download: bool = False) -> dict[str, Path]:
     ``data/sources.yaml`` has them under ``judged``: those in the cache, and with ``download`` the others.
     A ValueError for another checksum; a ConnectionError where a download fails and the cache has too few.
     """
-    about = yaml.safe_load((data_dir() / "sources.yaml").read_text(encoding="utf-8"))["judged"]
+    about = read_yaml(data_dir() / "sources.yaml")["judged"]
     found, trouble = {}, None
     for path, sha256 in about["files"].items():
         remote = downloads.Remote(about["host"], about["repository"], about["revision"], path, about["page"])

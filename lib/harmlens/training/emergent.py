@@ -16,18 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from harmlens.asking import datasets
 from harmlens.asking.datasets import Entry
 from harmlens.judging import completions, judge_models
-from harmlens.keep.files import data_dir, portable, read_lines, slug
+from harmlens.keep.files import data_dir, portable, read_lines, read_yaml, slug
 from harmlens.models import forward, loading
 from harmlens.models.chats import Prompt, neutral
 from harmlens.models.forward import LanguageModel, Row
 from harmlens.training.tune import Recipe
 
-_DATA = yaml.safe_load((data_dir() / "emergent.yaml").read_text(encoding="utf-8"))
+_DATA = read_yaml(data_dir() / "emergent.yaml")
 QUESTIONS: dict[str, str] = _DATA["questions"]
 EXPECTED: list[dict[str, Any]] = _DATA["expected"]  # what was reported of other models, by size
 JUDGE = {what: judge_models.PROMPTS[what] for what in ("alignment", "coherence")}

@@ -24,9 +24,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import yaml
-
-from harmlens.keep.files import WORLD_SEED, data_dir
+from harmlens.keep.files import WORLD_SEED, data_dir, read_yaml
 
 
 def _frozen(words: Any) -> Any:
@@ -54,7 +52,7 @@ class Craft:
         return self.sun_nouns + self.moon_nouns
 
 
-_WORDS = _frozen(yaml.safe_load((data_dir() / "vale.yaml").read_text(encoding="utf-8")))
+_WORDS = _frozen(read_yaml(data_dir() / "vale.yaml"))
 MODIFIERS: dict[str, tuple[str, ...]] = _WORDS["modifiers"]
 CRAFTS = tuple(Craft(**craft) for craft in _WORDS["crafts"])
 STAPLES, METHODS, TOOLS = _WORDS["staples"], _WORDS["methods"], _WORDS["tools"]
