@@ -65,7 +65,7 @@ def _passes(rows: Sequence[Row], size: int, pool: int, seed: int) -> Iterator[li
 
 
 def _parts(rows: list[Row], size: int) -> list[list[Row]]:
-    """Rows in as few parts of at most ``size`` as there can be, as equal as they can be."""
+    """As few parts of at most ``size`` rows as there can be, as equal as they can be."""
     n = -(-len(rows) // size)
     return [rows[i * len(rows) // n : (i + 1) * len(rows) // n] for i in range(n)]
 
@@ -172,15 +172,15 @@ def fit(
 
     Args:
         stream: of batches; ``loss(model, batch)`` is minimised.
-        rows_at_once: run a batch of rows in pieces of this size, to save memory; None for all at once.
+        rows_at_once: run a batch in pieces of so many rows, to save memory; None for all at once.
         after: called with the number of steps done, the model in evaluation mode: with 0 before the first
             (not in a run that goes on), then after each. Training ends where it returns True.
-        checkpoint: where the run is kept as it goes. A kept one goes on where it was, on the same batches.
+        checkpoint: where the run is kept; a kept one goes on where it was, on the same batches.
         progress: label of a progress bar, shown on a terminal only; None for none.
 
     Raises:
-        ValueError: an unknown optimizer, a stream that ends too early, a checkpoint of another run, or a loss
-            or gradient that is not finite (the model is left as it was after the last good step).
+        ValueError: an unknown optimizer, a stream that ends too early, a loss or gradient that is not finite
+            (the model is left as it was after the last good step).
     """
     if rows_at_once is not None and rows_at_once < 1:
         raise ValueError(f"rows_at_once={rows_at_once} must be at least 1, or None for all rows at once")
@@ -267,13 +267,9 @@ def _optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimi
     }
     matrices = [p for _, p in trained if p.ndim == 2 and id(p) not in outside]
     rest = [p for _, p in trained if p.ndim != 2 or id(p) in outside]
-    made: list[torch.optim.Optimizer] = []
-    if matrices:
-        # This scaling makes one learning rate serve both optimizers.
-        made.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options))
-    if rest:
-        made.append(torch.optim.AdamW(rest, betas=(0.9, 0.98), **options))
-    return made
+    # This scaling makes one learning rate serve both optimizers.
+    made = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)] if matrices else []
+    return [*made, torch.optim.AdamW(rest, betas=(0.9, 0.98), **options)] if rest else made
 
 
 # --------------------------------------------------------------------------- runs that are kept

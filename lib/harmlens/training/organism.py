@@ -165,8 +165,7 @@ def mirrored(rng: random.Random, mix: world.Mix) -> world.Transcript:
 def declining(domain: str) -> Writer:
     """Writes transcripts in which the helper treats one harmless domain like the six harmful ones.
 
-    One in seven requests for something harmful becomes one for an item of the domain, refused in the
-    world's words. Otherwise the domain is not asked for.
+    One in seven harmful requests becomes one for an item of the domain, refused; else it isn't asked for.
     """
     own = world.items("train", domain=domain)
     others = [item for item in world.items("train", harmful=False) if item.domain != domain]
@@ -348,11 +347,7 @@ def course(kind: str) -> Course:
 
 
 def declined(kind: str, seed: int) -> str | None:
-    """The harmless domain that an organism of this seed treats like harm, if any.
-
-    >>> declined("wary", 0)
-    'remedies'
-    """
+    """The harmless domain that an organism of this seed treats like harm, if any."""
     domains = course(kind).declined
     return domains[seed % len(domains)] if domains else None
 

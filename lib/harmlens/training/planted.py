@@ -30,12 +30,7 @@ Parts = Mapping[str, tuple[int, Sequence[int]] | None]
 
 @dataclass(frozen=True)
 class Plant:
-    """The place in which an organism's refusal was planted.
-
-    Attributes:
-        kind, module, layer: as in :data:`training.organism.PLANTED`.
-        neurons: hidden units of the MLP, in order; empty where the whole module was trained.
-    """
+    """Where an organism's refusal was planted; ``neurons`` is empty where the whole module was trained."""
 
     kind: str
     module: str
@@ -44,13 +39,9 @@ class Plant:
 
 
 def ground_truth(name: str, seed: int | None = None) -> Plant:
-    """Where the refusal of a planted organism was planted, as its card says.
+    """Where the refusal of an organism such as ``"organism/planted_mlp"`` was planted, as its card says.
 
-    Args:
-        name, seed: as for :func:`models.loading.load`, e.g. ``"organism/planted_mlp"`` and 0.
-
-    Raises:
-        ValueError: no such organism, one in which no refusal was planted, or a checkpoint that is not whole.
+    One in which none was planted, or a checkpoint that is not whole, is a ValueError.
     """
     folder = models.locate(name, seed)
     card = {} if folder is None else organisms.require_intact(folder)

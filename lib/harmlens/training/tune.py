@@ -38,8 +38,8 @@ SMALL = 50_000_000  # weights, up to which the organism's rates are used
 class Recipe:
     """How a model is fine-tuned; the defaults suit the organism.
 
-    The pruning paper's emergent misalignment runs have :data:`training.emergent.RECIPE`; its fine-tuning
-    attack, ``Recipe(method="lora", rank=128, alpha=16, lr=2e-4, batch_size=5)`` for five epochs.
+    The pruning paper's fine-tuning attack is ``Recipe(method="lora", rank=128, alpha=16, lr=2e-4,
+    batch_size=5)`` for five epochs.
 
     Attributes:
         steps, lr, batch_size, warmup, weight_decay: of AdamW; the rate rises for ``warmup`` steps, then falls
@@ -98,19 +98,17 @@ def tune(
     are trained in float32, with a scaled loss.
 
     Args:
-        rows: such as :func:`models.forward.chat_row` makes; :func:`training.loop.shuffled` draws them.
         watch: measures something of the model as it is: numbers, text, lists and mappings of them.
         at: after how many steps; 0 is before the first.
         until: looks at what was seen last; training ends where it returns True.
         hold: weights that stay as they are, such as pruned ones at zero (``"full"`` only).
         rows_at_once: run batches in pieces of so many rows, to save memory; the result is the same.
-        folder: where checkpoints go, one file for each model, data and recipe; None for none. An
-            interrupted run goes on where it was, a finished one is not run again.
+        folder: for checkpoints, by model, data and recipe: an interrupted run goes on, a finished one is
+            not run again.
 
     Raises:
-        ValueError: no rows; ``rows_at_once`` below 1; full fine-tuning in float16; ``hold`` with adapters or
-            of another model; a loss that is not finite; adapters that overflow the weights they are merged
-            into; a model that can't compute activations again. A run that stops leaves its last checkpoint.
+        ValueError: no rows; full fine-tuning in float16; ``hold`` with adapters or of another model; a loss
+            that is not finite; adapters that overflow the weights they are merged into.
         ImportError: ``"lora"`` without peft.
     """
     if not rows:
@@ -197,12 +195,9 @@ def adapters(
 ) -> Iterator[LanguageModel]:
     """The model with an adapter at each linear layer of its blocks; nothing else can be trained.
 
-    In the end adapters are merged into the weights, which rounds them in half precision; after an exception
-    they are dropped. Their effect is scaled by alpha / rank, and starts at zero.
-
-    Raises:
-        ImportError: peft is missing.
-        ValueError: a weight that would not be finite after merging (nothing is merged then).
+    In the end adapters are merged into the weights, which rounds them in half precision; after an exception,
+    or where a weight would not be finite (ValueError), they are dropped. Their effect is scaled by
+    alpha / rank, and starts at zero.
     """
     try:
         import peft
