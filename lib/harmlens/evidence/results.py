@@ -127,6 +127,11 @@ class Measurement:
         return self
 
 
+@dataclass(frozen=True)
+class _Registry:
+    claims: list[dict[str, Any]]
+
+
 _WORDS = {
     "missing": "is missing",
     "unexpected_keyword_argument": "is no known field",
@@ -158,14 +163,11 @@ def load_claims(path: str | Path | None = None) -> dict[str, Claim]:
         content = files.read_yaml(path)
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name}: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("claims"), list):
-        raise ValueError(f"{path.name}: expected a mapping with a list named 'claims'")
     claims: dict[str, Claim] = {}
-    for number, entry in enumerate(content["claims"], start=1):
-        if isinstance(entry, dict) and isinstance(rule := entry.get("rule"), dict):
+    for number, entry in enumerate(_checked(_Registry, content, f"{path.name}: ").claims, start=1):
+        if isinstance(rule := entry.get("rule"), dict):
             entry = entry | {"rule": {"no_effect": rule.get("threshold")} | rule}
-        name = entry.get("id", "without id") if isinstance(entry, dict) else "without id"
-        claim = _checked(Claim, entry, f"{path.name}, claim {number} ({name}): ")
+        claim = _checked(Claim, entry, f"{path.name}, claim {number} ({entry.get('id', 'without id')}): ")
         if claim.id in claims:
             raise ValueError(f"{path.name}: claim id {claim.id!r} occurs twice")
         claims[claim.id] = claim
@@ -176,6 +178,7 @@ _BOUNDS = {
     r"share( of (?!an effect|a change).*)?|precision|balanced accuracy|Jaccard index|relative depth": (0, 1),
     r"difference of (shares|accuracies|average precisions|Jaccard indices)": (-1, 1),
     r"relative drop": (-math.inf, 1),
+    "": (-math.inf, math.inf),
 }
 
 
@@ -185,9 +188,7 @@ def _measured(content: Mapping[str, Any], claims: Mapping[str, Claim]) -> Measur
         raise ValueError(f"claim: {content['claim']!r} is not in claims.yaml; known are {', '.join(claims)}")
     found = _checked(Measurement, content)
     scale = claims[found.claim].scale
-    low, high = next(
-        (ends for form, ends in _BOUNDS.items() if re.fullmatch(form, scale)), (-math.inf, math.inf)
-    )
+    low, high = next((ends for form, ends in _BOUNDS.items() if re.fullmatch(form, scale)), _BOUNDS[""])
     values = {"value": found.value} | {f"per_seed[{s}]": entry[0] for s, entry in found.per_seed.items()}
     for name, value in (values | ({"control.value": found.control.value} if found.control else {})).items():
         if not low - 1e-9 <= value <= high + 1e-9:
@@ -259,8 +260,7 @@ def verdict(claim: Claim, measurement: Measurement | None) -> tuple[str, str]:
 
 def results_dir() -> Path:
     """Where new result files go: HARMLENS_RESULTS if set, else ``results`` in the build folder."""
-    from_env = os.environ.get("HARMLENS_RESULTS", "").strip()
-    return Path(from_env).expanduser().resolve() if from_env else files.build_dir() / "results"
+    return files.folder_from("HARMLENS_RESULTS") or files.build_dir() / "results"
 
 
 def record(
@@ -275,23 +275,21 @@ def record(
     folder: str | Path | None = None,
     **made: Any,
 ) -> Path:
-    """Write the result file of one claim on one model; returns its path.
+    """Write the result file of one claim on one model, ``<folder>/<model>/<claim>.json``; returns its path.
+
+    Machine paths are shortened. A file of the same name is replaced; one of other weights (trained anew, or
+    another commit) is put aside, and a warning says where.
 
     Args:
         claim: id from ``data/claims.yaml``.
         estimate: the statistic of the claim, with the estimates of the training seeds if there are several.
         unit: what its n counts: item, request, pair, ... never token.
-        model: organism ("organism/sft"), folder or Hugging Face id.
+        model: organism ("organism/sft"), folder or Hugging Face id; called :func:`keep.files.model_name`.
         notebook: file name of the notebook without its ending.
         control: what the claim's control is, and what it gave.
         note: one sentence for the reader of the scorecard.
-        folder: where to write; default :func:`results_dir`. The file is ``<folder>/<model>/<claim>.json``,
-            and a file of the same name is replaced. A model in a folder is called
-            :func:`keep.files.model_name`, so that two of one name are two models.
+        folder: default :func:`results_dir`.
         made: how it was measured, for :func:`keep.files.provenance`: ``params``, ``device``, ...
-
-    Machine paths are shortened to file names before anything is written. A result of the same name but of
-    other weights (trained anew, or another commit) is put aside, and a warning says where.
 
     Raises:
         ValueError: unknown claim, a number that is not finite or not on the claim's scale, an interval that
@@ -300,8 +298,8 @@ def record(
     seeds = {int(seed): _triple(e) for seed, e in (estimate.per_seed or {0: estimate}).items()}
     beside = None
     if control is not None:
-        name, value, *ci = (control[0], *_triple(control[1]))
-        beside = {"name": name, "value": value, "ci": ci}
+        value, *ci = _triple(control[1])
+        beside = {"name": control[0], "value": value, "ci": ci}
     value, low, high = _triple(estimate)
     content: dict[str, Any] = {
         "schema": SCHEMA, "claim": claim, "model": files.model_name(model), "notebook": notebook,
@@ -338,15 +336,13 @@ def _keep_other_weights(path: Path, model: Mapping[str, Any]) -> None:
         before = old["checkpoints"] | {"revision": old["revision"]}
     except (OSError, ValueError, KeyError, TypeError):
         return
-    now = model["checkpoints"] | {"revision": model["revision"]}
-    differ = [name for name, mark in now.items() if mark and before.get(name) and before[name] != mark]
-    if differ:
-        aside = path.with_name(f"{path.name}.{before[differ[0]][:8]}")
-        os.replace(path, aside)
-        warnings.warn(
-            f"{path.parent.name}/{path.name} was measured on other weights; it is kept as {aside.name!r}, "
-            "and the scorecard reads the new one", ResultFileWarning, stacklevel=4,
-        )  # fmt: skip
+    for name, mark in (model["checkpoints"] | {"revision": model["revision"]}).items():
+        if mark and before.get(name) not in (None, "", mark):
+            aside = path.with_name(f"{path.name}.{before[name][:8]}")
+            os.replace(path, aside)
+            said = f"{path.parent.name}/{path.name} was measured on other weights; it is kept as"
+            said += f" {aside.name!r}, and the scorecard reads the new one"
+            return warnings.warn(said, ResultFileWarning, stacklevel=3)
 
 
 def default_folders() -> list[Path]:
@@ -357,14 +353,13 @@ def default_folders() -> list[Path]:
 def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measurement]:
     """All measurements below ``folders`` (default :func:`default_folders`), one per claim and model.
 
-    Where a claim was measured twice on a model, the earlier folder wins, and within a folder the newer
-    file. A file that can't be used is named in a :class:`ResultFileWarning`; the others still load. A
-    folder that doesn't exist counts as empty.
+    Of a claim that was measured twice on a model, the earlier folder's counts, and within a folder the newer
+    file's. A file that can't be used is named in a :class:`ResultFileWarning`; the others still load.
     """
     claims = load_claims()
     found: dict[tuple[str, str], Measurement] = {}
     for folder in default_folders() if folders is None else [Path(item) for item in folders]:
-        here: dict[tuple[str, str], Measurement] = {}
+        here: list[Measurement] = []
         for path in sorted(folder.rglob("*.json")):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
@@ -372,23 +367,17 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
                     raise ValueError(f"is not a result file of schema {SCHEMA}")
                 if content.get("sum", "") not in ("", _sum(content)):
                     raise ValueError("was changed after it was written")
-                measurement = _measured(content, claims)
+                here.append(_measured(content, claims))
             except (OSError, ValueError, KeyError, TypeError) as error:
                 reason = f"lacks {error}" if isinstance(error, KeyError) else error
                 warnings.warn(
                     f"result file {folder.name}/{path.relative_to(folder).as_posix()} left out: {reason}. "
                     "Run its notebook again, or delete the file.", ResultFileWarning, stacklevel=2,
                 )  # fmt: skip
-                continue
-            key = (measurement.claim, measurement.model)
-            if key not in here or _created(measurement) >= _created(here[key]):
-                here[key] = measurement
-        found = here | found
+        by_time = sorted(here, key=lambda one: str(one.provenance.get("created_utc", "")))  # in UTC, as text
+        # in the order of the paths, whichever is newest
+        found = {(one.claim, one.model): one for one in (*here, *by_time)} | found
     return list(found.values())
-
-
-def _created(measurement: Measurement) -> str:
-    return str(measurement.provenance.get("created_utc", ""))  # ISO 8601 in UTC sorts as text
 
 
 # --------------------------------------------------------------------------- scorecard
