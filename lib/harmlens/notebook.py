@@ -50,7 +50,7 @@ _DOMAINS = world.domains(False) + world.domains(True)
 _TEXT, _FLAG = (lambda v: isinstance(v, str)), (lambda v: isinstance(v, bool), "True or False")
 _SIZE = (_from(1), "a positive integer")
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    # "all" is for notebooks that read the results of several models.
+    **dict.fromkeys(("n", "steps"), _SIZE),
     "model": (lambda v: isinstance(v, str) and v.strip() != "", "a model's name"),
     "stages": (_some_of(_one_of(loading.ORDER)), f"a list of stages out of {list(loading.ORDER)}"),
     "seed": (_from(0), "an integer from 0"),
@@ -77,10 +77,8 @@ def glue(name: str, text: str) -> None:
 class Run:
     """What a notebook works on; models and requests are loaded when they are first asked for.
 
-    Attributes:
-        parameters: of the notebook, by name. ``model``, ``seed`` and ``quick`` are at hand by themselves.
-        folder: for result files; None for the default.
-        n: how many items, requests or pairs are asked at most; None for all.
+    ``parameters`` are the notebook's, by name. ``folder`` is for result files, None for the default; ``n`` is
+    how many items, requests or pairs are asked at most, None for all.
     """
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
@@ -106,14 +104,13 @@ class Run:
         """The stages of the model that can be compared: stage -> name to load it by."""
         return loading.stages(self.model, self.parameters.get("stages"), least=2)
 
+    def y1(self) -> outcomes.Outcome:
+        """Compliance minus refusal in logits, by tokens that are chosen on discovery pairs."""
+        return outcomes.y1(outcomes.fit_to_pairs(self.lm, self.source.pairs("prompt", split="discovery")))
+
     def pairs(self, contrast: str, **options: Any) -> list:
         """Prompt pairs of this run's source."""
         return self.source.pairs(contrast, **{"n": self.n, **options})
-
-    def y1(self) -> outcomes.Outcome:
-        """Compliance minus refusal in logits, by tokens that are chosen on discovery pairs."""
-        pairs = self.source.pairs("prompt", split="discovery")
-        return outcomes.y1(outcomes.fit_to_pairs(self.lm, pairs))
 
     def requests(self, harmful: bool, **options: Any) -> list:
         """Plain requests of one side."""
@@ -146,13 +143,12 @@ class Run:
 def start(**parameters: Any) -> Run:
     """Check a notebook's parameters, then set threads, warnings and the look of figures.
 
-    Call it in the first cell after the parameters, with all of them by name. Names ending in
-    ``_size`` or equal to ``n``, ``steps`` must be positive integers; the others are known here.
-    Other plain variables, set before, are named as ignored.
+    Call it in the first cell after the parameters, with all of them by name. Other plain variables, set
+    before, are named as ignored.
 
     Raises:
-        ValueError: an unknown parameter was injected, or a value is not valid. The message lists
-            what the notebook takes.
+        ValueError: an unknown parameter was injected, or a value is not valid; lists what the notebook takes.
+        TypeError: a parameter that has no rule here.
     """
     import torch
 
@@ -189,19 +185,15 @@ def start(**parameters: Any) -> Run:
 
 
 def _rule(name: str) -> tuple[Callable[[Any], bool], str]:
-    if name in ("n", "steps") or name.endswith("_size"):
-        return _SIZE
-    if name not in _RULES:
+    if name not in _RULES and not name.endswith("_size"):
         raise TypeError(f"harmlens.notebook knows no rule for a parameter called {name!r}; add one")
-    return _RULES[name]
+    return _RULES.get(name, _SIZE)
 
 
 def _injected(history: Iterable[str], parameters: Iterable[str]) -> list[str]:
-    """Names in papermill's cell, if one ran after the last run of the notebook's parameters cell.
+    """Names in papermill's cell, if one ran after the last run of the cell that sets the ``parameters``.
 
-    Args:
-        history: source of the cells that were run, as IPython keeps it in ``In``.
-        parameters: names in the parameters cell.
+    ``history`` holds the source of the cells that were run, as IPython keeps it in ``In``.
     """
     names: list[str] = []
     for source in history:

@@ -38,11 +38,9 @@ def style() -> None:
 
 
 def rates(table: Mapping[str, Mapping[str, Estimate]], *, colours: Mapping[str, str] | None = None) -> Figure:
-    """Rates with intervals: one row for each key of ``table``, one point for each series.
+    """Rates in [0, 1] with intervals: one row for each key of ``table``, one point for each series in it.
 
-    Args:
-        table: row label -> series label -> estimate in [0, 1].
-        colours: series label -> colour; default: the colours of the stages.
+    ``colours`` of the series are by default those of the stages.
     """
     if not table:
         raise ValueError("table is empty: there is nothing to draw")
@@ -77,10 +75,7 @@ def depth(
 ) -> Figure:
     """Curves over depth with bands: x = 0 is the embedding, x = l the output of block l.
 
-    Args:
-        curves: label -> one estimate for each depth.
-        levels: label -> an estimate drawn as a dashed horizontal line (a baseline without depth).
-        colours: label -> colour.
+    ``levels``: label -> an estimate drawn as a dashed horizontal line (a baseline without depth).
     """
     fig, ax = plt.subplots(figsize=(6.4, 3.6))
     cycle = (HARMFUL, PALETTE["blue"], PALETTE["orange"], CONTROL)
@@ -103,13 +98,7 @@ def _curve(ax: Axes, values: Sequence[Estimate], colour: str, alpha: float, labe
     ax.plot([e.value for e in values], "o-", ms=4, color=colour, label=label)
 
 
-def bars(
-    groups: Mapping[str, Mapping[str, Estimate]],
-    *,
-    ylabel: str,
-    colours: Mapping[str, str],
-    points: bool = True,
-) -> Figure:
+def bars(groups: Mapping[str, Mapping[str, Estimate]], *, ylabel: str, colours: Mapping[str, str]) -> Figure:
     """Grouped bars with intervals; the single training seeds as dots where there are any."""
     fig, ax = plt.subplots(figsize=(6.8, 3.6))
     series = list(dict.fromkeys(name for row in groups.values() for name in row))
@@ -119,11 +108,8 @@ def bars(
             x = i + width * (series.index(name) - (len(series) - 1) / 2)
             ax.bar(x, e.value, 0.92 * width, color=colours[name], alpha=0.75)
             ax.plot([x, x], [e.low, e.high], color="0.15", lw=1.5)
-            if points:
-                seeds = [s.value for s in e.per_seed.values()]
-                ax.plot(
-                    [x + 0.18 * width] * len(seeds), seeds, "o", ms=3.5, color="white", mec="0.15", mew=0.8
-                )
+            for one in e.per_seed.values():
+                ax.plot(x + 0.18 * width, one.value, "o", ms=3.5, color="white", mec="0.15", mew=0.8)
     ax.axhline(0, color="0.6", lw=0.8)
     ax.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel=ylabel)
     ax.tick_params(axis="x", length=0)
@@ -133,24 +119,16 @@ def bars(
 
 
 def layers(
-    panels: Mapping[str, Mapping[str, Sequence[Estimate]]],
-    *,
-    ylabel: str,
-    colours: Mapping[str, str],
-    seeds: bool = True,
+    panels: Mapping[str, Mapping[str, Sequence[Estimate]]], *, ylabel: str, colours: Mapping[str, str]
 ) -> Figure:
-    """Effects of layers: one panel for each key, one curve with its band for each series.
-
-    Args:
-        panels: title -> series -> one estimate for each layer.
-        seeds: draw the single training seeds as thin lines.
-    """
+    """Effects of layers (title -> series -> one estimate for each): a panel for each title, a curve with its
+    band for each series, the single training seeds as thin lines."""
     fig, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.3), sharey=True, squeeze=False)
     for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
         ax.axhline(0, color="0.6", lw=0.8, zorder=0)
         for name, values in curves.items():
             _curve(ax, values, colours[name], 0.18, label=name)
-            for seed in values[0].per_seed if seeds else ():
+            for seed in values[0].per_seed:
                 ax.plot([e.per_seed[seed].value for e in values], color=colours[name], lw=0.7, alpha=0.6)
         ax.set(xlabel="layer", title=title)
         ax.xaxis.get_major_locator().set_params(integer=True)

@@ -386,9 +386,8 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
 def scorecard(folders: Iterable[str | Path] | None = None, *, model: str = "all") -> list[dict[str, Any]]:
     """One row per claim and model, in the order of the registry; claims without measurement have one row.
 
-    Args:
-        folders: as for :func:`load_measurements`.
-        model: "all", or a model as it stands in the result files, or its folder; the others are left out.
+    ``folders`` as for :func:`load_measurements`; ``model``: "all", or one as the result files call it, or its
+    folder.
     """
     claims, model = load_claims(), files.model_name(model)
     measured: dict[str, list[Measurement]] = {name: [] for name in claims}

@@ -28,10 +28,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "name_or_path", "gradient_checkpointing")
 _HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 _HOOK = -1
+_AS_WRITTEN = (types.NoneType, bool, int, float, str, bytes, complex, types.EllipsisType, np.generic)
 _IN_PACKAGE = re.compile(r"-packages|^<@beartype")
 
 
-def digest(*things: Any) -> str:
+def digest(*things: Any, own: frozenset[int] = frozenset()) -> str:
     """sha256 over numbers, text, arrays, tensors, lists, mappings, dataclasses, models and functions.
 
     * A model counts as :func:`model_digest` has it, not with its name: a pruned one is another one.
@@ -39,25 +40,29 @@ def digest(*things: Any) -> str:
       imports, near or far, without comments and docstrings; :mod:`keep`, which only stores, stays out.
     * A function of a notebook counts with its own code, with the functions that it calls, and with numbers
       and text that it takes from around it. Lists and models that it takes have to be named beside it.
+    * What is in ``own``, by id, is left out: see :func:`_add`.
     * Installed packages don't count; see :func:`keep.files.versions`.
 
     Raises:
         TypeError: a thing that has no digest; names its type.
     """
-    return _sum(*things)
+    out = hashlib.sha256()
+    for thing in things:
+        _add(out, thing, own)
+    return out.hexdigest()
 
 
 def model_digest(lm: Any) -> str:
     """One sum of a model as it is now; equal for two models that do the same. See :func:`model_state`."""
-    return _sum(model_state(lm))
+    return digest(model_state(lm))
 
 
 def model_state(lm: Any) -> dict[str, str]:
     """What decides what a model does, as it is now, in parts: a short sum of each.
 
-    * ``weights``: the bits of every parameter and buffer, summed as whole numbers along rows and along
-      columns. Quick for billions of weights and the same on every device. Any pruning, shuffling or training
-      step changes it; against an adversary it would be no protection. Weights on the disk are left out.
+    * ``weights``: the bits of every parameter and buffer, summed as whole numbers along rows and columns:
+      quick, the same on every device, changed by any pruning, shuffling or training step (though no
+      protection against an adversary). Weights on the disk are left out.
     * ``configuration``: of the model, its generation and its modules, adapters and train mode among them.
     * ``tokenizer``: its vocabulary, settings and chat template.
     * ``hooks``: functions that stand on its modules or on all modules, such as those that steer it, with the
@@ -79,7 +84,7 @@ def model_state(lm: Any) -> dict[str, str]:
     hooks = []
     for where, kind, function in _standing(net):
         try:
-            hooks.append([where, kind, _sum(function, own=own)])
+            hooks.append([where, kind, digest(function, own=own)])
         except TypeError as error:
             raise TypeError(
                 f"a hook stands on {where or 'the whole model'} of {lm.name!r}, and what it does can't be "
@@ -87,10 +92,10 @@ def model_state(lm: Any) -> dict[str, str]:
                 "hook, or say what it does: hook.depends_on = 'direction 3, dose 2'"
             ) from error
     return {
-        "weights": _sum([[name, _bits(tensor)] for name, tensor in tensors])[:16],
-        "configuration": _sum(about, modules)[:16],
-        "tokenizer": _sum(_tokenizer(lm.tokenizer))[:16],
-        "hooks": _sum(hooks)[:16] if hooks else "",
+        "weights": digest([[name, _bits(tensor)] for name, tensor in tensors])[:16],
+        "configuration": digest(about, modules)[:16],
+        "tokenizer": digest(_tokenizer(lm.tokenizer))[:16],
+        "hooks": digest(hooks)[:16] if hooks else "",
     }
 
 
@@ -152,10 +157,8 @@ def _tokenizer(tok: Any) -> list[Any]:
     content = json.loads(whole.to_str()) if whole is not None else tok.get_vocab()
     for name in ("truncation", "padding"):  # left behind by the last call
         content.pop(name, None)
-    return [
-        _kind(tok), json.dumps(content, sort_keys=True), tok.chat_template,
-        {name: str(token) for name, token in sorted(tok.special_tokens_map.items())},
-    ]  # fmt: skip
+    special = {name: str(token) for name, token in sorted(tok.special_tokens_map.items())}
+    return [_kind(tok), json.dumps(content, sort_keys=True), tok.chat_template, special]
 
 
 def _standing(net: torch.nn.Module) -> Iterator[tuple[str, str, Callable]]:
@@ -177,25 +180,17 @@ def _standing(net: torch.nn.Module) -> Iterator[tuple[str, str, Callable]]:
             yield _kind(kind), "forward", kind.forward
 
 
-def _sum(*things: Any, own: frozenset[int] = frozenset()) -> str:
-    out = hashlib.sha256()
-    for thing in things:
-        _add(out, thing, own)
-    return out.hexdigest()
-
-
 def _add(out: Any, thing: Any, own: frozenset[int]) -> None:
     """Feed one thing, marked by its type so that no two things are written alike.
 
-    Args:
-        own: what is being fed already, by id: the modules of a model whose hooks hold them, a function that
-            calls itself. With ``_HOOK`` in it, a function stands on a model, and all that it uses counts.
+    ``own``: what is being fed already, by id: the modules of a model whose hooks hold them, a function that
+    calls itself. With ``_HOOK`` in it, a function stands on a model, and all that it uses counts.
     """
     out.update(f"<{type(thing).__name__}>".encode())
     kind = type(thing).__module__.partition(".")[0]
     if id(thing) in own or (is_model(thing) and id(thing.model) in own):
         pass
-    elif thing is None or isinstance(thing, bool | int | float | str | bytes | complex | type(...)):
+    elif isinstance(thing, _AS_WRITTEN):
         out.update(repr(thing).encode())
     elif is_model(thing):
         out.update(model_digest(thing).encode())
@@ -206,7 +201,7 @@ def _add(out: Any, thing: Any, own: frozenset[int]) -> None:
 
         out.update(f"{thing.dtype}{tuple(thing.shape)}".encode())
         out.update(thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif isinstance(thing, np.generic) or (kind == "torch" and type(thing).__name__ in ("dtype", "device")):
+    elif kind == "torch" and type(thing).__name__ in ("dtype", "device"):
         out.update(repr(thing).encode())
     elif kind == "torch" and type(thing).__name__ == "Generator":
         _add(out, thing.get_state(), own)
@@ -220,10 +215,9 @@ def _add(out: Any, thing: Any, own: frozenset[int]) -> None:
     elif isinstance(thing, Sequence | set | frozenset):
         for item in sorted(thing, key=repr) if isinstance(thing, set | frozenset) else thing:
             _add(out, item, own)
-    elif isinstance(thing, types.ModuleType):
-        out.update(f"{thing.__name__}{_module_code(thing.__name__, own)}".encode())
-    elif isinstance(thing, type):
-        out.update(f"{thing.__qualname__}{_module_code(thing.__module__, own)}".encode())
+    elif isinstance(thing, types.ModuleType | type):
+        module = thing.__module__ if isinstance(thing, type) else thing.__name__
+        out.update(f"{getattr(thing, '__qualname__', module)}{_module_code(module, own)}".encode())
     elif hasattr(thing, "named_modules"):
         _add(out, [[name, _bits(tensor)] for name, tensor in thing.state_dict().items()], own)
         _add(out, [[name, _kind(part)] for name, part in thing.named_modules()], own)
@@ -303,8 +297,8 @@ def _names(found: types.CodeType) -> set[str]:
 
 def _counts(value: Any) -> bool:
     """Whether a value that a function takes from around it is a setting or code, not data."""
-    if isinstance(value, list | tuple):
-        return isinstance(value, tuple) and all(map(_counts, value))
+    if isinstance(value, tuple):
+        return all(map(_counts, value))
     kinds = (types.FunctionType, types.MethodType, types.ModuleType, functools.partial, type)
     return value is None or isinstance(value, (bool, int, float, str, *kinds))
 
@@ -357,4 +351,4 @@ def _reach(module: str) -> str:
         if (name := waiting.pop()) not in reached:
             reached.add(name)
             waiting += _written(name)[1]
-    return _sum([[name, _written(name)[0]] for name in sorted(reached)])
+    return digest([[name, _written(name)[0]] for name in sorted(reached)])

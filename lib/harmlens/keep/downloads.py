@@ -6,7 +6,6 @@ of the cache, and another sum is refused from then on.
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors as hub
 
+from harmlens.keep import files
 from harmlens.keep.files import cache_dir, write_json, write_whole
 
 LOCK = "sources.lock.json"
@@ -54,11 +54,17 @@ class Remote:
     @property
     def url(self) -> str:
         """Where a person can download the file; for a set that the reader brings, its page."""
-        if self.host == "folder":
-            return self.page
-        if self.host == "github":
-            return f"https://raw.githubusercontent.com/{self.repository}/{self.revision}/{self.path}"
-        return f"https://huggingface.co/datasets/{self.repository}/resolve/{self.revision}/{self.path}"
+        forms = {
+            "folder": "{0.page}",
+            "github": "https://raw.githubusercontent.com/{0.repository}/{0.revision}/{0.path}",
+            "huggingface": "https://huggingface.co/datasets/{0.repository}/resolve/{0.revision}/{0.path}",
+        }
+        return forms[self.host].format(self)
+
+    @property
+    def key(self) -> str:
+        """Its name in the list of known checksums."""
+        return f"{self.repository}@{self.revision}/{self.path}"
 
     @property
     def cached(self) -> Path:
@@ -80,7 +86,6 @@ def obtain(
     Raises:
         FileNotFoundError: the folder has no such file.
         ValueError: the checksum is another one; says which and how to accept it.
-        ConnectionError, PermissionError: what ``fetch`` raises.
     """
 
     def fill(part: Path) -> None:
@@ -98,13 +103,9 @@ def obtain(
     elif not file.is_file():
         write_whole(file, fill)
     seen, lock = _compare(file, remote, sha256), _lock()
-    if sha256 is None and _key(remote) not in lock:
-        write_json(cache_dir() / LOCK, dict(sorted({**lock, _key(remote): seen}.items())))
+    if sha256 is None and remote.key not in lock:
+        write_json(cache_dir() / LOCK, dict(sorted({**lock, remote.key: seen}.items())))
     return file
-
-
-def _key(remote: Remote) -> str:
-    return f"{remote.repository}@{remote.revision}/{remote.path}"
 
 
 def _lock() -> dict[str, str]:
@@ -121,15 +122,14 @@ def _lock() -> dict[str, str]:
 
 
 def _compare(file: Path, remote: Remote, sha256: str | None) -> str:
-    with file.open("rb") as stream:
-        seen = hashlib.file_digest(stream, "sha256").hexdigest()
-    wanted = sha256 or _lock().get(_key(remote))
+    seen = files.sha256(file)
+    wanted = sha256 or _lock().get(remote.key)
     if wanted in (None, seen):
         return seen
     accept = (
         "set its sha256 in data/sources.yaml to the new sum; or load the file as your own, by its path"
         if sha256
-        else f"delete the entry {_key(remote)!r} from {cache_dir() / LOCK}"
+        else f"delete the entry {remote.key!r} from {cache_dir() / LOCK}"
     )
     again = f"Delete {file} to load it again." if file == remote.cached else f"It came from {remote.url}."
     raise ValueError(
@@ -142,9 +142,8 @@ def fetch(remote: Remote, target: Path) -> None:
     """Write a remote file to ``target``. The only place of this module that uses the network.
 
     Raises:
-        ConnectionError: no network, an offline mode, or the host did not answer; says how to bring the file.
-        PermissionError: the licence has to be accepted first; says where.
-        FileNotFoundError: the host no longer has the file.
+        ConnectionError, PermissionError, FileNotFoundError: there is no network, the licence has to be
+            accepted first, the host no longer has the file; says what to do.
     """
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         if os.environ.get(name, "").strip().lower() in ("1", "true", "yes", "on"):

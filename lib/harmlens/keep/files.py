@@ -126,11 +126,7 @@ def size_text(size: int) -> str:
 
 
 def writable(folder: Path) -> Path:
-    """The folder, made if need be.
-
-    Raises:
-        PermissionError: nothing can be written there; names the variables that choose another place.
-    """
+    """The folder, made if need be; PermissionError, with the remedy, if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK | os.X_OK):
@@ -146,13 +142,7 @@ def writable(folder: Path) -> Path:
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a new file, then put it in the place of ``file``.
-
-    An interruption leaves the old file as it was; of two processes that write, the last one's is there.
-
-    Raises:
-        PermissionError: nothing can be written there.
-    """
+    """Let ``write`` fill a new file that then takes the place of ``file``; an interruption leaves the old."""
     handle, name = tempfile.mkstemp(dir=writable(file.parent), prefix=f".{file.name}-", suffix=".part")
     os.close(handle)
     part = Path(name)
@@ -345,7 +335,7 @@ def slug(model: str) -> str:
 
 
 def sha256(*paths: str | Path) -> str:
-    """Checksum of one file, or of several in a row; read once per process as long as none changes."""
+    """Checksum of files in a row; read once per process as long as none changes."""
     return _checksum(tuple((str(p), os.stat(p).st_mtime_ns, os.stat(p).st_size) for p in paths))
 
 
@@ -381,10 +371,7 @@ def _weights(model: str) -> str | None:
 
 
 def model_name(model: str) -> str:
-    """A model as results call it: folders have the beginning of their weights' sum behind their name.
-
-    So two folders of one name, or a folder whose weights were changed, are two models.
-    """
+    """A model as results call it: folders of one name are told apart by their weights' sum."""
     weights = _weights(model) if model and Path(model).expanduser().is_dir() else None
     return str(portable(model)) + ("" if weights is None else f"@{weights[:8]}")
 
@@ -419,12 +406,12 @@ def _checkpoints(model: str, seeds: Sequence[int]) -> dict[str, str]:
     found = {}
     for path in sorted((data_dir() / "organisms").glob("*/*.safetensors")):
         of, _, seed = path.parent.name.rpartition("-")
-        if path.parent.name == stage or (stage in ("", of) and seed in {str(number) for number in seeds}):
+        if path.parent.name == stage or (stage in ("", of) and seed in map(str, seeds)):
             found[f"{path.parent.name}/{path.name}"] = sha256(path)
     return found
 
 
-def _machine(device: str) -> dict[str, Any]:
+def _machine(device: str) -> tuple[str, dict[str, float]]:
     """The device by name, and the largest memory of this process and of the GPU so far."""
     torch, peaks, name = sys.modules.get("torch"), {}, str(device)
     with suppress(ImportError):  # Windows
@@ -435,7 +422,7 @@ def _machine(device: str) -> dict[str, Any]:
     if torch is not None and name.startswith("cuda") and torch.cuda.is_available():
         peaks["gpu"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
         name = f"{name} ({torch.cuda.get_device_name(device)})"
-    return {"device": name, "peak_gb": peaks}
+    return name, peaks
 
 
 def provenance(
@@ -449,14 +436,14 @@ def provenance(
     wall_s: float | None = None,
 ) -> dict[str, Any]:
     """The provenance block of a result file."""
-    machine = _machine(device)
+    device, peak_gb = _machine(device)
     return {
         "created_utc": datetime.now(UTC).isoformat(timespec="microseconds"),
         **_git(),
         "lib_version": sys.modules["harmlens"].__version__,  # above every room
         "python": platform.python_version(),
         "packages": versions(),
-        "device": machine["device"],
+        "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "model": {
             "id": model_name(model), "revision": revision or _weights(model),
@@ -467,5 +454,5 @@ def provenance(
         "params": portable(params or {}),
         "inputs": {},  # files that were read: none by the results of the book
         "wall_s": wall_s,
-        "peak_gb": machine["peak_gb"],
+        "peak_gb": peak_gb,
     }  # fmt: skip
