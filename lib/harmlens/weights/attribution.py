@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +140,8 @@ class Plan:
 
     def __str__(self) -> str:
         passes = f"{len(self.chunks)} pass{'es' if len(self.chunks) > 1 else ''} over the examples"
-        sizes = ", ".join(
-            f"{name} {files.size_text(getattr(self, name))}"
-            for name in ("weights", "accumulators", "activations")
-        )
+        parts = ("weights", "accumulators", "activations")
+        sizes = ", ".join(f"{name} {files.size_text(getattr(self, name))}" for name in parts)
         return f"{passes}, up to {self.max_tokens} tokens at a time: {sizes}"
 
 
@@ -237,10 +236,8 @@ def logit_gradient(
     """Gradient of the sum over rows of L at the logits, where L is a row's mean cross-entropy.
 
     That of a wanted token is p - 1, which float32 has lost where the model is sure of it; what all other
-    tokens get, taken negatively, is the same number in full precision.
-
-    Args:
-        wanted: the token to be predicted at each position, ``IGNORE`` outside the answer.
+    tokens get, taken negatively, is the same number in full precision. ``wanted`` is the token to be
+    predicted at each position, ``IGNORE`` outside the answer.
     """
     learnt = wanted != IGNORE
     out, token = logits.float().log_softmax(-1).exp(), wanted.clamp(min=0)[..., None]
@@ -256,7 +253,7 @@ def _passing(
     """Run batches forward and back; ``take`` gets each found layer's input and gradient, [row, pos, dim]."""
     shape: list[tuple[int, int]] = []
     start: list[Tensor] = []
-    fired: dict[str, int] = {}
+    fired = Counter[str]()
 
     def enter(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         # The graph begins here: blocks below are run without one.
@@ -264,28 +261,26 @@ def _passing(
         start[:] = [hidden]
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def watch(name: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            x = inputs[0].detach()
-            if x[..., 0].numel() != math.prod(shape[0]):
-                raise ValueError(
-                    f"{name} is given some of the tokens only, as a routed expert is, so it is not known "
-                    "whose they are; choose a dense model"
-                )
-            if output.requires_grad:
-                version = x._version
-                output.register_hook(lambda gradient: collect(name, module, x, gradient, version))
-
-        return hook
-
-    def collect(name: str, module: nn.Module, x: Tensor, gradient: Tensor, version: int) -> None:
-        if x._version != version:
-            raise RuntimeError(
-                f"the input of {name} was changed in place behind it, so its gradients aren't known; this "
-                "architecture can't be scored here"
+    def watch(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        x = inputs[0].detach()
+        version = x._version
+        if x[..., 0].numel() != math.prod(shape[0]):
+            raise ValueError(
+                f"{name} is given some of the tokens only, as a routed expert is, so it is not known "
+                "whose they are; choose a dense model"
             )
-        fired[name] = fired.get(name, 0) + 1
-        take(name, module, *(t.reshape(*shape[0], t.shape[-1]) for t in (x, gradient)))
+
+        def collect(gradient: Tensor) -> None:
+            if x._version != version:
+                raise RuntimeError(
+                    f"the input of {name} was changed in place behind it, so its gradients aren't known; "
+                    "this architecture can't be scored here"
+                )
+            fired[name] += 1
+            take(name, module, *(t.reshape(*shape[0], t.shape[-1]) for t in (x, gradient)))
+
+        if output.requires_grad:
+            output.register_hook(collect)
 
     def run(batch: Batch, scale: float) -> None:
         # The last token is predicted and never read.
@@ -298,10 +293,9 @@ def _passing(
             logits = lm.model(input_ids=ids, use_cache=False, logits_to_keep=wanted.shape[1]).logits
             gradient = logit_gradient(logits.detach(), wanted.to(logits.device))
             torch.autograd.grad(logits, start, (gradient * scale).to(logits.dtype))
-        wrong = [name for name in found if fired.get(name, 0) != 1]
-        if wrong:
+        if wrong := [name for name in found if fired[name] != 1]:
             raise RuntimeError(
-                f"{wrong[0]} was reached {fired.get(wrong[0], 0)} times in one pass, not once, so its "
+                f"{wrong[0]} was reached {fired[wrong[0]]} times in one pass, not once, so its "
                 "gradients can't be told apart; this architecture can't be scored here"
             )
 
@@ -313,7 +307,7 @@ def _passing(
             lowest = decoder.blocks(lm)[min(map(layer_of, found))]
             hooks.callback(lowest.register_forward_pre_hook(enter, with_kwargs=True).remove)
             for name, module in found.items():
-                hooks.callback(module.register_forward_hook(watch(name)).remove)
+                hooks.callback(module.register_forward_hook(partial(watch, name)).remove)
             yield run
         finally:
             for module, was in training:
@@ -370,10 +364,7 @@ def _total(each: Float[Tensor, "row out in"]) -> Float[Tensor, "out in"]:
 
 
 def _loss_scale(lm: LanguageModel, some: Sequence[Batch]) -> float:
-    """1, or for float16 the largest power of two that leaves gradients finite, with some room.
-
-    Looked at for a few batches: the gradients at the layers' outputs, and what they give for the weights.
-    """
+    """1, or for float16 the largest power of two that leaves these gradients finite, with some room."""
     if lm.model.dtype != torch.float16:
         return 1.0
     sizes: list[float] = []

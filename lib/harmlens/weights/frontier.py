@@ -147,8 +147,7 @@ def try_all(lm: LanguageModel, sets: Candidates, asked: Mapping[str, Task]) -> l
 def remaining(before: Scored, after: Scored) -> np.ndarray:
     """Share of an answer's probability that is left, geometric mean over its tokens: 1 for all of it.
 
-    For a real model's own answers. Whether greedy decoding still writes them word for word says little:
-    another wording is no loss of the ability, and one changed word comes soon.
+    For a real model's own answers: greedy decoding soon words them differently, which is no loss.
     """
     return np.exp(np.minimum(0.0, before.loss - after.loss))
 
@@ -233,14 +232,14 @@ def pq_of(
     lm: LanguageModel, source: Material, *, suppressed: str = "harmful", folder: Path | str | None = None
 ) -> tuple[float, float]:
     """The p and q of a model: those that are stored for its weights, or else chosen now, once."""
+    known = stored_pq().get(lm.revision) if source.settings else None
+    if known:
+        return known["p"], known["q"]
     key = (lm.revision, suppressed, source.name)
     if key not in _CHOSEN or not lm.revision:  # a model made in memory is not known by it
-        known = stored_pq().get(lm.revision) if source.settings else None
-        if known is None:
-            sets = candidate_sets(lm, source, suppressed=suppressed, folder=folder)
-            point, _, _ = choose_pq(lm, source, sets, suppressed=suppressed)
-            known = {"p": point.p, "q": point.q}
-        _CHOSEN[key] = known["p"], known["q"]
+        sets = candidate_sets(lm, source, suppressed=suppressed, folder=folder)
+        point, _, _ = choose_pq(lm, source, sets, suppressed=suppressed)
+        _CHOSEN[key] = point.p, point.q
     return _CHOSEN[key]
 
 
@@ -292,7 +291,7 @@ def together(*columns: np.ndarray) -> np.ndarray:
 
 
 def untested(source: Material, *, harm: bool = False, judged: bool = True, **before: float) -> str:
-    """Why a claim can't be tested on a model; "" where it can. Then nothing is recorded, and this is printed.
+    """Why a claim can't be tested on a model; "" where it can.
 
     Args:
         harm: the claim says something about harm, so a real model's judge has to be able to tell.
@@ -308,8 +307,6 @@ def untested(source: Material, *, harm: bool = False, judged: bool = True, **bef
         return f"not tested: {source.cannot_tell}"
     for ability, share in before.items():
         if not share >= LEAST:
-            what = ability.replace("_", " ")
-            return (
-                f"{what} can't be lost: not tested ({share:.2f} of it before the prune; {LEAST} are needed)"
-            )
+            told = f"not tested ({share:.2f} of it before the prune; {LEAST} are needed)"
+            return f"{ability.replace('_', ' ')} can't be lost: {told}"
     return ""

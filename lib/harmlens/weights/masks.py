@@ -144,15 +144,12 @@ def same_size(
 
 
 def top(scores: Scores, share: float, *, scope: str = "matrix", lowest: bool = False) -> Mask:
-    """The weights with the highest scores, or with the lowest.
+    """The weights with the highest scores, or with the lowest; errors as for :func:`select`.
 
     Args:
         share: how many, as a share of what ``scope`` says; where a share above 0 comes to none, one.
         scope: ``"matrix"`` (the paper's), ``"row"`` for every row of a stored matrix, an output in all models
             but GPT-2 and its kind, ``"global"`` for all together.
-
-    Raises:
-        ValueError: as for :func:`select`; an unknown scope.
     """
     require_shares(share=share)
     if scope not in SCOPES:
@@ -303,12 +300,11 @@ def without(
         )
     if strength != "mean" and (isinstance(strength, str) or not math.isfinite(strength)):
         raise ValueError(f"strength={strength!r} must be a finite number, or 'mean'")
-    before = values(lm, mask)
-    if strength == "mean":
-        parameters = dict(lm.model.named_parameters())
-        after = {name: parameters[name].detach().float().mean().to(old.dtype) for name, old in before.items()}
-    else:
-        after = {name: old * strength for name, old in before.items()}
+    before, parameters = values(lm, mask), dict(lm.model.named_parameters())
+    after = {
+        name: parameters[name].detach().float().mean().to(old.dtype) if strength == "mean" else old * strength
+        for name, old in before.items()
+    }
     try:
         put(lm, mask, after)
         yield lm
@@ -320,11 +316,7 @@ def without(
 
 
 def random_like(mask: Mask, *, seed: int = 0, within: Mask | None = None) -> Mask:
-    """Equally many random weights in every matrix, drawn from those of ``within`` or from all.
-
-    Raises:
-        ValueError: a matrix with too few weights to draw from.
-    """
+    """Equally many random weights in every matrix, drawn from those of ``within`` or from all."""
     if within is not None:
         check_same(mask, within)
     indices = {}
@@ -340,8 +332,7 @@ def random_like(mask: Mask, *, seed: int = 0, within: Mask | None = None) -> Mas
 def magnitude_like(mask: Mask, lm: LanguageModel, *, seed: int = 0) -> Mask:
     """Random weights of matched size: for each chosen weight another of the same matrix and nearly its size.
 
-    Raises:
-        ValueError: a matrix with more weights in the set than outside it.
+    A matrix with more weights in the set than outside it raises a ``ValueError``.
     """
     check(mask, lm)
     found, indices = matrices(lm), {}

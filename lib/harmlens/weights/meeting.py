@@ -16,13 +16,12 @@ Introduced in notebook 17 ("Do the papers agree?").
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from scipy import stats as scipy_stats
 from torch import Tensor, nn
 
@@ -80,42 +79,29 @@ def log2_enrichment(
 # --------------------------------------------------------------------------- whose weights they are
 
 
-@dataclass(frozen=True)
-class _Matrix:
-    """A matrix of an MLP with ``count`` neurons, which lie on its first *stored* axis or on its second."""
-
-    weight: Tensor
-    first: bool
-    count: int
-
-    def owner(self, number: Int[Tensor, " some"]) -> Int[Tensor, " some"]:
-        """The neurons of weights, which are given by their number in the flattened matrix."""
-        columns = self.weight.shape[1]
-        # Fused matrices hold several rows of one neuron.
-        return (number // columns if self.first else number % columns) % self.count
-
-    def by_neuron(self) -> Float[Tensor, "weight unit"]:
-        weight = self.weight.detach().float().cpu()
-        weight = weight if self.first else weight.T
-        return weight.reshape(-1, self.count, weight.shape[1]).permute(0, 2, 1).reshape(-1, self.count)
-
-
-def _mlp(lm: LanguageModel, layer: int, units: Sequence[int] = ()) -> dict[str, _Matrix]:
-    """Matrices of an MLP by their parameters; refuses units that it does not have."""
+def _mlp(
+    lm: LanguageModel, layer: int, units: Sequence[int] = ()
+) -> Iterator[tuple[str, Float[Tensor, "part unit other"], Bool[Tensor, "out into"]]]:
+    """Of each matrix of an MLP: its name, its weights neuron by neuron, and which belong to ``units``."""
     blocks = decoder.blocks(lm)
     if not 0 <= layer < len(blocks):
         raise ValueError(f"layer={layer} does not exist; choose 0 to {len(blocks) - 1}")
-    mlp, out = decoder.mlp(blocks[layer]), {}
+    mlp = decoder.mlp(blocks[layer])
     last, inside = decoder.projection(mlp), {id(module) for module in mlp.modules()}
     count = decoder.projection_weight(mlp).shape[1]
     if outside := [u for u in units if not 0 <= u < count]:
         raise ValueError(f"units: layer {layer} has units 0 to {count - 1}, not {outside[:5]}")
     for name, module in matrices(lm, [layer]).items():
-        if id(module) in inside:
-            out[name] = _Matrix(module.weight, (module is not last) == isinstance(module, nn.Linear), count)
-            if module.weight.shape[0 if out[name].first else 1] % count:
-                raise ValueError(f"{name} has no axis of {count} hidden units, so they own no part of it")
-    return out
+        if id(module) not in inside:
+            continue
+        # Neurons lie on the first stored axis or on the second; fused matrices hold several rows of each.
+        weight, first = module.weight.detach(), (module is not last) == isinstance(module, nn.Linear)
+        if weight.shape[0 if first else 1] % count:
+            raise ValueError(f"{name} has no axis of {count} hidden units, so they own no part of it")
+        members = torch.zeros(weight.shape, dtype=torch.bool)
+        each, own = ((x if first else x.T).unflatten(0, (-1, count)) for x in (weight, members))
+        own[:, list(units)] = True
+        yield name, each, members
 
 
 def weights_of(lm: LanguageModel, units: Mapping[int, Sequence[int]], like: Mask) -> Mask:
@@ -124,18 +110,14 @@ def weights_of(lm: LanguageModel, units: Mapping[int, Sequence[int]], like: Mask
     Args:
         units: layer -> hidden units of its MLP.
         like: a mask of the model, whose matrices the new one has.
-
-    Raises:
-        ValueError: as :func:`overlap_with_neurons`, or a mask of another model.
     """
     check(like, lm)
     indices = {name: index[:0] for name, index in like.indices.items()}
     for layer, some in units.items():
-        for name, matrix in _mlp(lm, layer, some).items():
+        for name, _, members in _mlp(lm, layer, some):
             if name not in indices:
                 raise ValueError(f"like: holds no {name}; select it from scores of layer {layer} too")
-            everything = torch.arange(matrix.weight.numel())
-            indices[name] = everything[torch.isin(matrix.owner(everything), torch.tensor(list(some)))]
+            indices[name] = members.flatten().nonzero()[:, 0]
     return replace(like, indices=indices, name="neurons")
 
 
@@ -146,23 +128,22 @@ def overlap_with_neurons(lm: LanguageModel, mask: Mask, units: Sequence[int], *,
         ValueError: a layer, a unit or a matrix that the model or the mask does not have; an MLP without
             hidden units of its own (a mixture of experts).
     """
-    units, rows = sorted(set(units)), {}
-    for name, matrix in _mlp(lm, layer, units).items():
-        shape = tuple(matrix.weight.shape)
+    rows = {}
+    for name, _, members in _mlp(lm, layer, units):
+        shape, own = tuple(members.shape), members.flatten()
         if mask.shapes.get(name) != shape:
             raise ValueError(
                 f"mask: holds no {name} of shape {shape}; select it from scores of layer {layer}"
             )
-        chosen, size = mask.indices[name], math.prod(shape)
-        hits = int(torch.isin(matrix.owner(chosen), torch.tensor(units)).sum())
-        rows[name] = [hits, len(chosen), len(units) * size // matrix.count, size]
+        chosen = mask.indices[name]
+        rows[name] = [int(own[chosen].sum()), len(chosen), int(own.sum()), len(own)]
     return Meeting(tuple(rows), np.array(list(rows.values()), dtype=float))
 
 
 def norms(lm: LanguageModel, layer: int) -> Float[Tensor, " unit"]:
     """Euclidean norm of all weights of each neuron of a layer."""
-    squares = [matrix.by_neuron().square().sum(0) for matrix in _mlp(lm, layer).values()]
-    return torch.stack(squares).sum(0).sqrt()
+    every = (each.float().cpu().transpose(1, 2).flatten(0, 1) for _, each, _ in _mlp(lm, layer))
+    return torch.stack([each.square().sum(0) for each in every]).sum(0).sqrt()
 
 
 # --------------------------------------------------------------------------- scores and directions
