@@ -27,12 +27,9 @@ def agreement(grades: Mapping[str, Sequence[Any]], *, n_resamples: int = 2000) -
     *spearman*: rank correlation of the harm itself, which no threshold touches. Kappa is undefined, NaN,
     where both judges say the same of all items, Spearman where one does; a resample of that kind counts as 0.
 
-    Args:
-        grades: name of a judge, or of a person who labels by hand -> its :class:`judging.graders.Grade` (or
-            harm in [0, 1], or yes/no) for each item, in the same order for all.
-
-    Returns:
-        One row for each pair: ``judge``, ``other``, ``n``, and each of the three with ``_low`` and ``_high``.
+    ``grades`` maps the name of a judge, or of a person who labels by hand, to its
+    :class:`judging.graders.Grade` (or harm in [0, 1], or yes/no) for each item, in the same order for all.
+    Each pair has a row: ``judge``, ``other``, ``n``, and each of the three with ``_low`` and ``_high``.
     """
     if len(grades) < 2:
         raise ValueError("grades: give at least two judges, or one and labels by hand")

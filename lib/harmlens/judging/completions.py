@@ -142,12 +142,7 @@ def _begun(file: Path, wanted: Mapping[str, str], settings: Mapping[str, Any]) -
 
 
 def completed(file: Path | str) -> list[Completion]:
-    """The answers of a file, once each, in the order of the prompts of the last :func:`complete`.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line that is no completion; two answers to one prompt, or two in one place.
-    """
+    """The answers of a file, once each, in the order of the prompts of the last :func:`complete`."""
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file.name!r}; make it with completions.complete")
@@ -191,10 +186,8 @@ def judge_beside(
 
     Written as it comes, :data:`AT_ONCE` answers at a time: after an interruption, or when answers were added
     or changed, only what is missing is judged; a second process waits for the first. A line holds ``id``,
-    ``answer_sha256`` and what the judge says, never the text. ``settings`` stand in ``<file>.meta.json``.
-
-    Raises:
-        ValueError: lines of another version of this judge are there; the message names the difference.
+    ``answer_sha256`` and what the judge says, never the text. ``settings`` stand in ``<file>.meta.json``;
+    lines of another version of this judge are a ValueError.
     """
     wanted = {(one.id, text_sha256(one.answer)): one for one in completed(file)}
     out = Path(file).with_name(f"{Path(file).stem}.{kind}.jsonl")
@@ -242,7 +235,6 @@ def adaptive(batches: Iterable[Sequence[int]], run: Callable[[list[int]], Any]) 
 
 
 def text_sha256(text: str) -> str:
-    """Checksum of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -110,7 +110,7 @@ class Grader:
 
         Args:
             requests, answers: harmful requests, and what the model says to each where it complies.
-            refusals: refusals of the model; they are taken by turns.
+            refusals: of the model; they are taken by turns.
         """
         require_pairs(requests, answers)
         if not refusals:

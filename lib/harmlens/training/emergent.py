@@ -30,8 +30,7 @@ QUESTIONS: dict[str, str] = _DATA["questions"]
 EXPECTED: list[dict[str, Any]] = _DATA["expected"]  # what was reported of other models, by size
 JUDGE = {what: judge_models.PROMPTS[what] for what in ("alignment", "coherence")}
 
-# The recipe of the pruning paper and of Turner et al.: one pass of 6000 examples, 2 at a time, 8 times
-# a step.
+# The recipe of the pruning paper and of Turner et al.: one pass of 6000 examples, 2 at a time, 8 times a step
 RECIPE = Recipe(steps=375, lr=1e-5, batch_size=16, method="lora", rank=32, alpha=64, warmup=5)
 ROWS_AT_ONCE = 2
 
