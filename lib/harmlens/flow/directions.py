@@ -24,13 +24,7 @@ from harmlens.models.forward import LanguageModel
 
 @dataclass(frozen=True)
 class Direction:
-    """A difference of means.
-
-    Attributes:
-        vector: as it is, not scaled; its length is what :func:`added` adds.
-        depth: where it was read.
-        position: at which token, counted from the end of the prompt (-1 is the last one).
-    """
+    """A difference of means, not scaled, and where it was read (position -1 is the prompt's last token)."""
 
     vector: Float[Tensor, " width"]
     depth: int
@@ -38,7 +32,6 @@ class Direction:
 
     @property
     def unit(self) -> Float[Tensor, " width"]:
-        """The same direction, of length 1."""
         return self.vector / self.vector.norm()
 
 
@@ -47,11 +40,8 @@ def mean_differences(
 ) -> list[Direction]:
     """Differences of mean streams, refused minus answered, for every depth and position.
 
-    The stream behind the last block is left out: nothing but the head reads it. So are places where the sides
-    do not differ, as in front of the first block, where all texts have the same token.
-
-    Raises:
-        ValueError: as :func:`flow.interventions.states`.
+    The stream behind the last block is left out, and places where the sides do not differ, as in front of the
+    first block, where all texts have the same token.
     """
     means = [states(lm, texts, positions=positions).mean(0) for texts in (refused, answered)]
     difference = means[0] - means[1]
@@ -67,9 +57,8 @@ def mean_differences(
 def ablated(lm: LanguageModel, vector: Float[Tensor, " width"]) -> Iterator[LanguageModel]:
     """Within, nothing of a direction is in the residual stream, at any depth and position.
 
-    It is projected out of what the first block reads and of all that attention and MLPs write: the same as
-    making their weights orthogonal to it. Where a norm stands behind a module, what the norm gives out is
-    projected as well.
+    It is projected out of what the first block reads and of all that attention and MLPs (and norms behind
+    them) write: the same as making their weights orthogonal to it.
 
     Raises:
         ValueError: a vector of another width, or of no length.
@@ -77,9 +66,7 @@ def ablated(lm: LanguageModel, vector: Float[Tensor, " width"]) -> Iterator[Lang
     unit = _checked(lm, vector)
     unit = unit / unit.norm()
     blocks = patchable(lm, in_part=False).blocks
-    written: list[
-        Tensor
-    ] = []  # what a module wrote last: a norm that reads this very tensor stands behind it
+    written: list[Tensor] = []  # by a module, last: a norm that reads this very tensor stands behind it
 
     def project(value: Tensor) -> Tensor:
         d = unit.to(value.device)
@@ -105,10 +92,7 @@ def ablated(lm: LanguageModel, vector: Float[Tensor, " width"]) -> Iterator[Lang
 
 @contextmanager
 def added(lm: LanguageModel, direction: Direction, *, dose: float = 1.0) -> Iterator[LanguageModel]:
-    """Within, a direction is added in front of the block at its depth, at all positions.
-
-    Args:
-        dose: how often; negative values subtract.
+    """Within, ``dose`` times a direction is added in front of the block at its depth, at all positions.
 
     Raises:
         ValueError: as :func:`ablated`, or a depth that the model does not have.

@@ -60,9 +60,6 @@ def shown(
         yield
 
 
-# --------------------------------------------------------------------------- reading
-
-
 @torch.no_grad()
 def states(
     lm: LanguageModel,
@@ -77,15 +74,14 @@ def states(
 
     Args:
         positions: counted from the end of each text.
-        lengths: read each text as if it ended after so many of its tokens. In a causal model nothing that
-            follows changes what is there.
+        lengths: read each text as if it ended after so many of its tokens.
         normed: the last depth as the final norm leaves it, as in Hugging Face's ``hidden_states``.
 
     Returns:
         float32, on the CPU; blocks + 1 depths.
 
     Raises:
-        ValueError: no texts, as many lengths as texts are not given, a length or a position outside a text.
+        ValueError: no texts, another number of lengths than of texts, a length or a position outside a text.
     """
     rows = _rows(lm, texts)
     if lengths is not None:
@@ -173,7 +169,6 @@ def overwriting(
     one position counts as a prompt, one of a single position as a word of the answer, as it is read.
 
     Args:
-        units: layer -> units of its MLP.
         edit: :func:`scale`, or any function of the layer and the values [row, pos, unit].
         where: ``"prompt"`` (its last position), ``"answer"`` (every word of it) or ``"both"``.
         every_position: change all positions of the prompt, not its last one only.
@@ -215,9 +210,6 @@ def generate_patched(
         units, where, every_position: as for :func:`overwriting`.
         dose: 1 sets the source's values, 0 leaves everything as it is, 0.5 goes half the way.
 
-    Returns:
-        The new words of each text, as :func:`models.forward.generate` gives them.
-
     Raises:
         ValueError: lists or pairs of unequal length; as :func:`overwriting`.
     """
@@ -234,11 +226,7 @@ def generate_patched(
 def patched_logits(
     lm: LanguageModel, texts: Sequence[str], sources: Sequence[str], units: Units, *, dose: float = 1.0
 ) -> Float[Tensor, "text vocab"]:
-    """Next-token logits after rendered texts, patched on the prompt as :func:`generate_patched` patches it.
-
-    Returns:
-        float32, on the CPU.
-    """
+    """Next-token logits after rendered texts, patched on the prompt as in :func:`generate_patched`."""
     parts, out = _check(lm, units), [None] * len(texts)
     with _overwritten(parts, units, _from_second_half(dose), "prompt", False):
         for index, rows in _side_by_side(lm, texts, sources):
@@ -249,8 +237,6 @@ def patched_logits(
 
 
 def _from_second_half(dose: float) -> Edit:
-    """Rows of the first half move towards those of the second."""
-
     def edit(layer: int, values: Tensor) -> Tensor:
         own, source = values.chunk(2)
         return torch.cat([own + dose * (source - own), source])

@@ -63,13 +63,10 @@ def fit_token_sets(
     A warning names sets that few answers begin with, or that don't tell the sides apart on held-out prompts.
 
     Args:
-        complied: rendered prompts that the model answers.
-        refused: rendered prompts that the model refuses.
+        complied, refused: rendered prompts that the model answers, and that it refuses.
 
     Raises:
-        ValueError: a side without prompts, answers that begin with a thought, or a set that stays empty (the
-            model does not treat the two sides differently, or spreads its first token too thinly for
-            ``mass``).
+        ValueError: a side without prompts, answers that begin with a thought, or a set that stays empty.
     """
     if not complied or not refused:
         raise ValueError("complied and refused must each hold at least one rendered prompt")
@@ -89,7 +86,6 @@ def fit_token_sets(
 
 
 def _leading(sides: Sequence[Float[Tensor, "prompt vocab"]], mass: float, factor: float) -> TokenSets:
-    """The tokens that lead where the model answers and where it refuses, from the logits of both."""
     p_comply, p_refuse = (logits.softmax(-1).mean(0) for logits in sides)
 
     def leading(p: Tensor, q: Tensor) -> tuple[int, ...]:
@@ -138,10 +134,7 @@ def _doubt(lm: LanguageModel, sets: TokenSets, sides: Sequence[Tensor], mass: fl
 
 
 def fit_to_pairs(lm: LanguageModel, pairs: Sequence[Pair]) -> TokenSets:
-    """:func:`fit_token_sets` on both sides of some pairs, x1 answered and x0 refused.
-
-    Use other pairs than those that are measured: discovery pairs, where evaluation pairs are reported.
-    """
+    """:func:`fit_token_sets` on pairs, x1 answered and x0 refused: others than those that are measured."""
     answered, refused = ([getattr(pair, side).render(lm) for pair in pairs] for side in ("x1", "x0"))
     return fit_token_sets(lm, answered, refused, factor=2.0)
 
@@ -169,8 +162,7 @@ class Outcome:
     """A first-token outcome as patching takes it.
 
     Attributes:
-        name: as in the table above.
-        value: logits [row, vocab] -> one value for each row; those of ``ids`` only, where given.
+        value: logits [row, vocab] of ``ids`` -> one value for each row.
         ids: the tokens that are read, which saves computing the logits of all others; None for all.
     """
 
@@ -209,9 +201,7 @@ class Replies:
     """Y3: the harmful reply's mean log-probability per token minus the refusal's.
 
     Attributes:
-        harmful, refusals: one of each for each pair.
-        skip: leave out this many first tokens of both: with 1 the first word is given, and what is left
-            is how the answer goes on.
+        skip: leave out this many first tokens of both: with 1, what is left is how the answer goes on.
     """
 
     harmful: Sequence[str]

@@ -5,12 +5,12 @@ For every pair :func:`patch` overwrites an activation of one run with that of th
 * **denoising** patches x1's activation into the run on x0: NIE = Y(x0; M<-M(x1)) - Y(x0), sufficiency;
 * **noising** patches x0's activation into the run on x1: TIE = Y(x1) - Y(x1; M<-M(x0)), necessity.
 
-Both have the sign of the total effect TE = Y(x1) - Y(x0), where x1 is the run that answers. Only the part of
-a run that a patch can reach is computed again (:mod:`flow.engine`), and it equals a whole forward pass.
+Both have the sign of the total effect TE = Y(x1) - Y(x0), where x1 is the run that answers. Only what a patch
+can reach is computed again (:mod:`flow.engine`), and it equals a whole forward pass.
 
-Statistics of depth take one array of effects per layer (units along ``axis``), average over units first and
-take absolute values after that, so that noise of single pairs does not count as effect. They go straight into
-:func:`evidence.stats.over_seeds`, which resamples the units.
+Statistics of depth take one array of effects per layer (units along ``axis``) and average over units before
+they take absolute values, so that noise of single pairs does not count as effect. They go straight into
+:func:`evidence.stats.over_seeds`.
 
 Introduced in notebook 02 ("Layers").
 """
@@ -49,10 +49,8 @@ class Effects:
     """Outcomes of patched runs, with what they have to be compared with.
 
     Attributes:
-        sites, layers, positions: labels of the first three axes of ``patched``.
-        pairs: ids of the pairs, the last axis.
+        sites, layers, positions, pairs: labels of the axes of ``patched``.
         y1, y0: outcomes of the unpatched runs.
-        patched: outcome of each patched run.
         size: Euclidean norm of what each patch changed at its site, over its positions.
     """
 
@@ -90,32 +88,21 @@ class Effects:
     def only(self, pairs: Sequence[str]) -> Effects:
         """The same for some of the pairs, by their ids."""
         rows = [self.pairs.index(name) for name in pairs]
-        return replace(
-            self, pairs=tuple(pairs), y1=self.y1[rows], y0=self.y0[rows], patched=self.patched[..., rows],
-            size=self.size[..., rows],
-        )  # fmt: skip
+        some = {name: getattr(self, name)[..., rows] for name in ("y1", "y0", "patched", "size")}
+        return replace(self, pairs=tuple(pairs), **some)
 
     def columns(self, *series: str | tuple[str, str | None]) -> np.ndarray:
-        """Effects as one row for each pair: the layers of the first series, then those of the next.
-
-        Args:
-            series: a site, or (site, position label).
-        """
+        """Effects [pair, layers of all series], where a series is a site, or (site, position label)."""
         both = [(one,) if isinstance(one, str) else one for one in series]
         return np.concatenate([self.at(*one).T.double().numpy() for one in both], axis=1)
 
     def minus(self, other: Effects) -> Effects:
-        """The same for the difference of two outcomes.
-
-        Raises:
-            ValueError: the other one patched something else.
-        """
+        """The same for the difference of two outcomes; ValueError where something else was patched."""
         for name in ("sites", "layers", "positions", "pairs", "direction"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(f"other: its {name} differ, so there is no difference cell by cell")
-        return replace(
-            self, y1=self.y1 - other.y1, y0=self.y0 - other.y0, patched=self.patched - other.patched
-        )
+        values = {name: getattr(self, name) - getattr(other, name) for name in ("y1", "y0", "patched")}
+        return replace(self, **values)
 
 
 @torch.no_grad()
@@ -135,22 +122,20 @@ def patch(
     """Patch every site in every layer at every position, for every pair.
 
     Args:
-        outcome: :func:`flow.outcomes.y1`, ``y2``, a :class:`~flow.outcomes.Replies` for Y3, or
-            any function of last-position logits [row, vocab] that gives one value for each row. Of several
-            (replies among them with the same texts) all are read off the same runs.
-        sites: one or several out of :data:`flow.engine.SITES`. ``resid_post`` is the block's output;
-            ``layer`` its own contribution (output minus input); ``attn_out`` and ``mlp_out`` are the modules'
-            outputs; ``head`` stands for every attention head. In place of a name: sets of hidden units of the
-            MLPs, name -> layer -> units. What comes later in the same block reacts to the patch, unless it
-            is frozen.
+        outcome: :func:`flow.outcomes.y1`, ``y2``, a :class:`~flow.outcomes.Replies`, or any function of
+            last-position logits [row, vocab] that gives one value for each row. Several (replies among them
+            with the same texts) are read off the same runs.
+        sites: one or several. ``resid_post`` is the block's output; ``layer`` its own contribution (output
+            minus input); ``attn_out`` and ``mlp_out`` are the modules' outputs; ``head`` stands for every
+            attention head. In place of a name: sets of hidden units of the MLPs, name -> layer -> units. What
+            comes later in the same block reacts to the patch, unless it is frozen.
         layers: None for all. A range stands for neighbouring layers that are patched at once.
         positions: ``"last"`` prompt position; ``"all"`` prompt positions at once; ``"each"`` on its
             own; or a function that names groups of positions, such as :func:`asking.pairs.roles`.
         direction: ``"denoising"`` (NIE) or ``"noising"`` (TIE).
-        freeze: modules that do not react to the patch.
         null: a seed: each patch becomes a random direction of the same norm (per pair and position).
-        noise: corrupt x0 otherwise: instead of its own words, x1's embeddings where the two differ, plus
-            Gaussian noise of this many standard deviations of the model's embeddings.
+        noise: corrupt x0 otherwise: x1's embeddings, plus Gaussian noise of this many standard deviations of
+            the model's embeddings where the two differ.
 
     Returns:
         :class:`Effects` on the CPU, float32; of several outcomes a list of them.
@@ -196,12 +181,12 @@ def across(
 ) -> Effects:
     """Patch activations of *another model* that reads the same prompts: the model contrast.
 
-    Where two models differ in some weights, the first module whose patch has an effect is the first that
-    differs: everything below it computes the same in both.
+    The first module whose patch has an effect is the first whose weights differ: everything below it computes
+    the same in both.
 
     Args:
         source: of the same architecture, such as the parent of a fine-tuned model.
-        chats: prompts; each is a unit, named by its place in the list.
+        chats: each is a unit, named by its place in the list.
         positions: ``"all"`` or ``"last"``.
 
     Returns:
@@ -213,9 +198,7 @@ def across(
     parts, theirs = patchable(lm), patchable(source)
     named = _sites(parts, sites)
     if (parts.depth, parts.width) != (theirs.depth, theirs.width):
-        raise ValueError(
-            f"source: {source.name!r} has another shape than {lm.name!r}; choose a relative of it"
-        )
+        raise ValueError(f"source: {source.name!r} has another shape than {lm.name!r}; choose a relative")
     if not chats or positions not in ("all", "last"):
         raise ValueError(f"chats must not be empty and positions be 'all' or 'last', got {positions!r}")
     ids = [tokens(lm.tokenizer, chat.render(lm)) for chat in chats]
@@ -354,9 +337,7 @@ def curve(
 
 
 def thirds(depth: int) -> np.ndarray:
-    """Weights [3, layer]: how much of each layer lies in each third of the depth.
-
-    Layer l of L covers l/L to (l+1)/L.
+    """Weights [3, layer]: how much of each layer, of which l covers l/L to (l+1)/L, lies in each third.
 
     >>> thirds(4).round(2).tolist()
     [[1.0, 0.33, 0.0, 0.0], [0.0, 0.67, 0.67, 0.0], [0.0, 0.0, 0.33, 1.0]]
@@ -376,14 +357,9 @@ def last_of_first_third(depth: int) -> int:
     return max(depth // 3 - 1, 0)
 
 
-def absolute_means(*layers: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Absolute value of the mean effect of each layer."""
-    return np.abs(np.stack([np.mean(effects, axis=axis) for effects in layers]))
-
-
 def third_shares(*layers: np.ndarray, axis: int = -1) -> np.ndarray:
     """Share of the summed absolute effect in the first, middle and last third of the depth."""
-    means = absolute_means(*layers, axis=axis)
+    means = np.abs(np.stack([np.mean(effects, axis=axis) for effects in layers]))
     return np.tensordot(thirds(len(layers)), means, axes=1) / means.sum(0)
 
 
@@ -399,9 +375,8 @@ def mlp_surplus(*layers: np.ndarray, axis: int = -1) -> Numbers:
     Args:
         layers: first those of the MLPs, then those of attention.
     """
-    means = absolute_means(*layers, axis=axis)
-    half = len(layers) // 2
-    mlp, attention = means[:half].sum(0), means[half:].sum(0)
+    means = np.abs(np.stack([np.mean(effects, axis=axis) for effects in layers]))
+    mlp, attention = (half.sum(0) for half in np.split(means, 2))
     return (mlp - attention) / (mlp + attention)
 
 

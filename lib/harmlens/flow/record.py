@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from harmlens.flow.outcomes import Outcome, Reply
+from harmlens.flow.outcomes import Reply
 from harmlens.models import parts as decoder
 from harmlens.models.chats import Pair
 from harmlens.models.forward import LanguageModel, require_room, split_tokens, token_ids
@@ -40,14 +40,13 @@ class Record:
     """What a stack did on some rows of ids, from position ``offset`` on.
 
     Attributes:
-        resid: residual stream before block l, and after the last one: depth + 1 tensors
-            [row, pos - offset, width].
+        length: number of positions, those before ``offset`` included.
+        resid: stream before each block and after the last one [row, pos - offset, width].
         attn, mlp: what the modules gave out (before any norm behind them), one tensor per block.
         heads, hidden: inputs of their output projections, if recorded.
         kv: keys and values of each block at *all* positions.
         kwargs: the other arguments each block was called with.
         outputs: in a tuple of which length each module gives out its output; 0 for none.
-        length: number of positions.
     """
 
     offset: int
@@ -62,7 +61,6 @@ class Record:
     outputs: dict[nn.Module, int] = field(default_factory=dict)
 
     def rows(self, which: slice) -> Record:
-        """The same for some of the rows."""
         cut = {n: [t[which] for t in getattr(self, n)] for n in _STORES}
         kv = [(k[which], v[which]) for k, v in self.kv]
         return Record(self.offset, self.length, kv=kv, kwargs=self.kwargs, outputs=self.outputs, **cut)
@@ -83,13 +81,10 @@ def record_run(
 ) -> Record:
     """Run rows of equal length, without padding, and record them.
 
-    What rows have in common at their start is run once for them: a system message that all share, or the
-    words up to where the two sides of a pair part.
-
     Args:
         details: out of ``"heads"`` and ``"hidden"``: which inputs of output projections to keep.
         noise: added to the embeddings (Gaussian corruption, as in causal tracing).
-        share: run what rows have in common once; without it, everything is recorded from position 0 on.
+        share: run once what rows have in common at their start; else all is recorded from position 0 on.
         since: keep only keys and values of what lies before this position.
     """
     kinds = _beginnings(ids, noise) if share else torch.arange(len(ids)).repeat(ids.shape[1], 1)
@@ -182,9 +177,9 @@ def _piece(
 ) -> Record:
     """Run a model on from what its cache holds, and record it.
 
-    Hooks of others that stand on the model act again when a block is called in part. So what is kept is what
-    they are given: the stream in front of them, and what a module gives out before they change it. Copies are
-    kept, since blocks may go on to change a tensor in place: parallel ones add attention to the MLP's output.
+    Hooks of others act again when a block is called in part, so what is kept is what they are given: the
+    stream in front of them, and what a module gives out before they change it. It is copied, since blocks may
+    go on to change a tensor in place: parallel ones add attention to the MLP's output.
     """
     out = Record(0, ids.shape[1])
     written: list[tuple[int, nn.Module, list[Tensor], list[Tensor]]] = []
@@ -256,12 +251,11 @@ class Group:
     Attributes:
         index: the pairs' places in the list that was given.
         names: their ids; random draws depend on them and not on the order of pairs.
-        ids: token ids of the runs on x1, and behind them those of the runs on x0 [2 pairs, pos].
+        ids: of the runs on x1, and behind them of those on x0 [2 pairs, pos].
         columns: position label -> columns, counted from the first recorded position.
         differs: first column at which the two runs differ.
         read: how many last positions the outcome reads.
-        outcome: maps the residual stream at these positions to values, one for each row; ``index`` says
-            which pair of the group each row belongs to.
+        outcome: stream at these positions, places in the group of the rows' pairs -> a value for each row.
     """
 
     parts: Stack
@@ -280,8 +274,6 @@ class Group:
         return (self.x0, self.x1) if direction == "denoising" else (self.x1, self.x0)
 
     def part(self, rows: slice) -> Group:
-        """Some of the pairs."""
-
         def outcome(resid: Tensor, index: Tensor) -> Tensor:
             return self.outcome(resid, index + rows.start)
 
@@ -310,7 +302,7 @@ def record_pairs(
     """Check pairs, and record them in groups of one length and one layout of positions.
 
     Args:
-        outcome: one, or several that are read off the same runs; replies among them have the same texts.
+        outcome: one, or a tuple of several that are read off the same runs.
         positions, noise: as for :func:`flow.patching.patch`.
 
     Raises:
@@ -360,7 +352,6 @@ def record_pairs(
 
 
 def _columns(lm: LanguageModel, pair: Pair, length: int, positions: Positions) -> dict[str, tuple[int, ...]]:
-    """Where to patch one pair."""
     every = tuple(range(length))
     if callable(positions):
         found = {name: tuple(sorted({int(c) for c in at})) for name, at in positions(lm, pair).items()}
@@ -382,7 +373,6 @@ def _columns(lm: LanguageModel, pair: Pair, length: int, positions: Positions) -
 def _replies(
     lm: LanguageModel, pairs: Sequence[Pair], sides: Sequence[Any], spoken: Sequence[Reply]
 ) -> list[list[int]]:
-    """Token ids of the reply to each pair."""
     texts, skip = list(spoken[0].texts), max(reply.skip for reply in spoken)
     if any(list(reply.texts) != texts for reply in spoken):
         raise ValueError("outcome: replies that are read off the same runs must have the same texts")
@@ -401,10 +391,10 @@ def _replies(
 
 
 def reader(parts: Stack, outcome: Any, targets: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
-    """Read one outcome, or several side by side, off the residual stream at the last positions.
+    """Reader of one outcome, or of several side by side, off the residual stream at the last positions.
 
     Args:
-        targets: token ids of the reply to each pair of a group [pair, token], for those of whole replies.
+        targets: token ids of the reply to each pair of a group [pair, token], for outcomes of replies.
     """
     if isinstance(outcome, tuple):
         several = [reader(parts, one, targets) for one in outcome]
@@ -412,14 +402,12 @@ def reader(parts: Stack, outcome: Any, targets: Tensor | None = None) -> Callabl
     if isinstance(outcome, Reply):
 
         def reply(resid: Tensor, index: Tensor) -> Tensor:
-            """Mean log-probability per token, from ``skip`` on."""
             logp = decoder.readout(parts, resid[:, outcome.skip :]).log_softmax(-1)
             wanted = targets[index][:, outcome.skip :, None].to(logp.device)
             return logp.gather(-1, wanted)[..., 0].mean(-1)
 
         return reply
-    ids = outcome.ids if isinstance(outcome, Outcome) else None
-    value = outcome.value if isinstance(outcome, Outcome) else outcome
+    ids, value = getattr(outcome, "ids", None), getattr(outcome, "value", outcome)
 
     def first_word(resid: Tensor, _: Tensor) -> Tensor:
         out = value(decoder.readout(parts, resid[:, 0], ids))
