@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from harmlens.flow.engine import patchable
-from harmlens.flow.interventions import shown, states
+from harmlens.flow.interventions import states
+from harmlens.flow.record import shown
 from harmlens.models import parts as decoder
 from harmlens.models.forward import LanguageModel
 

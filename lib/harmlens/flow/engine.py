@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -24,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from harmlens.flow.record import CACHE, Group, Record, record_run, seeded
+from harmlens.flow.record import CACHE, Group, Record, record_run, seeded, shown
 from harmlens.models import parts as decoder
 from harmlens.models.forward import LanguageModel
 from harmlens.models.parts import Stack, attention, first, mlp, refuse, stubbed
@@ -268,22 +269,18 @@ class _Patching:
         """Within, modules of a block that lie in a cell's window give the source run's output to its rows."""
         n = len(self.base.resid[0])
 
-        def hook(site: str) -> Callable:
-            def give(_: Any, __: Any, output: Any) -> Any:
-                new = first(output).clone()
-                for i, cell in windows:
-                    if cell.site == site:
-                        value = self.patched_output(cell, layer).to(new)
-                        new[i * n : (i + 1) * n][:, [c - start for c in cell.columns]] = value
-                return (new, *output[1:]) if isinstance(output, tuple) else new
-
-            return give
+        def give(site: str, output: Tensor) -> Tensor:
+            new = output.clone()
+            for i, cell in windows:
+                if cell.site == site:
+                    value = self.patched_output(cell, layer).to(new)
+                    new[i * n : (i + 1) * n][:, [c - start for c in cell.columns]] = value
+            return new
 
         with ExitStack() as held:
-            for site, (find, _) in MODULES.items():
-                if any(cell.site == site for _, cell in windows):
-                    module = find(self.group.parts.blocks[layer])
-                    held.callback(module.register_forward_hook(hook(site), prepend=True).remove)
+            for site in {cell.site for _, cell in windows} & set(MODULES):
+                module = MODULES[site][0](self.group.parts.blocks[layer])
+                held.enter_context(shown(partial(give, site), leaving=[module], before_others=True))
             yield
 
     @contextmanager
@@ -300,14 +297,14 @@ class _Patching:
         kept = recorded[freeze.site][layer][:, columns].repeat(copies, 1, 1)
         module = attention(block) if freeze.site == "attn_out" else mlp(block)
 
-        def hold_units(_: Any, inputs: tuple) -> tuple:
-            hidden = inputs[0].clone()
+        def hold_units(hidden: Tensor) -> Tensor:
+            hidden = hidden.clone()
             hidden[..., units] = kept[..., units]
-            return (hidden, *inputs[1:])
+            return hidden
 
         def move(moved: Any, inputs: tuple, output: Any) -> Any:
             live = first(output)
-            frozen = moved.forward(*hold_units(None, inputs)) if units else kept
+            frozen = moved.forward(hold_units(inputs[0])) if units else kept
             far = (frozen.float() - live.float()).norm(dim=-1, keepdim=True)
             key = ("freeze", freeze.null, freeze.site, layer, freeze.units)
             drawn = self.drawn(key, columns, live.shape[-1]).repeat(copies, 1, 1)
@@ -320,7 +317,7 @@ class _Patching:
                 held.callback(moved.register_forward_hook(move, prepend=True).remove)
             elif units:
                 linear = decoder.projection(module)
-                held.callback(linear.register_forward_pre_hook(hold_units, prepend=True).remove)
+                held.enter_context(shown(hold_units, entering=[linear], before_others=True))
             else:
                 held.enter_context(stubbed(module, kept, self.base.outputs[module]))
             yield
@@ -603,11 +600,8 @@ def check_partial(group: Group) -> None:
     """Refuse blocks that, run in part, give another outcome than the model as a whole."""
     few, parts = group.x1.rows(slice(0, 1)), group.parts
     hooked, seen = bool(decoder.hooks(parts.model)), []
-    handle = parts.blocks[-1].register_forward_hook(lambda m, i, o: seen.append(first(o)))
-    try:
+    with shown(seen.append, leaving=parts.blocks[-1:]):
         parts.base(input_ids=group.ids[:1], use_cache=False)
-    finally:
-        handle.remove()
     # Fewer positions than were recorded, but several if the prompt's end leaves room for them.
     start = min(group.differs + 1, few.length - few.offset - group.read)
     ends = [seen[0], few.resid[-1]]

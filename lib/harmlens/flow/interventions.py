@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from harmlens.flow.engine import check_units, patchable
+from harmlens.flow.record import shown
 from harmlens.models import forward
 from harmlens.models import parts as decoder
 from harmlens.models.chats import tokens
@@ -29,35 +30,6 @@ WHERE = ("prompt", "answer", "both")
 BATCH = 128  # texts that are run at once
 Units = Mapping[int, Sequence[int]]
 Edit = Callable[[int, Tensor], Tensor]  # layer, values [row, pos, unit] -> new values
-
-
-@contextmanager
-def shown(
-    change: Callable[[Tensor], Tensor | None],
-    *,
-    entering: Sequence[nn.Module] = (),
-    leaving: Sequence[nn.Module] = (),
-) -> Iterator[None]:
-    """Within, show what enters or leaves modules to a function; what it gives back stands in its place."""
-
-    def pre(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-        new = change(args[0] if args else kwargs["hidden_states"])
-        if new is None:
-            return None
-        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
-
-    def post(module: nn.Module, inputs: Any, output: Any) -> Any:
-        new = change(decoder.first(output))
-        if new is None:
-            return None
-        return (new, *output[1:]) if isinstance(output, tuple) else new
-
-    with ExitStack() as held:
-        for module in entering:
-            held.callback(module.register_forward_pre_hook(pre, with_kwargs=True).remove)
-        for module in leaving:
-            held.callback(module.register_forward_hook(post).remove)
-        yield
 
 
 @torch.no_grad()

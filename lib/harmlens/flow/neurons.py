@@ -29,9 +29,9 @@ from torch import Tensor
 
 from harmlens.flow import patching
 from harmlens.flow.engine import check_units, compose, patchable
-from harmlens.flow.interventions import shown, units_shown
+from harmlens.flow.interventions import units_shown
 from harmlens.flow.outcomes import Replies, Reply
-from harmlens.flow.record import Group, Record, record_pairs
+from harmlens.flow.record import Group, Record, record_pairs, shown
 from harmlens.models import parts as decoder
 from harmlens.models.chats import Pair
 from harmlens.models.forward import LanguageModel

@@ -13,7 +13,7 @@ import hashlib
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -31,6 +31,38 @@ from harmlens.models.parts import Stack, attention, first, mlp, projection, refu
 BATCH = 128  # most pairs recorded at once
 CACHE = object()  # stands where a block takes its cache
 Positions = str | Callable[[LanguageModel, Pair], Mapping[str, Sequence[int]]]
+
+
+@contextmanager
+def shown(
+    change: Callable[[Tensor], Tensor | None],
+    *,
+    entering: Sequence[nn.Module] = (),
+    leaving: Sequence[nn.Module] = (),
+    before_others: bool = False,
+) -> Iterator[None]:
+    """Within, show what enters or leaves modules to a function; what it gives back stands in its place."""
+
+    def pre(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        new = change(args[0] if args else kwargs["hidden_states"])
+        if new is None:
+            return None
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    def post(module: nn.Module, inputs: Any, output: Any) -> Any:
+        new = change(first(output))
+        if new is None:
+            return None
+        return (new, *output[1:]) if isinstance(output, tuple) else new
+
+    with ExitStack() as held:
+        for module in entering:
+            handle = module.register_forward_pre_hook(pre, with_kwargs=True, prepend=before_others)
+            held.callback(handle.remove)
+        for module in leaving:
+            held.callback(module.register_forward_hook(post, prepend=before_others).remove)
+        yield
+
 
 # --------------------------------------------------------------------------- what a stack of blocks did
 
@@ -184,11 +216,8 @@ def _piece(
     out = Record(0, ids.shape[1])
     written: list[tuple[int, nn.Module, list[Tensor], list[Tensor]]] = []
 
-    def entering(block: nn.Module, args: tuple, kwargs: dict) -> None:
-        out.resid.append((args[0] if args else kwargs["hidden_states"]).clone())
-
-    def given(store: list[Tensor]) -> Callable:
-        return lambda module, inputs: store.append(inputs[0].clone())
+    def copied(store: list[Tensor]) -> Callable[[Tensor], None]:
+        return lambda value: store.append(value.clone())
 
     def gives(store: list[Tensor]) -> Callable:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -198,24 +227,22 @@ def _piece(
         return hook
 
     with ExitStack() as held:
+        held.enter_context(shown(copied(out.resid), entering=parts.blocks, before_others=True))
         for layer, block in enumerate(parts.blocks):
-            handles = [block.register_forward_pre_hook(entering, with_kwargs=True, prepend=True)]
             for module, store, inner, kept in (
                 (attention(block), out.attn, out.heads, "heads" in details),
                 (mlp(block), out.mlp, out.hidden, "hidden" in details),
             ):
-                handles.append(module.register_forward_hook(gives(store), prepend=True))
+                held.callback(module.register_forward_hook(gives(store), prepend=True).remove)
                 if kept:
                     last, own = projection(module), []
-                    handles.append(last.register_forward_pre_hook(given(inner), prepend=True))
-                    handles.append(last.register_forward_hook(gives(own)))
+                    held.enter_context(shown(copied(inner), entering=[last], before_others=True))
+                    held.enter_context(shown(copied(own), leaving=[last]))
                     written.append((layer, module, own, store))
-            for handle in handles:
-                held.callback(handle.remove)
-        held.callback(parts.blocks[-1].register_forward_hook(gives(out.resid)).remove)
+        held.enter_context(shown(copied(out.resid), leaving=parts.blocks[-1:]))
         if noise is not None:
             embed = parts.model.get_input_embeddings()
-            held.callback(embed.register_forward_hook(lambda m, i, o: o + noise.to(o)).remove)
+            held.enter_context(shown(lambda value: value + noise.to(value), leaving=[embed]))
         whole = parts.base(input_ids=ids, past_key_values=cache, use_cache=True)
     counts = [len(out.resid) - 1, len(out.attn), len(out.mlp)]
     if {*counts, *(len(getattr(out, name)) for name in details)} != {parts.depth}:
