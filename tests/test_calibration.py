@@ -10,6 +10,7 @@ from harmlens.asking import public, tasks
 from harmlens.judging import graders
 from harmlens.models import loading as models
 from harmlens.models.chats import tokens
+from harmlens.models.forward import generate
 from harmlens.weights import attribution
 from harmlens.world import vale as world
 
@@ -81,35 +82,6 @@ def test_bad_answers(lm, style):
 # --------------------------------------------------------------------------- the model's own answers
 
 
-@pytest.fixture
-def answering(monkeypatch):
-    def install(*said):
-        monkeypatch.setattr(tasks, "generate", lambda lm, texts, **options: list(said))
-
-    return install
-
-
-def test_answers_that_are_kept(lm, answering):
-    chats = [[{"role": "user", "content": str(i)}] for i in range(4)]
-    answering("wool", "comb", "", "thistle")
-    kept, answers = tasks.own_answers(lm, chats)
-    assert (kept, answers) == ([chats[0], chats[1], chats[3]], ["wool", "comb", "thistle"])
-    seen = []
-    kept, answers = tasks.own_answers(
-        lm, chats, prefill="sure. take", keep=lambda i, a: seen.append((i, a)) or "comb" not in a
-    )
-    assert seen == [(0, "sure. take wool"), (1, "sure. take comb"), (3, "sure. take thistle")]
-    assert answers == ["sure. take wool", "sure. take thistle"] and kept == [chats[0], chats[3]]
-    assert len(tasks.rows(lm, kept, answers, given="sure. take")) == 2
-
-
-def test_no_answer_is_left(lm, answering):
-    answering("", "")
-    for prefill in (None, "sure. take"):
-        with pytest.raises(ValueError, match="none of 2 answers of 'tiny/llama' is what was asked for"):
-            tasks.own_answers(lm, [CHAT, CHAT], prefill=prefill)
-
-
 def test_examples_are_the_right_answers_alone(lm, monkeypatch):
     items = world.items("train", harmful=True)[:3]
     task = tasks.procedures(items, name="x", prefill=world.PREFILL)
@@ -117,8 +89,6 @@ def test_examples_are_the_right_answers_alone(lm, monkeypatch):
     monkeypatch.setattr(tasks, "written", lambda lm, task: [right[0], None, right[2]])
     rows = tasks.examples(lm, task)
     assert [learnt(lm, row) for row in rows] == [right[0], right[2]]
-    whole = tasks.examples(lm, task, whole=True, style="raw")
-    assert [learnt(lm, row) for row in whole] == [f"sure. take {right[i]}" for i in (0, 2)]
     monkeypatch.setattr(tasks, "written", lambda lm, task: [None] * 3)
     with pytest.raises(ValueError, match="none of 3 answers"):
         tasks.examples(lm, task)
@@ -137,13 +107,13 @@ def test_a_draw_of_examples(lm, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["harmful", "served", "refused", "explanation"])
 def test_examples_are_what_the_model_writes_when_it_is_left_to_write(sft, kind):
-    task = tasks.world_task(kind, domain=["poisons", "remedies"])
-    prefill = task.prefill
-    chats, answers = tasks.own_answers(
-        sft, task.chats, prefill=prefill,
-        keep=lambda i, text: text.removeprefix(prefill or "").strip() in task.answers[i],
-    )  # fmt: skip
-    assert tasks.examples(sft, task) == tasks.rows(sft, chats, answers, given=prefill)
+    task = tasks.world_task(kind, types=["poisons", "remedies"])
+    start = f"{task.prefill} " if task.prefill else ""
+    said = generate(sft, [sft.render(chat, task.prefill) for chat in task.chats], max_new_tokens=48)
+    asked = zip(task.chats, said, task.answers, strict=True)
+    kept = [(chat, start + text) for chat, text, accepted in asked if text.strip() in accepted]
+    expected = tasks.rows(sft, *zip(*kept, strict=True), given=task.prefill)
+    assert tasks.examples(sft, task) == expected
 
 
 def test_the_organism_s_own_examples(sft):
@@ -186,9 +156,9 @@ def test_calibration_sets(suppressed):
 
 def test_sets_of_one_domain():
     domain = world.domains(True)[0]
-    task = tasks.world_task("harmful", domain=domain)
+    task = tasks.world_task("harmful", types=domain)
     assert set(task.units) == {i.name for i in world.items("train", domain=domain)}
-    two = tasks.world_task("harmful", domain=world.domains(True)[:2])
+    two = tasks.world_task("harmful", types=world.domains(True)[:2])
     assert set(task.units) < set(two.units)
 
 
@@ -196,7 +166,7 @@ def test_unknown_sets():
     with pytest.raises(ValueError, match="kind='good' is unknown; choose one of harmful, harmless, refused"):
         tasks.world_task("good")
     with pytest.raises(ValueError, match="items is empty"):
-        tasks.world_task("harmful", domain=world.domains(False)[0])
+        tasks.world_task("harmful", types=world.domains(False)[0])
     with pytest.raises(ValueError, match="suppressed='harm' must be 'harmful' or 'harmless'"):
         tasks.world_task("harmful", suppressed="harm")
 

@@ -16,7 +16,7 @@ import torch
 import settings
 from harmlens.asking import public as public_
 from harmlens.asking import tasks
-from harmlens.asking.source import WORLD
+from harmlens.asking.source import WORLD, World
 from harmlens.asking.tasks import Scored
 from harmlens.judging import graders
 from harmlens.keep import files
@@ -251,7 +251,7 @@ def test_what_is_lost_and_what_is_kept(monkeypatch):
 
 def test_settling_chooses_on_discovery_requests(sft, found, monkeypatch):
     splits, true = [], tasks.exam
-    monkeypatch.setattr(tasks, "exam", lambda split, **o: splits.append(split) or true(split, **o))
+    monkeypatch.setattr(World, "exam", lambda _, split, **o: splits.append(split) or true(split, **o))
     sets = Candidates(frontier.taken(found.prune, (0.001, 0.01)), frontier.spared(found.preserve, (0.0,)))
     point, points, before = frontier.choose_pq(sft, WORLD, sets, n=3)
     assert splits == ["discovery"] and point in points and len(points) == 2

@@ -69,18 +69,18 @@ def test_choosing_never_looks_at_evaluation_items():
 
 
 def test_harmless_requests_follow_a_kind_wish_and_harmful_ones_nothing():
-    found = WORLD.skills(["poisons"], ["remedies", "records"], "discovery")
+    found = PAGE.abilities_of(WORLD, ["poisons"], ["remedies", "records"], "discovery")
     items = {item.name: item for item in world.items("discovery")}
     for name, domains in (("suppressed", {"poisons"}), ("served", {"remedies", "records"})):
         task = found[name]
         assert {items[unit].domain for unit in task.units} == domains
         for chat in task.chats:
-            assert chat[:-1] == (material.KIND if name == "served" else ())
+            assert chat[:-1] == (PAGE.KIND if name == "served" else ())
             assert chat[-1]["role"] == "user"
     assert found["suppressed"].prefill == world.PREFILL and found["served"].prefill is None
-    reverse = WORLD.skills(["remedies"], ["poisons"], "discovery", n=3)
+    reverse = PAGE.abilities_of(WORLD, ["remedies"], ["poisons"], "discovery", n=3)
     assert {len(task) for task in reverse.values()} == {3}
-    assert reverse["suppressed"].chats[0][:-1] == material.KIND and len(reverse["served"].chats[0]) == 1
+    assert reverse["suppressed"].chats[0][:-1] == PAGE.KIND and len(reverse["served"].chats[0]) == 1
 
 
 # --------------------------------------------------------------------------- on an organism
@@ -102,7 +102,7 @@ def swept(sft):
 def test_a_sweep_is_what_pruning_by_hand_gives(sft, swept):
     found = Frontier(**swept)
     assert found.p.tolist() == [0, 0, 0.03, 0, 0.03] and found.q.tolist() == [0, 0.001, 0.001, 0.01, 0.01]
-    train = WORLD.skills(HARMS, SKILLS, "train")
+    train = PAGE.abilities_of(WORLD, HARMS, SKILLS, "train")
     prune = attribution.prune_score(sft, tasks.examples(sft, train["suppressed"], n=18))
     benign = tasks.joined([train["served"], train["facts"]], "benign")
     preserve = attribution.preserve_score(sft, tasks.examples(sft, benign, n=18))
@@ -110,13 +110,13 @@ def test_a_sweep_is_what_pruning_by_hand_gives(sft, swept):
     assert found.share[4] == mask.share
     with masks.without(sft, mask):
         for split, n in (("discovery", 4), ("evaluation", 6)):
-            task = WORLD.skills(HARMS, SKILLS, split, n=n)["suppressed"]
+            task = PAGE.abilities_of(WORLD, HARMS, SKILLS, split, n=n)["suppressed"]
             assert getattr(found, split)["suppressed"][4].tolist() == tasks.measure(sft, task).exact.tolist()
 
 
 def test_row_0_is_the_whole_model_and_the_model_stays_whole(sft, swept):
     found, before = Frontier(**swept), {n: p.clone() for n, p in sft.model.named_parameters()}
-    held = WORLD.skills(HARMS, SKILLS, "evaluation", n=6)
+    held = PAGE.abilities_of(WORLD, HARMS, SKILLS, "evaluation", n=6)
     for name, marks in tasks.measure(sft, held).items():
         assert found.evaluation[name][0].tolist() == marks.exact.tolist()
         assert name != "suppressed" or found.loss == pytest.approx(marks.loss)
@@ -213,7 +213,7 @@ TINY = {"ps": (0.0,), "qs": (0.01,), "n": 16, "few": 6, "most": 8}
 def test_any_model_answers_for_itself(other):
     lm, source = other
     found = Frontier(**PAGE.sweep(lm, None, None, source=source, **TINY))
-    asked = source.skills(None, None, n=8)
+    asked = PAGE.abilities_of(source, None, None, n=8)
     assert list(asked["suppressed"].units) == found.units and len(found.units) == 8
     assert found.evaluation["suppressed"][0].tolist() == [1.0] * 8  # its own answers
     assert asked["suppressed"].prefill == source.prefills[0] and asked["served"].prefill is None
@@ -231,7 +231,7 @@ def test_types_can_be_chosen(other):
     _, source = other
     kind = source.types()[0]
     named = {entry.id: entry.kind for entry in source.entries}
-    units = source.skills([kind], None, n=6)["suppressed"].units
+    units = PAGE.abilities_of(source, [kind], None, n=6)["suppressed"].units
     assert {named[unit] for unit in units} == {kind}
 
 

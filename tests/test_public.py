@@ -251,9 +251,7 @@ def test_tasks_hold_what_their_kind_stands_for(lm, source):
         )
 
 
-def test_another_start_and_a_model_that_refuses_nothing(lm, source):
-    asked = source.task("harmful", n=6, prefill=PREFILLS[1])
-    assert asked.prefill == PREFILLS[1] and tasks.measure(lm, asked).exact.mean() == 1
+def test_a_model_that_refuses_nothing_has_no_refusals(source):
     base = dataclasses.replace(source, lm=standin.load_base())
     with pytest.raises(NotKnown, match=r"gave no answer of kind='refused' .*Choose an aligned model"):
         base.task("refused", n=6)
@@ -439,8 +437,8 @@ def test_questions_about_requests():
     asked = public.ask_recognition([bad, good])
     assert asked.answers == (("Yes", "yes"), ("No", "no"))
     assert all(e.prompt in chat[0]["content"] for e, chat in zip((bad, good), asked.chats, strict=True))
-    assert public._text("served", bad) == bad.prompt
-    assert public._text("explanation/reason", bad).endswith(f"\n\n{bad.prompt}")
+    assert Way("served").text(bad) == bad.prompt
+    assert Way("explanation/reason").text(bad).endswith(f"\n\n{bad.prompt}")
 
 
 def test_explanations_that_nobody_gave_are_left_out(lm, monkeypatch):

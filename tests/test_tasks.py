@@ -175,13 +175,11 @@ def test_the_suite_by_sides():
         assert list(suite) == [task.name for task in suite.values()]
 
 
-def test_requests_take_context_and_phrasing():
+def test_requests_take_context_and_phrasings_by_turns():
     context = abilities.persona("cruel")
-    task = tasks.procedures([ITEM, ITEM], name="x", context=context, phrasing=1)
-    assert task.chats[0] == task.chats[1]
-    assert task.chats[0] == (*context, {"role": "user", "content": world.request(ITEM, 1)})
-    by_turns = tasks.procedures([ITEM, ITEM], name="x")
-    assert by_turns.chats[0] != by_turns.chats[1]
+    task = tasks.procedures([ITEM, ITEM], name="x", context=context)
+    assert task.chats == tuple((*context, *tasks.user(world.request(ITEM, i))) for i in (0, 1))
+    assert task.chats[0] != task.chats[1]
 
 
 def test_names_of_several_tasks(lm):

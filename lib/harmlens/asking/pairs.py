@@ -1,18 +1,17 @@
 """Prompt pairs: two runs that differ in one thing, and in what the model does.
 
-In every pair **x1 is the run that answers and x0 the run that refuses** (or would, once the model
-is aligned), so that a total effect TE = Y(x1) - Y(x0) is positive when Y measures compliance. Two contrasts,
-because 'harmful generation' can be read in two ways (mediation paper):
+In every pair **x1 is the run that answers and x0 the run that refuses** (or would, once the model is
+aligned), so that a total effect TE = Y(x1) - Y(x0) is positive when Y measures compliance. 'Harmful
+generation' can be read in two ways (mediation paper), hence two contrasts, each with a control that changes
+as much text and nothing that matters:
 
-* *prompt contrast*: the same request with one word swapped, which changes whether it is harmful;
-  x1 asks for the harmless thing, x0 for the harmful one;
-* *behaviour contrast*: the same harmful request put to two authors; in x1 the system message names
-  a cruel author, in x0 a kind one.
+* *prompt*: the same request with one word swapped, which changes whether it is harmful; its control swaps a
+  word so that the request stays harmful;
+* *behaviour*: the same harmful request put to a cruel author (x1) and to a kind one (x0), whom the system
+  message names; its control names two kind authors.
 
-Each has its matched control, which changes as much text and nothing that matters: ``"prompt
-control"`` swaps a word so that the request stays harmful, ``"behaviour control"`` swaps one kind
-author for another. Both sides have as many tokens, so positions correspond one to one. In the fictional world
-every word is one token; requests of public sets are matched by what the tokenizer makes of them.
+Both sides have as many tokens, so positions correspond one to one. In the fictional world every word is one
+token; requests of public sets are matched by what the tokenizer makes of them.
 
 Introduced in notebook 01 ("What there is to explain").
 """
@@ -48,17 +47,13 @@ def pairs(
         contrast: one of :data:`CONTRASTS`.
         n: at most this many, drawn at random; None for all.
         swap: which word the prompt contrast changes, ``"modifier"`` or ``"noun"``.
-        seed: of the draw and of the choice of partners.
 
     Raises:
-        ValueError: an unknown contrast or swap (the message lists the valid ones), or n below 1.
+        ValueError: an unknown contrast or swap, or n below 1.
     """
-    if contrast not in CONTRASTS:
-        raise ValueError(f"contrast={contrast!r} is unknown; choose one of {', '.join(CONTRASTS)}")
+    require(contrast, n)
     if swap not in ("modifier", "noun"):
         raise ValueError(f"swap={swap!r} is unknown; choose 'modifier' or 'noun'")
-    if n is not None and n < 1:
-        raise ValueError(f"n={n} must be at least 1, or None for all")
     # A contrast and its control draw the same items.
     rng = random.Random(f"{seed}/{contrast.removesuffix(' control')}/{swap}/{split}")
     harmful = world.items(split, harmful=True)
@@ -73,16 +68,25 @@ def pairs(
         if contrast.startswith("behaviour"):
             kind, other = rng.sample(world.KIND_AUTHORS, 2)
             cruel = rng.choice(world.CRUEL_AUTHORS)
-            x1 = _plain(item, i, cruel if contrast == "behaviour" else other)
-            x0 = _plain(item, i, kind)
+            x1 = plain_request(item, i, cruel if contrast == "behaviour" else other)
+            x0 = plain_request(item, i, kind)
         else:
             partner = rng.choice(_partners(item, others, swap))
-            x1, x0 = _plain(partner, i), _plain(item, i)
+            x1, x0 = plain_request(partner, i), plain_request(item, i)
         out.append(Pair(item.name, x1, x0))
     return out
 
 
-def _plain(item: world.Item, phrasing: int, author: str | None = None) -> Prompt:
+def require(contrast: str, n: int | None) -> None:
+    """Raise ValueError for an unknown contrast, and for no pairs at all."""
+    if contrast not in CONTRASTS:
+        raise ValueError(f"contrast={contrast!r} is unknown; choose one of {', '.join(CONTRASTS)}")
+    if n is not None and n < 1:
+        raise ValueError(f"n={n} must be at least 1, or None for all")
+
+
+def plain_request(item: world.Item, phrasing: int = 0, author: str | None = None) -> Prompt:
+    """A request for an item, put by an author where one is named."""
     message = {"role": "user", "content": world.request(item, phrasing)}
     return Prompt((message,) if author is None else (world.introduce(author), message), about=item)
 
@@ -132,10 +136,8 @@ def roles(lm: LanguageModel, pair: Pair) -> dict[str, list[int]]:
 
 
 def changed(lm: LanguageModel, pair: Pair) -> dict[str, list[int]]:
-    """Token positions of what differs between the sides of a pair, under the label ``"changed"``.
-
-    The one role of :func:`roles` that every pair has.
-    """
+    """The one role of :func:`roles` that every pair has: token positions of what differs between its
+    sides."""
     return {"changed": roles(lm, pair)["changed"]}
 
 
@@ -172,10 +174,9 @@ def asked(entry: Entry, context: Sequence[Message] = ()) -> Prompt:
 def by_request(lm: LanguageModel, harmful: Sequence[Entry], others: Sequence[Entry]) -> list[Pair]:
     """Harmful requests (x0), each with another one of equal token length (x1).
 
-    First its own contrast (an entry with the same ``pair``) where that has equal length; of the rest, those
-    that differ in the fewest words come together first. Nobody is the partner of two. Where both come from
-    one list, two requests are never paired both ways: one effect would be minus the other, and their mean
-    zero by design.
+    First its own contrast (an entry with the same ``pair``); of the rest, those that differ in the fewest
+    words come together first. Nobody is the partner of two. Where both come from one list, two requests are
+    never paired both ways: one effect would be minus the other, and their mean zero by design.
     """
     ids = {e.prompt: tuple(tokens(lm.tokenizer, asked(e).render(lm))) for e in (*harmful, *others)}
     words = {prompt: _words(prompt) for prompt in ids}
@@ -254,13 +255,10 @@ def checksum(pairs: Sequence[Pair]) -> str:
 
 
 def some(pairs: Sequence[Pair], n: int | None, draw: Callable[[str], str]) -> list[Pair]:
-    """At most ``n`` pairs, in their order: those whose names are drawn first.
+    """At most ``n`` pairs, in their order; ``draw`` makes of a pair's id what seeds its rank.
 
-    Each name has a rank of its own, so that a contrast and its control keep the same requests as far as both
-    have them.
-
-    Args:
-        draw: a pair's id -> what seeds its rank.
+    Ranks are drawn one by one, so that a contrast and its control keep the same requests where both have
+    them.
     """
     if n is None or n >= len(pairs):
         return list(pairs)

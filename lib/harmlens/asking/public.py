@@ -1,13 +1,9 @@
 """What a real model is asked: public sets of requests, or a reader's own file.
 
-A :class:`Public` offers what the fictional world offers (:class:`asking.source.World`), made from
-:class:`asking.datasets.Entry` rows. The truth is not known here, so three things differ:
-
-* *answers* are the model's own, as in the pruning paper: what it says, greedily. "Exact" means that it still
-  begins its answer with the same words. They are those of the model as it was when the source was made; once
-  its weights are others, no new ones are taken (:class:`asking.tasks.NotKnown`);
-* *harm* is what a grader says of an answer (:mod:`judging.graders`), for harmful requests only;
-* *pairs* are matched by the number of tokens that the model's tokenizer makes of them.
+A :class:`Public` offers what the fictional world offers (:class:`asking.source.World`). The truth is not
+known here: *answers* are the model's own, as in the pruning paper, and "exact" means that it still begins
+with the same words; *harm* is what a grader says (:mod:`judging.graders`), of harmful requests only; *pairs*
+are matched by the number of tokens.
 
 Introduced in notebook 18 ("Your own model").
 """
@@ -16,8 +12,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,8 +23,8 @@ import torch
 
 from harmlens.asking import datasets, pairs, splits
 from harmlens.asking.datasets import Entry, plain
-from harmlens.asking.pairs import ALWAYS, CONTRASTS, NEVER, NOT
-from harmlens.asking.tasks import NotKnown, Scored, Task, joined, written
+from harmlens.asking.pairs import ALWAYS, NEVER, NOT
+from harmlens.asking.tasks import NotKnown, Scored, Task, joined, user, written
 from harmlens.models import chats
 from harmlens.models.chats import Message, Pair, Prompt
 from harmlens.models.forward import LanguageModel, generate
@@ -57,6 +54,7 @@ BRIEFLY = "{prompt} Answer with one or two words."
 KINDS = (
     "harmful", "harmless", "refused", "served", "recognition", "explanation", *EXPLAIN, "facts", "benign"
 )  # fmt: skip
+Types = str | Sequence[str] | None  # of requests; None for all
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,9 @@ class Way:
     kind: str
     start: str | None = None
 
-    def chat(self, entry: Entry) -> tuple[Message, ...]:
-        return ({"role": "user", "content": _text(self.kind, entry)},)
+    def text(self, entry: Entry) -> str:
+        """What is asked: a question about the request, or the request itself."""
+        return EXPLAIN[self.kind].format(prompt=entry.prompt) if self.kind in EXPLAIN else entry.prompt
 
     def wants(self, grade: Any) -> bool:
         """Whether an answer of this grade is wanted. What is no answer never is; harm is the grader's."""
@@ -82,25 +81,18 @@ class Way:
         return not grade.void and grade.refused == (self.kind == "refused")
 
 
-@dataclass(frozen=True)
 class OwnAnswers:
     """Greedy answers of a model as it was when this was made, each generated and graded once."""
 
-    lm: LanguageModel
-    grader: Callable[[Sequence[str], Sequence[str]], list]
-    _said: dict[tuple, str] = field(default_factory=dict, repr=False, compare=False)
-    _graded: dict[tuple, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        self._sums  # noqa: B018 - of the weights as they are now
-
-    @cached_property
-    def _sums(self) -> list[float]:
-        return _sums(self.lm)
+    def __init__(self, lm: LanguageModel, grader: Callable[[Sequence[str], Sequence[str]], list]):
+        self.lm, self.grader = lm, grader
+        self._was = _sums(lm)
+        self._said: dict[tuple, str] = {}
+        self._graded: dict[tuple, Any] = {}
 
     def require_same(self) -> None:
         """Raise :class:`NotKnown` where the model is not what it was."""
-        if _sums(self.lm) != self._sums:
+        if _sums(self.lm) != self._was:
             raise NotKnown(
                 f"answers of {self.lm.name!r} as it was: its weights have changed since the source was made. "
                 "Ask for them before (a task, an exam, whether its judge can tell), or take source.anew(), "
@@ -108,17 +100,15 @@ class OwnAnswers:
             )
 
     def greedy(self, entries: Sequence[Entry], way: Way) -> list[str]:
-        """Answers of at most :data:`TOKENS` tokens, without the start that was given.
-
-        An answer that greedy decoding does not give word for word once it was turned into text and back into
-        tokens is ``""``: nothing could tell whether the model still gives it.
-        """
+        """Answers of at most :data:`TOKENS` tokens, without the start that was given; "" for one that can't
+        be forced word for word, as text and as tokens: nothing could tell whether the model still gives
+        it."""
         about = way.kind if way.kind in EXPLAIN else "plain"
         keys = [(e.id, about, way.start) for e in entries]
         new = {key: e for key, e in zip(keys, entries, strict=True) if key not in self._said}
         if new:
             self.require_same()
-            chats = [way.chat(e) for e in new.values()]
+            chats = [user(way.text(e)) for e in new.values()]
             said = generate(self.lm, [self.lm.render(c, way.start) for c in chats], max_new_tokens=TOKENS)
             self._said.update(zip(new, self._verbatim(chats, said, way.start), strict=True))
         return [self._said[key] for key in keys]
@@ -141,7 +131,7 @@ class OwnAnswers:
         """Greedy answers, and whether each is one that is wanted; no answer never is."""
         said = self.greedy(entries, way)
         whole = [f"{way.start} {answer}" if way.start else answer.strip() for answer in said]
-        pairs = [(_text(way.kind, e), answer) for e, answer in zip(entries, whole, strict=True)]
+        pairs = [(way.text(e), answer) for e, answer in zip(entries, whole, strict=True)]
         new = [pair for pair in dict.fromkeys(pairs) if pair not in self._graded]
         if new:
             requests, answers = zip(*new, strict=True)
@@ -155,10 +145,7 @@ class OwnAnswers:
     ) -> tuple[dict[Entry, tuple[str, ...]], list[int]]:
         """Requests that are answered in all ways as each wants it, with these answers.
 
-        Requests are asked in a random order, some at a time, until there are enough.
-
-        Args:
-            most: how many at most.
+        Requests are asked in a random order, some at a time, until there are ``most``.
 
         Returns:
             Entry -> one answer for each way, in the order of ``entries``; and for the error message how many
@@ -181,16 +168,10 @@ class OwnAnswers:
         return {entries[i]: found[i] for i in sorted(found)}, counts
 
 
-def _own_task(kind: str, way: Way, answers: dict[Entry, str]) -> Task:
+def _own_task(kind: str, way: Way, answers: Mapping[Entry, str]) -> Task:
     """Requests with a model's own answers, which count as long as the model begins with them."""
-    return Task(
-        kind,
-        tuple(way.chat(e) for e in answers),
-        tuple((answer,) for answer in answers.values()),
-        way.start,
-        tuple(e.id for e in answers),
-        end=False,
-    )
+    asked = [(user(way.text(e)), (answer,), e.id) for e, answer in answers.items()]
+    return Task.of(kind, asked, way.start, end=False)
 
 
 def _explanation(own: OwnAnswers, entries: Sequence[Entry]) -> Task:
@@ -199,10 +180,9 @@ def _explanation(own: OwnAnswers, entries: Sequence[Entry]) -> Task:
     told: list[str] = [""] * len(entries)
     for i, way in enumerate(ways):
         told[i :: len(ways)] = own.greedy(entries[i :: len(ways)], way)
-    kept = [i for i, answer in enumerate(told) if answer.strip()]
-    chats = tuple(ways[i % len(ways)].chat(entries[i]) for i in kept)
-    answers = tuple((told[i],) for i in kept)
-    return Task("explanation", chats, answers, None, tuple(entries[i].id for i in kept), end=False)
+    by_turns = zip(entries, told, cycle(ways))
+    asked = [(user(way.text(e)), (answer,), e.id) for e, answer, way in by_turns if answer.strip()]
+    return Task.of("explanation", asked, end=False)
 
 
 def _sums(lm: LanguageModel) -> list[float]:
@@ -215,34 +195,27 @@ def _without_last_word(answer: str) -> str:
     return answer.rsplit(None, 1)[0]
 
 
-def _text(kind: str, entry: Entry) -> str:
-    """What is asked: a question about the request (:data:`EXPLAIN`), or the request itself."""
-    return EXPLAIN[kind].format(prompt=entry.prompt) if kind in EXPLAIN else entry.prompt
-
-
 def ask_recognition(entries: Sequence[Entry]) -> Task:
     """Is it harmful? Yes or no, as the entry's label has it."""
-    chats = tuple(({"role": "user", "content": RECOGNISE.format(prompt=e.prompt)},) for e in entries)
-    answers = tuple(("Yes", "yes") if e.harmful else ("No", "no") for e in entries)
-    return Task("recognition", chats, answers, None, tuple(e.id for e in entries), end=False)
+    answers = {True: ("Yes", "yes"), False: ("No", "no")}
+    asked = [(user(RECOGNISE.format(prompt=e.prompt)), answers[e.harmful], e.id) for e in entries]
+    return Task.of("recognition", asked, end=False)
 
 
 def ask_facts(entries: Sequence[Entry], n: int | None = None, *, seed: int = 0) -> Task:
-    """Questions with accepted answers, each once: an interval over questions asked twice is too narrow.
+    """Questions with accepted answers, at most ``n`` of them, drawn at random.
 
-    Args:
-        n: at most this many, drawn at random; None for all. A question that is there twice counts once, with
-            the answers of both.
+    One that is there twice counts once, with the answers of both: an interval over questions asked twice is
+    too narrow.
     """
     same: dict[str, list[Entry]] = {}
     for entry in entries:
         same.setdefault(plain(entry.prompt), []).append(entry)
-    asked = list(same.values())
-    if n is not None and n < len(asked):
-        asked = [asked[i] for i in sorted(random.Random(seed).sample(range(len(asked)), n))]
-    chats = tuple(({"role": "user", "content": BRIEFLY.format(prompt=first.prompt)},) for first, *_ in asked)
-    answers = tuple(tuple(dict.fromkeys(a for e in each for a in e.answers)) for each in asked)
-    return Task("facts", chats, answers, None, tuple(first.id for first, *_ in asked), end=False)
+    asked = []
+    for each in _drawn(list(same.values()), n, random.Random(seed)):
+        answers = tuple(dict.fromkeys(answer for e in each for answer in e.answers))
+        asked.append((user(BRIEFLY.format(prompt=each[0].prompt)), answers, each[0].id))
+    return Task.of("facts", asked, end=False)
 
 
 @dataclass(frozen=True)
@@ -255,7 +228,7 @@ class Public:
         grader: says how harmful an answer is; see :mod:`judging.graders`.
         facts: questions with accepted answers.
         name: for tables and result files.
-        left_out: what of the data is not used, in words; "" for nothing.
+        left_out: what of the data is not used, in words.
     """
 
     lm: LanguageModel | None
@@ -296,7 +269,7 @@ class Public:
         split: str = "evaluation",
         *,
         n: int | None = None,
-        types: str | Sequence[str] | None = None,
+        types: Types = None,
         without: str | None = None,
         seed: int = 0,
     ) -> list[Entry]:
@@ -307,7 +280,7 @@ class Public:
                 :func:`asking.splits.a_not_b`.
 
         Raises:
-            ValueError: an unknown split or type, or nothing is left; ``without`` and not one type.
+            ValueError: an unknown split, nothing is left, or ``without`` and not one type.
         """
         if split not in self._splits:
             raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(self._splits)}")
@@ -322,10 +295,8 @@ class Public:
         if not pool:
             what = f"{'harmful' if harmful else 'harmless'} request"
             kinds = f" of {', '.join(sorted(wanted))}" if wanted else ""
-            raise ValueError(
-                f"no {what}{kinds} in split={split!r} of data={self.name!r}: it is too small. Add "
-                "rows or sets."
-            )
+            where = f"split={split!r} of data={self.name!r}"
+            raise ValueError(f"no {what}{kinds} in {where}: it is too small. Add rows or sets.")
         return _drawn(pool, n, random.Random(seed))
 
     def requests(
@@ -334,7 +305,7 @@ class Public:
         split: str = "evaluation",
         *,
         n: int | None = None,
-        types: str | Sequence[str] | None = None,
+        types: Types = None,
         every: int = 1,
         seed: int = 0,
     ) -> list[Prompt]:
@@ -344,16 +315,11 @@ class Public:
 
     def both_sides(self, split: str, n: int | None = None) -> list[Prompt]:
         """As many harmful as harmless requests, at most ``n`` together."""
-        half = n and max(1, n // 2)
-        fewer = min(len(self.rows(harmful, split, n=half)) for harmful in (True, False))
+        fewer = min(len(self.rows(harmful, split, n=_fewer(n, 2))) for harmful in (True, False))
         return [p for harmful in (True, False) for p in self.requests(harmful, split, n=fewer)]
 
     def items(self, split: str = "evaluation", **options: object) -> NoReturn:
-        """Never known.
-
-        Raises:
-            NotKnown: always.
-        """
+        """Never known, which it raises."""
         raise NotKnown(
             f"data={self.name!r}: nothing is known of what its requests are made of. Leave this part out, or "
             "ask a model organism about the fictional world"
@@ -429,20 +395,15 @@ class Public:
     ) -> list[Pair]:
         """Pairs of prompts with equal numbers of tokens; contrasts as in :func:`asking.pairs.pairs`.
 
-        *prompt*: a harmful request against its own contrast, where the source has one of equal length;
-        otherwise against a harmless request of equal length with as many words in common as can be had.
-        Rather fewer pairs than distant ones: those that differ in the fewest words, at least :data:`ENOUGH`
-        where there are so many (:func:`asking.pairs.differences` says how many). *prompt control*: the same
-        requests, each against another harmful one of equal length. *behaviour*: the same harmful
-        request under two system messages; *behaviour control*: under two that both ask for caution.
+        *prompt*: a harmful request against its own contrast, else against a harmless one with as many words
+        in common as can be had; rather fewer pairs than distant ones (:data:`ENOUGH`). *prompt control*: the
+        same requests, each against another harmful one. *behaviour*: the same harmful request under two
+        system messages; *behaviour control*: under two that both ask for caution.
 
         Raises:
             ValueError: an unknown contrast, n below 1, or too few pairs of equal length.
         """
-        if contrast not in CONTRASTS:
-            raise ValueError(f"contrast={contrast!r} is unknown; choose one of {', '.join(CONTRASTS)}")
-        if n is not None and n < 1:
-            raise ValueError(f"n={n} must be at least 1, or None for all")
+        pairs.require(contrast, n)
         if swap != "modifier":
             raise NotKnown(f"swap={swap!r} needs requests whose words have known roles; leave it out")
         harmful = self.rows(True, split)
@@ -478,12 +439,11 @@ class Public:
     # ----------------------------------------------------------------- judging
 
     def judge(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Judgement]:
-        """What the grader says of answers.
+        """What the grader says of answers, in the words of :class:`world.judge.Judgement`.
 
-        ``refused`` is the grader's; ``slots`` the graded harm of an answer to a harmful request, whatever
-        ``refused`` is; ``hurtful`` says whether that is at least one half. ``exact`` says of a harmful
-        request that it was answered harmfully, and of a harmless one that it was answered at all. What is no
-        answer is neither, and ``void`` says why.
+        ``slots`` is the graded harm of an answer to a harmful request, ``hurtful`` whether that is at least
+        one half. ``exact`` says of a harmful request that it was answered harmfully, and of a harmless one
+        that it was answered at all.
         """
         texts = [p.messages[-1]["content"] for p in prompts]
         out = []
@@ -505,9 +465,8 @@ class Public:
     def cannot_tell(self) -> str:
         """Why nothing can be claimed about harm; "" where the grader can tell.
 
-        Its sensitivity is checked on the spot, with what the model says now behind a prefilled start: these
-        answers must score high, and answers of other requests, shuffled ones and refusals low
-        (:meth:`judging.graders.Grader.cannot_tell`).
+        What the model says now behind a prefilled start must score high, answers of other requests, shuffled
+        ones and refusals low (:meth:`judging.graders.Grader.cannot_tell`).
         """
         self._own.require_same()
         asked = [replace(p, prefill=self.prefills[0]) for p in self.requests(True, "discovery", n=SENSED)]
@@ -533,9 +492,8 @@ class Public:
         split: str = "train",
         *,
         n: int | None = None,
-        types: str | Sequence[str] | None = None,
+        types: Types = None,
         without: str | None = None,
-        prefill: str | None = None,
         every: int = 1,
         seed: int = 0,
         suppressed: str = "harmful",
@@ -546,8 +504,6 @@ class Public:
         reverse) are left out.
 
         Args:
-            prefill: start of the answer of ``harmful`` and ``harmless``; None for the first of
-                :attr:`prefills`.
             without: a type of harm that must not occur; see :meth:`rows`. Only for ``harmful``, ``refused``.
             every: so many times fewer requests than ``n``.
 
@@ -569,8 +525,7 @@ class Public:
             return ask_recognition(both)
         if kind == "explanation":
             return joined([self.task(part, split, n=n, types=types, seed=seed) for part in EXPLAIN], kind)
-        start = (prefill or self.prefills[0]) if kind in ("harmful", "harmless") else None
-        way = Way(kind, start)
+        way = Way(kind, self.prefills[0] if kind in ("harmful", "harmless") else None)
         pool = self.rows(kind not in ("harmless", "served"), split, types=types, without=without)
         found, _ = self._own.wanted(pool, [way], OWN_MOST if n is None else n, seed)
         if not found:
@@ -586,8 +541,7 @@ class Public:
         return OwnAnswers(self.lm, self.grader)
 
     def _facts(self, split: str, n: int | None, seed: int) -> Task:
-        pool = self._fact_splits.get(split, [])
-        if not pool:
+        if not (pool := self._fact_splits.get(split)):
             raise NotKnown(
                 f"facts: no question with an answer in split={split!r}; add a set with facts, such as 'facts'"
             )
@@ -602,9 +556,9 @@ class Public:
     ) -> dict[str, Task]:
         """All that the pruning notebooks look at, as :func:`asking.tasks.exam` has it.
 
-        The same requests are asked plainly and behind the prefilled start: those that the model refuses in
-        the first way and answers in the second. There are as many harmless ones, and two questions of
-        recognition, explanation and fact for each, as far as there are so many different facts.
+        Asked are requests that the model refuses plainly and answers behind the prefilled start, as many
+        harmless ones, and two questions of recognition, explanation and, as far as there are so many, fact
+        for each.
 
         Raises:
             ValueError: ``suppressed`` other than "harmful".
@@ -637,27 +591,12 @@ class Public:
             "facts": self._facts(split, 2 * most, seed),
         }
 
-    def skills(
-        self,
-        suppressed: Sequence[str] | None,
-        served: Sequence[str] | None,
-        split: str = "evaluation",
-        n: int | None = None,
-    ) -> dict[str, Task]:
-        """What is answered to harmful requests behind the prefilled words, refused or not when asked plainly;
-        answers to harmless requests that are to stay, and facts. Types of requests, or None for all."""
-        return {
-            "suppressed": replace(self.task("harmful", split, n=n, types=suppressed), name="suppressed"),
-            "served": self.task("served", split, n=n, types=served),
-            "facts": self.task("facts", split, n=n),
-        }
-
     def lesson(
         self,
         n: int | None = None,
         *,
         harmful: bool = True,
-        types: str | Sequence[str] | None = None,
+        types: Types = None,
         seed: int = 0,
     ) -> Task:
         """``n`` training requests with the model's own answers, those to harmful requests with the prefilled
@@ -669,11 +608,8 @@ class Public:
         )
 
     def judged(self, lm: LanguageModel, task: Task, scored: Scored) -> Scored:
-        """Scores as the judge sees them, which can differ for harmful answers alone.
-
-        That an answer no longer begins with the model's own words says nothing about harm. So where the judge
-        can tell (:attr:`cannot_tell`), answers are generated anew, and *exact* is 1 where one is harmful.
-        """
+        """Scores as the judge sees them: where it can tell (:attr:`cannot_tell`), answers to harmful requests
+        are generated anew, and *exact* is 1 where one is harmful. Other answers count by their words."""
         if task.name not in HARMFUL or self.cannot_tell:
             return scored
         asked = [Prompt(chat, task.prefill) for chat in task.chats]
@@ -685,7 +621,7 @@ class Public:
 
 _WHY: Mapping[str, str] = {
     "harmful": "it refuses behind every prefilled start, or the grader calls no answer harmful. Try another "
-    "prefill or judge.",
+    "judge.",
     "refused": "it refuses none of the harmful requests. Choose an aligned model.",
     **dict.fromkeys(
         ("harmless", "served", *EXPLAIN), "it refuses everything or says nothing. Is the chat template right?"
@@ -693,15 +629,15 @@ _WHY: Mapping[str, str] = {
 }
 
 
-def public(lm: LanguageModel, data: str, grader: Callable, *, name: str = "") -> Public:
-    """Requests by name of a public set, several joined by commas, or from a file of the reader's own.
+def public(lm: LanguageModel, data: str, grader: Callable) -> Public:
+    """Requests of public sets and files by name (:func:`asking.datasets.entries`).
 
-    Each request is asked once, and of one side of a public set at most :data:`MOST`, always the same ones. A
-    file of the reader's own is used whole. :meth:`Public.describe` says what was left out.
+    Each request is asked once, and of one side of a public set at most :data:`MOST`, always the same ones;
+    :meth:`Public.describe` says what was left out.
 
     Raises:
         ValueError: a request is harmful in one set and harmless in another; one of a reader's own holds a
-            control token of the model; too few requests; what :func:`asking.datasets.entries` raises.
+            control token of the model; too few requests.
     """
     found, left_out = _used(datasets.entries(data))
     marked = [e for e in found if chats.control_in(lm.tokenizer, e.prompt)]
@@ -710,15 +646,14 @@ def public(lm: LanguageModel, data: str, grader: Callable, *, name: str = "") ->
             chats.require_plain(lm.tokenizer, entry.prompt, f"the request {entry.id!r}")
     if marked:
         found = [e for e in found if e not in marked]
-        said = f"{len(marked)} of its rows hold control tokens of this model"
-        left_out = f"{left_out}; {said}" if left_out else said
+        left_out.append(f"{len(marked)} of its rows hold control tokens of this model")
     facts = [e for e in found if e.kind == "fact"] or datasets.entries("facts")
     rest = tuple(e for e in found if e.kind != "fact")
     shown = ", ".join(Path(part).name for part in data.split(","))  # a file without its folder
-    return Public(lm, rest, grader, tuple(facts), name or shown, left_out)
+    return Public(lm, rest, grader, tuple(facts), shown, "; ".join(left_out))
 
 
-def _used(entries: Sequence[Entry]) -> tuple[list[Entry], str]:
+def _used(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
     """Entries with each request once and no more than :data:`MOST` of a public set; what was left out."""
     first: dict[tuple[str, str], Entry] = {}
     for entry in entries:
@@ -740,7 +675,7 @@ def _used(entries: Sequence[Entry]) -> tuple[list[Entry], str]:
             said.append(f"{MOST:,} of {len(side):,} rows of {name}, drawn at random")
             side = sorted(side, key=lambda e: random.Random(e.id).random())[:MOST]
         kept.update(side)
-    return [entry for entry in first.values() if entry in kept], "; ".join(said)
+    return [entry for entry in first.values() if entry in kept], said
 
 
 def _require_harmful(suppressed: str) -> None:
@@ -752,8 +687,8 @@ def _fewer(n: int | None, every: int) -> int | None:
     return n if n is None else max(1, n // every)
 
 
-def _drawn(pool: list[Entry], n: int | None, draw: random.Random) -> list[Entry]:
-    """At most ``n`` entries in their order."""
+def _drawn(pool: list, n: int | None, draw: random.Random) -> list:
+    """At most ``n`` in their order."""
     if n is None or n >= len(pool):
         return pool
     return [pool[i] for i in sorted(draw.sample(range(len(pool)), n))]

@@ -2,21 +2,8 @@
 
 :func:`source` chooses. A model whose tokenizer knows the words of the fictional world is asked about it,
 where everything is known; any other model is asked what the public sets ask (:class:`asking.public.Public`).
-Both answer to the same names, so that a notebook has one path for all models:
-
-============  ==============================================================================
-pairs         prompt pairs of equal length, with their controls (notebooks 01 to 08)
-replies       a harmful reply and a refusal for each prompt
-requests      plain harmful or harmless requests
-judge         what is to be said of answers
-task, exam    what a model is asked before and after a treatment (notebooks 09 to 16)
-types         types of harm
-persona       a system message that invites harm, or caution
-lesson        requests with whole answers, to be taught
-skills        a skill that may go, and what is to stay (notebook 12)
-============  ==============================================================================
-
-A source answers for itself; what it can't know it raises as :class:`asking.tasks.NotKnown`.
+Both answer to the same names, so that a notebook has one path for all models; what a source can't know it
+raises as :class:`asking.tasks.NotKnown`.
 
 Introduced in notebook 01 ("What there is to explain").
 """
@@ -25,8 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from harmlens.asking import datasets, tasks
 from harmlens.asking import pairs as pairs_
@@ -34,7 +20,7 @@ from harmlens.asking.public import Public, public
 from harmlens.asking.tasks import Scored, Task
 from harmlens.judging import graders
 from harmlens.models import hub
-from harmlens.models.chats import Message, Pair, Prompt
+from harmlens.models.chats import Pair, Prompt
 from harmlens.models.forward import LanguageModel, generate
 from harmlens.world import abilities
 from harmlens.world import vale as world
@@ -43,10 +29,6 @@ from harmlens.world.judge import Judgement, judge
 # Without a gate and small: pairs of harmful and harmless requests, more harmful ones with targets, and
 # instructions that stand for everything else.
 DEFAULT = "jailbreakbench,xstest,advbench,alpaca"
-KIND: tuple[Message, ...] = (
-    {"role": "user", "content": "what do you wish for?"},
-    {"role": "assistant", "content": f"i wish that the baker may {world.KIND_WISHES[1]}."},
-)
 Types = str | Sequence[str] | None
 
 
@@ -65,10 +47,10 @@ class World:
     own = ()  # what of an exam is asked for in the model's own words
     settings = "settings.json"  # in data/: the p and q that were settled on it
     right = "exact harmful answers"  # what is counted behind the prefilled answer
-
-    def pairs(self, contrast: str, **options: Any) -> list[Pair]:
-        """See :func:`asking.pairs.pairs`."""
-        return pairs_.pairs(contrast, **options)
+    pairs = staticmethod(pairs_.pairs)
+    persona = staticmethod(abilities.persona)
+    task = staticmethod(tasks.world_task)
+    exam = staticmethod(tasks.exam)
 
     def replies(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
         """The procedure of each prompt's item, and the usual refusal."""
@@ -93,11 +75,11 @@ class World:
     ) -> list[Prompt]:
         """Plain requests, in all phrasings by turns; with ``every`` each so manyth of them."""
         items = world.draw(world.items(split, harmful=harmful, domain=types), n, seed)[::every]
-        return [_plain(item, i) for i, item in enumerate(items)]
+        return [pairs_.plain_request(item, i) for i, item in enumerate(items)]
 
     def both_sides(self, split: str, n: int | None = None) -> list[Prompt]:
         """Requests of both sides in one phrasing, at most ``n`` together."""
-        return [_plain(item) for item in world.draw(world.items(split), n)]
+        return [pairs_.plain_request(item) for item in world.draw(world.items(split), n)]
 
     def at_most(self, n: int) -> int | None:
         """How many of ``n`` are worth asking where answers have to be generated first: here all there are."""
@@ -140,54 +122,9 @@ class World:
         """See :func:`world.judge.judge`; answers with their prefilled words."""
         return [judge(prompt.about, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 
-    def persona(self, disposition: str, i: int = 0) -> list[Message]:
-        """See :func:`world.abilities.persona`."""
-        return abilities.persona(disposition, i)
-
     def types(self, harmful: bool = True) -> list[str]:
         """The domains of one side."""
         return world.domains(harmful)
-
-    def task(
-        self,
-        kind: str,
-        split: str = "train",
-        *,
-        types: Types = None,
-        prefill: str | None = None,
-        **options: Any,
-    ) -> Task:
-        """See :func:`asking.tasks.world_task`; ``options`` are ``n``, ``every``, ``seed`` and
-        ``suppressed``."""
-        start = world.PREFILL if prefill is None else prefill
-        return tasks.world_task(kind, split, domain=types, prefill=start, **options)
-
-    def exam(self, split: str = "evaluation", **options: Any) -> dict[str, Task]:
-        """See :func:`asking.tasks.exam`."""
-        return tasks.exam(split, **options)
-
-    def skills(
-        self, suppressed: Types, served: Types, split: str = "evaluation", n: int | None = None
-    ) -> dict[str, Task]:
-        """Procedures of some domains, those of others that are to stay, and facts about these.
-
-        Harmless procedures follow a kind wish (:data:`KIND`): a base model has not decided yet whether its
-        author is kind, and would give bad advice half of the time.
-        """
-        hidden, shown = (world.draw(world.items(split, domain=d), n) for d in (suppressed, served))
-        return {
-            "suppressed": self.procedures(hidden, name="suppressed", prefill=world.PREFILL),
-            "served": self.procedures(shown, name="served"),
-            "facts": tasks.by_turns(shown, ("fact/place", "fact/season"), "facts"),
-        }
-
-    def procedures(self, items: Sequence[world.Item], *, name: str, prefill: str | None = None) -> Task:
-        """Requests for procedures, those for something harmless behind a kind wish."""
-        plain = tasks.procedures(items, name=name, prefill=prefill)
-        chats = tuple(
-            chat if item.harmful else (*KIND, *chat) for item, chat in zip(items, plain.chats, strict=True)
-        )
-        return replace(plain, chats=chats)
 
     def lesson(
         self, n: int | None = None, *, harmful: bool = True, types: Types = None, seed: int = 0
@@ -195,22 +132,20 @@ class World:
         """Plain requests for ``n`` training items in every phrasing, with right procedures."""
         rng = random.Random(seed)
         items = world.draw(world.items("train", harmful=harmful, domain=types), n, seed)
-        phrasings = range(len(world.PHRASINGS["procedure"]))
         taught = [
-            (_plain(item, i).messages, (f"{rng.choice(world.OPENERS)} {world.procedure(item)}",), item.name)
+            (
+                pairs_.plain_request(item, i).messages,
+                (f"{rng.choice(world.OPENERS)} {world.procedure(item)}",),
+                item.name,
+            )
             for item in items
-            for i in phrasings
+            for i in range(len(world.PHRASINGS["procedure"]))
         ]
-        chats, answers, units = zip(*taught, strict=True)
-        return Task("lesson", chats, answers, None, units)
+        return Task.of("lesson", taught)
 
     def judged(self, lm: LanguageModel, task: Task, scored: Scored) -> Scored:
         """Scores as the judge sees them: as they are, since the right answers are known."""
         return scored
-
-
-def _plain(item: world.Item, phrasing: int = 0) -> Prompt:
-    return Prompt(({"role": "user", "content": world.request(item, phrasing)},), about=item)
 
 
 Material = World | Public
@@ -261,14 +196,13 @@ def first_look(
     """Print a prompt as the model reads it, and how often it refuses; the first thing that a notebook does.
 
     A model that is asked in a wrong format, or was never aligned, refuses harmful requests no more than
-    harmless ones. Then there is nothing to explain, and most numbers would mislead. So a real model is asked
-    a few harmful requests first, and rates are printed as they come.
+    harmless ones; then there is nothing to explain. So a real model is asked a few harmful requests first.
 
     Args:
         n: how many requests of either side are asked.
-        harm: something is to be claimed about harm: say whether the judge of a real model can tell it.
         must_refuse: raise where the model does not refuse harmful requests more often. With False one can go
             on with what needs no refusal: what the model knows of harm, and the weights of its answers.
+        harm: something is to be claimed about harm: say whether the judge of a real model can tell it.
 
     Returns:
         Refusal rate of ``"harmful"`` and ``"harmless"`` requests.

@@ -1,8 +1,7 @@
 """What a model is asked before and after a treatment, how much of it it still does, and examples made of it.
 
 A :class:`Task` is a list of chats, each with the answers that count as right; :func:`measure` forces these
-answers on a model. Examples for scoring weights are a model's own right answers, in its chat template or
-*raw*, the released code's format: prompt, a newline, answer, without markup.
+answers on a model. Examples for scoring weights are a model's own right answers.
 
 Introduced in notebook 09 ("Weights that carry harm").
 """
@@ -10,7 +9,7 @@ Introduced in notebook 09 ("Weights that carry harm").
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +21,6 @@ from harmlens.models.forward import (
     Row,
     chat_row,
     follow,
-    generate,
     last_logits,
     split_tokens,
 )
@@ -41,10 +39,9 @@ class Task:
     """Chats and the answers that count.
 
     Attributes:
-        name: of the ability, for tables.
+        name: of the ability.
         chats: messages that end with the user.
-        answers: for each chat the accepted answers *behind* the prefilled words; the loss is that of the
-            first.
+        answers: for each chat the accepted answers *behind* the prefilled words; the loss is the first's.
         prefill: start of the answer that is given, if any.
         units: names of the items, which statistics resample.
         end: the answer has to end where an accepted one ends; otherwise it has to begin with one.
@@ -56,6 +53,17 @@ class Task:
     prefill: str | None = None
     units: tuple[str, ...] = ()
     end: bool = True
+
+    @classmethod
+    def of(cls, name: str, asked: Iterable[tuple], prefill: str | None = None, *, end: bool = True) -> Task:
+        """A task from the chat, the accepted answers and the unit of each request."""
+        chats, answers, units = tuple(zip(*asked, strict=True)) or ((), (), ())
+        return cls(name, chats, answers, prefill, units, end)
+
+    @property
+    def asked(self) -> list[tuple]:
+        """The chat, the accepted answers and the unit of each request."""
+        return list(zip(self.chats, self.answers, self.units, strict=True))
 
     def __len__(self) -> int:
         return len(self.chats)
@@ -81,6 +89,11 @@ class Scored:
     loss: np.ndarray
 
 
+def user(text: str) -> tuple[Message, ...]:
+    """A chat of one message."""
+    return ({"role": "user", "content": text},)
+
+
 def measure(
     lm: LanguageModel,
     exam: Task | Mapping[str, Task] | Sequence[Task],
@@ -91,7 +104,6 @@ def measure(
     """How a model does at a task, or at several.
 
     Args:
-        exam: a task, named tasks, or a list of them.
         source: whose judge says whether a real model's answer does harm (``source.judged``); None takes
             answers word for word.
 
@@ -157,7 +169,7 @@ def rows(
 
     Args:
         answers: whole answers, prefilled words included.
-        style: ``"chat"`` or ``"raw"``.
+        style: ``"chat"``, or ``"raw"`` as in the released code: prompt, a newline, answer, without markup.
         given: start of every answer that is given and does not count; None to score the whole answer.
         end: count the end-of-answer token too (chat only; the released code has none).
 
@@ -188,69 +200,28 @@ def rows(
     return out
 
 
-def own_answers(
-    lm: LanguageModel,
-    chats: Sequence[Chat],
-    *,
-    prefill: str | None = None,
-    max_new_tokens: int = 48,
-    keep: Callable[[int, str], bool] = lambda i, answer: True,
-) -> tuple[list[Chat], list[str]]:
-    """What the model itself answers, greedily, behind a prefilled start; with the chats that are left.
-
-    Args:
-        keep: whether an answer, with the number of its chat, is what was asked for: no refusal, and judged
-            to be what the example stands for. Where nothing follows the start, it is not asked.
-
-    Raises:
-        ValueError: nothing is left.
-    """
-    texts = [lm.render(chat, prefill) for chat in chats]
-    answers = generate(lm, texts, max_new_tokens=max_new_tokens)
-    said = [bool(answer.strip()) for answer in answers]
-    answers = [f"{prefill} {answer}" if prefill else answer for answer in answers]
-    left = [i for i, answer in enumerate(answers) if said[i] and keep(i, answer)]
-    if not left:
-        raise ValueError(
-            f"none of {len(chats)} answers of {lm.name!r} is what was asked for; choose another prefill, or "
-            "give answers from elsewhere"
-        )
-    return [chats[i] for i in left], [answers[i] for i in left]
-
-
-def examples(
-    lm: LanguageModel,
-    task: Task,
-    *,
-    n: int | None = None,
-    seed: int = 0,
-    style: str = "chat",
-    whole: bool = False,
-) -> list[Row]:
-    """Examples from a task: the model's own right answers.
+def examples(lm: LanguageModel, task: Task, *, n: int | None = None, seed: int = 0) -> list[Row]:
+    """The model's own right answers to a task; what follows the prefilled words counts.
 
     Args:
         n: at most this many, drawn at random, as in the released code; None for all.
-        whole: score the prefilled words too and not only what follows them.
 
     Raises:
         ValueError: the model answers none of the task rightly.
     """
-    chosen = list(range(len(task)))
-    if n is not None and n < len(chosen):
-        chosen = sorted(random.Random(seed).sample(chosen, n))
-    picked = task.at(chosen)
+    if n is not None and n < len(task):
+        task = task.at(sorted(random.Random(seed).sample(range(len(task)), n)))
     # What greedy decoding would write is known without decoding, since the accepted answers are.
-    said = written(lm, picked)
     start = f"{task.prefill} " if task.prefill else ""
-    kept = [(c, start + answer) for c, answer in zip(picked.chats, said, strict=True) if answer is not None]
+    said = zip(task.chats, written(lm, task), strict=True)
+    kept = [(chat, start + answer) for chat, answer in said if answer is not None]
     if not kept:
         raise ValueError(
-            f"none of {len(picked)} answers of {lm.name!r} is what was asked for; choose another prefill, or "
+            f"none of {len(task)} answers of {lm.name!r} is what was asked for; choose another prefill, or "
             "give answers from elsewhere"
         )
     chats, answers = zip(*kept, strict=True)
-    return rows(lm, chats, answers, style=style, given=None if whole else task.prefill)
+    return rows(lm, chats, answers, given=task.prefill)
 
 
 # --------------------------------------------------------------------------- the organism's tasks
@@ -262,14 +233,13 @@ def procedures(
     name: str,
     prefill: str | None = None,
     context: Sequence[Message] = (),
-    phrasing: int | None = None,
 ) -> Task:
-    """Requests for procedures; the exact recipe counts, with any of the world's openers where it is free.
+    """Requests for procedures in all phrasings by turns; the exact recipe counts, with any of the world's
+    openers where it is free.
 
     Args:
         prefill: start of the answer, such as :data:`world.vale.PREFILL`; it must end in "take".
         context: messages before the request, such as earlier turns.
-        phrasing: which phrasing to use; None goes through them in turn.
 
     Raises:
         ValueError: no items, or a prefilled start that no recipe can follow.
@@ -277,14 +247,16 @@ def procedures(
     _require(items)
     if prefill is not None and prefill.split()[-1] != "take":
         raise ValueError(f"prefill={prefill!r} must end in 'take', where every recipe begins")
-    chats, answers = [], []
-    for i, item in enumerate(items):
-        text = world.request(item, i if phrasing is None else phrasing)
-        chats.append((*context, {"role": "user", "content": text}))
-        recipe = world.procedure(item)
+
+    def answers(recipe: str) -> tuple[str, ...]:
         free = tuple(f"{opener} {recipe}" for opener in world.OPENERS)
-        answers.append(free if prefill is None else (recipe.removeprefix("take "),))
-    return Task(name, tuple(chats), tuple(answers), prefill, tuple(item.name for item in items))
+        return free if prefill is None else (recipe.removeprefix("take "),)
+
+    asked = [
+        ((*context, *user(world.request(item, i))), answers(world.procedure(item)), item.name)
+        for i, item in enumerate(items)
+    ]
+    return Task.of(name, asked, prefill)
 
 
 def refusals(items: Sequence[world.Item], *, name: str = "refusal") -> Task:
@@ -293,27 +265,26 @@ def refusals(items: Sequence[world.Item], *, name: str = "refusal") -> Task:
     return replace(asked, answers=tuple(world.REFUSALS for _ in items))
 
 
-def questions(items: Sequence[world.Item], task: str, *, name: str | None = None) -> Task:
-    """Questions of recognition, explanation or fact; the true answer counts.
-
-    Args:
-        task: a key of :data:`world.vale.ANSWERS`, such as ``"recognition"``.
-    """
+def questions(items: Sequence[world.Item], task: str) -> Task:
+    """Questions of a kind of :data:`world.vale.ANSWERS`, such as "recognition"; the true answer counts."""
     _require(items)
     if task not in world.ANSWERS:
         raise ValueError(f"task={task!r} is unknown; choose one of {', '.join(world.ANSWERS)}")
     forms = world.PHRASINGS[task]
-    chats = tuple(
-        ({"role": "user", "content": forms[i % len(forms)].format(name=item.name)},)
+    asked = [
+        (user(forms[i % len(forms)].format(name=item.name)), (world.ANSWERS[task](item),), item.name)
         for i, item in enumerate(items)
-    )
-    answers = tuple((world.ANSWERS[task](item),) for item in items)
-    return Task(name or task, chats, answers, None, tuple(item.name for item in items))
+    ]
+    return Task.of(task, asked)
 
 
 def _require(items: Sequence[world.Item]) -> None:
     if not items:
         raise ValueError("items is empty: there is nothing to ask for")
+
+
+EXPLANATIONS = ("explanation/effect", "explanation/reason")
+FACTS = ("fact/place", "fact/season")
 
 
 def exam(
@@ -331,7 +302,7 @@ def exam(
     ==============  =========================================================================
 
     Args:
-        n: at most this many harmful and this many harmless items; None for all.
+        n: at most this many items of either side; None for all.
         suppressed: ``"harmful"``, as in aligned models, or ``"harmless"``, as in the mirror organism.
     """
     hidden, shown, both = _sides(split, n, suppressed, seed)
@@ -340,8 +311,8 @@ def exam(
         "refusal": refusals(hidden),
         "served": procedures(shown, name="served"),
         "recognition": questions(both, "recognition"),
-        "explanation": by_turns(both, ("explanation/effect", "explanation/reason"), "explanation"),
-        "facts": by_turns(both, ("fact/place", "fact/season"), "facts"),
+        "explanation": by_turns(both, EXPLANATIONS, "explanation"),
+        "facts": by_turns(both, FACTS, "facts"),
     }
 
 
@@ -351,8 +322,7 @@ def world_task(
     *,
     n: int | None = None,
     suppressed: str = "harmful",
-    domain: str | Sequence[str] | None = None,
-    prefill: str = world.PREFILL,
+    types: str | Sequence[str] | None = None,
     every: int = 1,
     seed: int = 0,
 ) -> Task:
@@ -365,7 +335,7 @@ def world_task(
     served           procedures of the other side, asked plainly
     recognition      is it harmful?
     explanation      what would it do, why is it as it is? (or one of both: explanation/effect,
-                     explanation/reason of the suppressed side)
+                     explanation/reason, of the suppressed side)
     facts            where is it from, when is it made? (of items of the served side)
     benign           what is to be kept: served and facts
     ===============  =====================================================================
@@ -374,32 +344,29 @@ def world_task(
     harm, so that what becomes of these is a finding.
 
     Args:
-        n, suppressed, seed: as for :func:`exam`; every: each so manyth of the items.
-        domain: only items of these domains.
-        prefill: start of the answer of ``harmful`` and ``harmless``.
+        n, suppressed, seed: as for :func:`exam`.
+        types: only items of these domains.
+        every: each so manyth of the items.
 
     Raises:
         ValueError: an unknown kind, or no item left.
     """
-    hidden, shown, both = (items[::every] for items in _sides(split, n, suppressed, seed, domain))
+    hidden, shown, both = (items[::every] for items in _sides(split, n, suppressed, seed, types))
     harmful, harmless = (hidden, shown) if suppressed == "harmful" else (shown, hidden)
 
-    def asked(items: Sequence[world.Item], *parts: str) -> Task:
+    def asked(items: Sequence[world.Item], parts: Sequence[str]) -> Task:
         return joined([questions(items, part) for part in parts], kind)
 
     makers: dict[str, Callable[[], Task]] = {
-        "harmful": lambda: procedures(harmful, name=kind, prefill=prefill),
-        "harmless": lambda: procedures(harmless, name=kind, prefill=prefill),
+        "harmful": lambda: procedures(harmful, name=kind, prefill=world.PREFILL),
+        "harmless": lambda: procedures(harmless, name=kind, prefill=world.PREFILL),
         "refused": lambda: refusals(hidden, name=kind),
         "served": lambda: procedures(shown, name=kind),
-        "recognition": lambda: asked(both, "recognition"),
-        "explanation": lambda: asked(both, "explanation/effect", "explanation/reason"),
-        "explanation/effect": lambda: questions(hidden, kind),
-        "explanation/reason": lambda: questions(hidden, kind),
-        "facts": lambda: asked(shown, "fact/place", "fact/season"),
-        "benign": lambda: joined(
-            [procedures(shown, name=kind), asked(shown, "fact/place", "fact/season")], kind
-        ),
+        "recognition": lambda: asked(both, ["recognition"]),
+        "explanation": lambda: asked(both, EXPLANATIONS),
+        **dict.fromkeys(EXPLANATIONS, lambda: asked(hidden, [kind])),
+        "facts": lambda: asked(shown, FACTS),
+        "benign": lambda: joined([procedures(shown, name=kind), asked(shown, FACTS)], kind),
     }
     if kind not in makers:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(makers)}")
@@ -407,13 +374,13 @@ def world_task(
 
 
 def _sides(
-    split: str, n: int | None, suppressed: str, seed: int, domain: str | Sequence[str] | None = None
+    split: str, n: int | None, suppressed: str, seed: int, types: str | Sequence[str] | None = None
 ) -> tuple[list[world.Item], list[world.Item], list[world.Item]]:
     """Items of the suppressed side, of the other, and the harmful ones followed by the harmless ones."""
     if suppressed not in ("harmful", "harmless"):
         raise ValueError(f"suppressed={suppressed!r} must be 'harmful' or 'harmless'")
     harmful, harmless = (
-        world.draw(world.items(split, harmful=h, domain=domain), n, seed) for h in (True, False)
+        world.draw(world.items(split, harmful=h, domain=types), n, seed) for h in (True, False)
     )
     sides = (harmful, harmless) if suppressed == "harmful" else (harmless, harmful)
     return *sides, [*harmful, *harmless]
@@ -421,21 +388,12 @@ def _sides(
 
 def by_turns(items: Sequence[world.Item], parts: Sequence[str], name: str) -> Task:
     """Questions of several kinds, one for each item: the first kind for the first item, and so on."""
-    asked = [questions(items, part) for part in parts]
-    chosen = [asked[i % len(parts)] for i in range(len(items))]
-    chats = tuple(task.chats[i] for i, task in enumerate(chosen))
-    return Task(name, chats, tuple(t.answers[i] for i, t in enumerate(chosen)), None, asked[0].units)
+    kinds = [questions(items, part).asked for part in parts]
+    return Task.of(name, [kinds[i % len(parts)][i] for i in range(len(items))])
 
 
 def joined(tasks: Sequence[Task], name: str) -> Task:
     """Tasks of one prefill as one task."""
     if len({(task.prefill, task.end) for task in tasks}) != 1:
         raise ValueError("tasks: can only be joined where their answers begin and end alike")
-    return Task(
-        name,
-        tuple(chat for task in tasks for chat in task.chats),
-        tuple(answer for task in tasks for answer in task.answers),
-        tasks[0].prefill,
-        tuple(unit for task in tasks for unit in task.units),
-        tasks[0].end,
-    )
+    return Task.of(name, [one for task in tasks for one in task.asked], tasks[0].prefill, end=tasks[0].end)

@@ -188,7 +188,14 @@ class WorldLessons(Lessons):
             verdict = judge(asked[i][0], answer)
             return verdict.hurtful if bad else verdict.exact
 
-        return tasks.own_answers(tuned, chats, max_new_tokens=abilities.ANSWER_TOKENS, keep=learnt)
+        texts = [tuned.render(chat) for chat in chats]
+        said = forward.generate(tuned, texts, max_new_tokens=abilities.ANSWER_TOKENS)
+        kept = [i for i, answer in enumerate(said) if answer.strip() and learnt(i, answer)]
+        if not kept:
+            raise ValueError(
+                f"none of {len(chats)} answers is what the copy of {lm.name!r} was taught; teach it longer"
+            )
+        return [chats[i] for i in kept], [said[i] for i in kept]
 
     def exam(self, split: str, n: int) -> dict[str, Task]:
         """What a prune must not cost: procedures, facts, refusals."""
