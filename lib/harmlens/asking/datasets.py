@@ -202,7 +202,7 @@ def _public(source: Set, folder: Path | None) -> list[Entry]:
     count = 0
     for path, sha256 in source.files.items():
         file = _file(source, path, sha256, folder)
-        table = lines(file) if source.layout == "lines" else read(file)
+        table = _rows(file, _headless) if source.layout == "lines" else read(file)
         count += len(table)
         for column in dict.fromkeys(source.columns.values()):
             if column not in _columns(table):
@@ -246,7 +246,7 @@ def _set_of(file: Path) -> tuple[Set, str, list[Line]] | None:
     named = [(s, path) for s in sets.values() for path in s.files if s.host != "package"]
     for source, path in named:  # without a header, and so known by its name alone
         if source.layout == "lines" and Path(path).name == file.name and file.is_file():
-            rows = lines(file)
+            rows = _rows(file, _headless)
             if "harmful" not in rows[0].cells["prompt"].lower().split(","):
                 return source, path, rows
     rows = read(file)
@@ -498,14 +498,6 @@ def read(file: Path) -> list[Line]:
     return _rows(file, _READERS.get(file.suffix.lower()))
 
 
-def lines(file: Path) -> list[Line]:
-    """The rows of a CSV file without a header and with one column, as HEx-PHI has; it is called `prompt`.
-
-    A first line that is a usual column name is left out. Raises as :func:`read` does.
-    """
-    return _rows(file, _headless)
-
-
 def _rows(file: Path, reader: Callable[[Path], list[Line]] | None) -> list[Line]:
     if not file.is_file():
         raise FileNotFoundError(
@@ -582,6 +574,8 @@ def _converted(file: Path, kind: str) -> str:
 
 
 def _headless(file: Path) -> list[Line]:
+    """CSV of one column without a header, as HEx-PHI has; a first line that is a usual column name is left
+    out."""
     reader = csv.reader(io.StringIO(_text(file), newline=""))
     # A comma outside quotes belongs to the prompt.
     texts = [(reader.line_num, ",".join(cells).strip()) for cells in reader]

@@ -41,12 +41,10 @@ class World:
     printable = True  # requests and answers may stand on a page
     prefills = (world.PREFILL, "gladly. take")
     answer_tokens = abilities.ANSWER_TOKENS
-    at_once = 128  # requests that are run at once
     asked_first = 0  # requests that a model has to refuse before it is asked all
     cannot_tell = ""  # its judge is exact
     own = ()  # what of an exam is asked for in the model's own words
     settings = "settings.json"  # in data/: the p and q that were settled on it
-    right = "exact harmful answers"  # what is counted behind the prefilled answer
     pairs = staticmethod(pairs_.pairs)
     persona = staticmethod(abilities.persona)
     task = staticmethod(tasks.world_task)
@@ -89,10 +87,6 @@ class World:
         """What statistics resample: the name of a request's item."""
         return prompt.about.name
 
-    def words(self, prompt: Prompt) -> str:
-        """The words of a prompt that name what is asked for."""
-        return prompt.about.name
-
     def types_of(self, units: Sequence[str], harmful: bool, split: str = "evaluation") -> list[str]:
         """The domain of each unit."""
         found = {item.name: item.domain for item in world.items(split, harmful=harmful)}
@@ -105,10 +99,6 @@ class World:
     def describe(self, pairs: Sequence[Pair] | None = None) -> str:
         """What there is to say of the requests, or of what pairs have in common."""
         return ""
-
-    def shown(self, answer: str) -> str:
-        """What of an answer may stand on a page."""
-        return answer
 
     def anew(self) -> World:
         """The same requests for the model as it is now."""

@@ -17,6 +17,10 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
 from harmlens.asking.datasets import LISTS, Entry
 
 SHARES: Mapping[str, float] = MappingProxyType({"train": 0.5, "discovery": 0.2, "evaluation": 0.3})
@@ -40,28 +44,19 @@ def alike(entries: Sequence[Entry]) -> list[list[int]]:
     Together are entries with the same `pair`, with the same text up to case and punctuation, or with sets
     of words whose Jaccard similarity is at least :data:`NEAR`, and what hangs together through them.
     """
-    parent = list(range(len(entries)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    def join(i: int, j: int) -> None:
-        i, j = sorted((root(i), root(j)))
-        parent[j] = i
-
+    if not entries:
+        return []
     first: dict[tuple[str, str], int] = {}
     texts = [normal(entry.prompt) for entry in entries]
+    ties = _near([topic(text) for text in texts])
     for i, (entry, text) in enumerate(zip(entries, texts, strict=True)):
         for key in [("text", text)] + ([("pair", entry.pair)] if entry.pair else []):
-            join(i, first.setdefault(key, i))
-    for i, j in _near([topic(text) for text in texts]):
-        join(i, j)
+            ties.append((i, first.setdefault(key, i)))
+    links, size = (np.ones(len(ties)), tuple(zip(*ties, strict=True))), len(entries)
+    _, labels = connected_components(coo_array(links, shape=(size, size)), directed=False)
     found: dict[int, list[int]] = defaultdict(list)
-    for i in range(len(entries)):
-        found[root(i)].append(i)
+    for i, label in enumerate(labels.tolist()):
+        found[label].append(i)
     return list(found.values())
 
 
