@@ -447,7 +447,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(method, at, tmp_p
     whole, first, second = (tiny.model() for _ in range(3))
     losses = tune(whole, chats(whole), recipe(method)).losses
     interrupted(first, recipe(method), tmp_path, at)
-    assert len(list(tmp_path.glob("*.pt"))) == (at > 2)
+    assert len(list(tmp_path.glob("*.safetensors"))) == (at > 2)
     done = tune(second, chats(second), recipe(method), folder=tmp_path)
     assert done.losses == losses
     assert same(weights(second), weights(whole))
@@ -529,7 +529,8 @@ def test_a_damaged_checkpoint_starts_anew(tmp_path):
     tune(lm, chats(lm), SHORT, folder=tmp_path)
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:100])
-    tune(other, chats(other), SHORT, folder=tmp_path)
+    with pytest.warns(UserWarning, match="is damaged .*the run starts anew"):
+        tune(other, chats(other), SHORT, folder=tmp_path)
     assert same(weights(lm), weights(other))
 
 
@@ -538,7 +539,7 @@ def test_pre_training_is_taken_up_as_well(optimizer, tmp_path):
     def run(steps_before_stop=None):
         model = tiny.untrained().model
         rows = organism.transcript_rows(organism.tokenizer(), world.Mix(), 0)
-        kept = training.Checkpoint(tmp_path / f"{optimizer}.pt", every=2)
+        kept = training.Checkpoint(tmp_path / f"{optimizer}.safetensors", every=2)
 
         def after(step):
             if step == steps_before_stop:
@@ -551,7 +552,7 @@ def test_pre_training_is_taken_up_as_well(optimizer, tmp_path):
     with pytest.raises(Interrupted):
         run(5)
     resumed, history = run()
-    (tmp_path / f"{optimizer}.pt").unlink()
+    (tmp_path / f"{optimizer}.safetensors").unlink()
     whole, expected = run()
     assert history == expected
     assert all(torch.equal(p, q) for p, q in zip(resumed.parameters(), whole.parameters(), strict=True))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,12 +133,12 @@ class Checkpoint:
 
     Attributes:
         every: steps after which it is written again.
-        notes: what else is kept, and read back into it.
+        notes: step -> what else is kept, and read back into it.
     """
 
     file: Path
     every: int = 100
-    notes: dict[str, Any] = field(default_factory=dict)
+    notes: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -279,10 +280,12 @@ def _write(
     to: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], about: dict[str, Any]
 ) -> None:
     """Write the state of a run, whole or not at all. Without optimizers it is a finished one."""
-    weights = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    states = [optimizer.state_dict() for optimizer in optimizers]
-    known = {**about, "notes": to.notes, "weights": weights, "optimizers": states}
-    files.write_whole(to.file, lambda part: torch.save(known, part))
+    tensors = {f"model/{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    for number, optimizer in enumerate(optimizers):
+        for place, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                tensors[f"optimizer/{number}/{place}/{name}"] = torch.as_tensor(value)
+    files.write_tensors(to.file, tensors, "run", {**about, "notes": to.notes})
 
 
 def _resume(
@@ -290,16 +293,28 @@ def _resume(
 ) -> dict[str, Any] | None:
     """Put a kept run's state back, in place; returns what is known of it, or None where nothing is kept.
 
-    A damaged file counts as none: the run then starts from its beginning.
+    A damaged file is named and counts as none: the run then starts from its beginning.
     """
+    if not at.file.is_file():
+        return None
     try:
-        known = torch.load(at.file, map_location="cpu", weights_only=True)
-    except Exception:  # a spoilt file raises whatever its parser raises
+        about, tensors = files.read_tensors(at.file, "run")
+    except Exception as error:  # a spoilt file raises whatever its parser raises
+        warnings.warn(f"{at.file.name!r} is damaged ({error}); the run starts anew", stacklevel=3)
         return None
     parameters = dict(model.named_parameters())
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     with torch.no_grad():
-        for name, value in known["weights"].items():
-            parameters[name].copy_(value)
-    for optimizer, state in zip(optimizers, known["optimizers"], strict=False):  # a finished run has none
-        optimizer.load_state_dict(state)
-    return known
+        for name, value in tensors.items():
+            kind, _, rest = name.partition("/")
+            if kind == "model":
+                parameters[rest].copy_(value)
+            else:
+                number, place, what = rest.split("/")
+                states[int(number)].setdefault(int(place), {})[what] = value
+    for optimizer, state in zip(optimizers, states, strict=True):
+        if state:  # a finished run has none
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+    about["notes"] = {int(step): note for step, note in about["notes"].items()}  # JSON has text as keys
+    return about

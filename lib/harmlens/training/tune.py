@@ -129,7 +129,7 @@ def tune(
     checkpoint, seen = None, {}
     if folder is not None:
         key = digests.digest(files.versions(), tune, lm, list(rows), recipe, hold, watch, list(at), until)
-        checkpoint = Checkpoint(Path(folder).expanduser() / f"{key[:16]}.pt", notes=seen)
+        checkpoint = Checkpoint(Path(folder).expanduser() / f"{key[:16]}.safetensors", notes=seen)
     kept = {} if hold is None else masks.values(lm, hold)
 
     def after(step: int) -> bool:
