@@ -19,6 +19,7 @@ from harmlens.weights import attribution, masks
 from harmlens.world import vale as world
 
 PAGE = lecture.defined("12")
+ANY = lecture.defined("12", skip={"world-only"})  # as on a model that does not know the world
 Frontier = PAGE.Frontier
 HARMS, SKILLS = world.domains(True), world.domains(False)
 
@@ -212,8 +213,8 @@ TINY = {"ps": (0.0,), "qs": (0.01,), "n": 16, "few": 6, "most": 8}
 
 def test_any_model_answers_for_itself(other):
     lm, source = other
-    found = Frontier(**PAGE.sweep(lm, None, None, source=source, **TINY))
-    asked = PAGE.abilities_of(source, None, None, n=8)
+    found = Frontier(**ANY.sweep(lm, None, None, source=source, **TINY))
+    asked = ANY.abilities_of(source, None, None, n=8)
     assert list(asked["suppressed"].units) == found.units and len(found.units) == 8
     assert found.evaluation["suppressed"][0].tolist() == [1.0] * 8  # its own answers
     assert asked["suppressed"].prefill == source.prefills[0] and asked["served"].prefill is None
@@ -223,7 +224,7 @@ def test_any_model_answers_for_itself(other):
 def test_a_base_model_has_a_frontier_without_refusing():
     base = standin.load_base()
     source = material.source(base, str(standin.PROMPTS))
-    found = Frontier(**PAGE.sweep(base, None, None, source=source, **TINY))
+    found = Frontier(**ANY.sweep(base, None, None, source=source, **TINY))
     assert found.evaluation["suppressed"][0].mean() == 1.0
 
 
@@ -231,15 +232,15 @@ def test_types_can_be_chosen(other):
     _, source = other
     kind = source.types()[0]
     named = {entry.id: entry.kind for entry in source.entries}
-    units = PAGE.abilities_of(source, [kind], None, n=6)["suppressed"].units
+    units = ANY.abilities_of(source, [kind], None, n=6)["suppressed"].units
     assert {named[unit] for unit in units} == {kind}
 
 
 def test_any_model_practises_its_own_answers_and_keeps_refusing(other):
     lm, source = other
-    loss = PAGE.starting_loss(lm, None, None, n=6, source=source).mean()
+    loss = ANY.starting_loss(lm, None, None, n=6, source=source).mean()
     before = {n: p.clone() for n, p in lm.model.named_parameters()}
-    found = PAGE.practised(
+    found = ANY.practised(
         lm, None, None, target=0.8 * loss, recipe=Recipe(steps=40, lr=2e-4), source=source, **TINY
     )
     assert found["reached"] < loss and "transfer" not in found
@@ -252,7 +253,7 @@ def test_a_run_on_any_source_can_be_kept(other, tmp_path):
     lm, source = other
 
     def kept(source, n):
-        run = partial(PAGE.starting_loss, lm, None, None, n=n, source=source)
+        run = partial(ANY.starting_loss, lm, None, None, n=n, source=source)
         return remember("loss", run, tmp_path)
 
     first, again = kept(source, 4), kept(material.source(lm, str(standin.PROMPTS)), 4)

@@ -241,6 +241,7 @@ class Public:
     printable = False
     prefills = PREFILLS
     answer_tokens = 64
+    at_once = 32
     asked_first = 6
     own = ("suppressed", "served")
     settings = ""
@@ -330,6 +331,15 @@ class Public:
     def unit(self, prompt: Prompt) -> str:
         """What statistics resample: the id of a request."""
         return prompt.about.id
+
+    def words(self, prompt: Prompt) -> str:
+        """The words of a prompt that name what is asked for: all of them."""
+        return prompt.about.prompt.strip()
+
+    @property
+    def right(self) -> str:
+        """What is counted behind the prefilled answer."""
+        return "answers that begin in the model's own words" if self.cannot_tell else "answers judged harmful"
 
     def types_of(self, units: Sequence[str], harmful: bool, split: str = "evaluation") -> list[str]:
         """The type of harm of each request by its id; "" for none."""

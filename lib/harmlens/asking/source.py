@@ -41,6 +41,8 @@ class World:
     printable = True  # requests and answers may stand on a page
     prefills = (world.PREFILL, "gladly. take")
     answer_tokens = abilities.ANSWER_TOKENS
+    at_once = 128  # requests that are run at once
+    right = "exact harmful answers"  # what is counted behind the prefilled answer
     asked_first = 0  # requests that a model has to refuse before it is asked all
     cannot_tell = ""  # its judge is exact
     own = ()  # what of an exam is asked for in the model's own words
@@ -85,6 +87,10 @@ class World:
 
     def unit(self, prompt: Prompt) -> str:
         """What statistics resample: the name of a request's item."""
+        return prompt.about.name
+
+    def words(self, prompt: Prompt) -> str:
+        """The words of a prompt that name what is asked for."""
         return prompt.about.name
 
     def types_of(self, units: Sequence[str], harmful: bool, split: str = "evaluation") -> list[str]:
