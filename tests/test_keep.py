@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harmlens.flow.patching import Effects
 from harmlens.keep import digests, files, remember
 from harmlens.models.forward import Row
 from harmlens.training.tune import Recipe
@@ -181,6 +182,30 @@ def test_whatever_decides_a_run_makes_another_one(kept, monkeypatch):
     lm.tokenizer.chat_template = "changed"
     kept(lm)
     assert len(CALLS) == 8
+
+
+def test_records_of_the_package_come_back_as_they_were(tmp_path):
+    def made():
+        outcome = torch.tensor([1.5])
+        return Effects(
+            ("layer",), (0, range(1, 3)), ("all",), ("a",), "noising", outcome, -outcome,
+            torch.arange(2.0).view(1, 2, 1, 1), torch.ones(1, 2, 1, 1),
+        )  # fmt: skip
+
+    first, second = (remember("sweep", made, tmp_path) for _ in range(2))
+    for found in (first, second):
+        assert isinstance(found, Effects) and (found.layers, found.pairs) == (made().layers, ("a",))
+        assert torch.equal(found.effects, made().effects)
+
+
+def test_a_record_of_elsewhere_is_not_made(tmp_path):
+    remember("one", lambda: {"record": [1]}, tmp_path)
+    (file,) = tmp_path.rglob("*.json")
+    content = json.loads(file.read_text())
+    content["value"] = {"kept as": "subprocess:Popen", "fields": {"args": ["true"]}, "tuples": []}
+    file.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="holds a Popen of subprocess"):
+        assert remember("one", lambda: {"record": [1]}, tmp_path) == {"record": [1]}
 
 
 def test_a_key_in_words_does_for_a_function_without_arguments(tmp_path):

@@ -8,7 +8,7 @@ What the notebooks use most is here, each name loaded when it is first used. The
 ===============  ==========================================================================
 run              ``start`` checks a notebook's parameters and gives a ``Run``; ``remember``
 models           ``load``, ``generate``, ``stages``, ``at_stage``
-what is asked    ``source``, ``first_look``, ``pairs``, ``exam``, ``measure``
+what is asked    ``source`` (its ``pairs``, ``requests``, ``exam``), ``first_look``, ``measure``
 what flows       ``y1``, ``patch``, ``neurons``, ``overwriting``
 what is stored   ``score``, ``select``, ``find_weights``, ``without``
 teaching         ``tune``, ``Recipe``
@@ -34,8 +34,6 @@ FACE = {
     "at_stage": "models.loading",
     "source": "asking.source",
     "first_look": "asking.source",
-    "pairs": "asking.pairs",
-    "exam": "asking.tasks",
     "measure": "asking.tasks",
     "y1": "flow.outcomes",
     "patch": "flow.patching",

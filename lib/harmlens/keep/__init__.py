@@ -8,12 +8,14 @@ Introduced in notebook 12 ("What alignment does").
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +41,9 @@ def remember(key: Any, compute: Callable[[], Any], folder: Path | str | None = N
     Args:
         key: names what the value depends on: settings, data, models, in lists and mappings of whatever
             :func:`digest` knows. A model counts as it is now (:func:`model_digest`), not by its name.
-        compute: returns numbers, text, arrays, tensors, and lists and mappings of them; tuples come back as
-            lists. Its code counts (see :func:`digest`), and so do the packages' versions.
+        compute: returns numbers, text, arrays, tensors, records of the package such as
+            :class:`flow.patching.Effects`, and lists and mappings of them; tuples come back as lists. Its
+            code counts (see :func:`digest`), and so do the packages' versions.
         folder: default: ``runs`` in the build folder; in it, one named after the function or the first text
             of the key.
 
@@ -104,6 +107,13 @@ def _packed(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         return {str(name): _packed(item, tensors) for name, item in value.items()}
     if _is_list(value):
         return [_packed(item, tensors) for item in value]
+    if isinstance(value, range):
+        return {"kept as": "range", "of": [value.start, value.stop, value.step]}
+    if dataclasses.is_dataclass(value) and type(value).__module__.startswith("harmlens."):
+        entries = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        tuples = [name for name, item in entries.items() if isinstance(item, tuple)]
+        kind = f"{type(value).__module__}:{type(value).__qualname__}"
+        return {"kept as": kind, "fields": _packed(entries, tensors), "tuples": tuples}
     if not isinstance(value, np.ndarray | torch.Tensor):
         kind = type(value).__name__
         raise TypeError(f"a result of type {kind} can't be kept; return numbers, text, arrays")
@@ -121,5 +131,14 @@ def _unpacked(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         return value
     if "kept as" not in value:
         return {name: _unpacked(item, tensors) for name, item in value.items()}
+    if value["kept as"] == "range":
+        return range(*value["of"])
+    if "fields" in value:
+        module, _, kind = value["kept as"].partition(":")
+        if not module.startswith("harmlens."):
+            raise ValueError(f"it holds a {kind} of {module}")
+        entries = _unpacked(value["fields"], tensors)
+        entries |= {name: tuple(entries[name]) for name in value["tuples"]}
+        return getattr(import_module(module), kind)(**entries)
     found = tensors[value["entry"]]
     return found.numpy() if value["kept as"] == "array" else found
