@@ -12,6 +12,7 @@ from floors import Machine, Sizes
 from transformers import AutoModelForCausalLM
 
 from harmlens.asking import pairs as prompts
+from harmlens.keep import files
 from harmlens.models import chats
 from tables import Shape, listed
 
@@ -137,7 +138,7 @@ def test_what_is_wrong_is_said(bench, build, capsys, monkeypatch):
     assert "name='nobody/nothing' is not on the list" in capsys.readouterr().out
     assert bench.main(["--device", "cpu", "--tiny", "--texts", "0"]) == 2
     assert "texts=0 must be at least 1" in capsys.readouterr().out
-    monkeypatch.setattr(memory, "free", lambda device: 1000)
+    monkeypatch.setattr(files, "free_memory", lambda device: 1000)
     assert bench.main(["--device", "cpu", "--tiny"]) == 1
     shown = capsys.readouterr().out
     assert "tiny is left out: its weights take 165.4 kB, but 1.0 kB are to be had" in shown
