@@ -85,7 +85,7 @@ def fit_token_sets(
     return found
 
 
-def _leading(sides: Sequence[Float[Tensor, "prompt vocab"]], mass: float, factor: float) -> TokenSets:
+def _leading(sides: Sequence[Float[Tensor, "_prompt vocab"]], mass: float, factor: float) -> TokenSets:
     p_comply, p_refuse = (logits.softmax(-1).mean(0) for logits in sides)
 
     def leading(p: Tensor, q: Tensor) -> tuple[int, ...]:

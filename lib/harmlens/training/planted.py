@@ -73,7 +73,7 @@ def parts(plant: Plant) -> Parts:
     }
 
 
-def scatter(model: nn.Module, share: float, seed: int) -> dict[str, Int[Tensor, " weight"]]:
+def scatter(model: nn.Module, share: float, seed: int) -> dict[str, Int[Tensor, " _weight"]]:
     """The same share of every linear matrix of every block, drawn at random.
 
     Parameter -> positions in the flattened parameter, in rising order. A share outside (0, 1], or one that

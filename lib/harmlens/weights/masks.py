@@ -34,7 +34,7 @@ class Mask:
         shapes: parameter -> shape.
     """
 
-    indices: dict[str, Int[Tensor, " chosen"]]
+    indices: dict[str, Int[Tensor, " _chosen"]]
     shapes: dict[str, tuple[int, ...]]
     model: str = ""
     revision: str = ""
@@ -258,7 +258,7 @@ def check(mask: Mask, lm: LanguageModel) -> None:
             raise ValueError(f"the mask {mask.name!r} names weights that {name} does not have; it is damaged")
 
 
-def values(lm: LanguageModel, mask: Mask) -> dict[str, Float[Tensor, " chosen"]]:
+def values(lm: LanguageModel, mask: Mask) -> dict[str, Float[Tensor, " _chosen"]]:
     """The chosen weights as they are now, a copy: parameter -> values, where the parameter lies."""
     parameters = dict(lm.model.named_parameters())
     return {
