@@ -18,11 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from harmlens import __version__, keep
 from harmlens.asking import source as material
 from harmlens.evidence import plots, results
 from harmlens.evidence.stats import Estimate
 from harmlens.flow import outcomes
+from harmlens.keep import files
 from harmlens.models import loading, organisms
 from harmlens.world import vale as world
 
@@ -75,7 +78,7 @@ def glue(name: str, text: str) -> None:
 
 
 class Run:
-    """What a notebook works on; models and requests are loaded when they are first asked for.
+    """One training run; models and requests are loaded when they are first asked for.
 
     ``parameters`` are the notebook's, by name. ``folder`` is for result files, None for the default; ``n`` is
     how many items, requests or pairs are asked at most, None for all.
@@ -92,7 +95,15 @@ class Run:
     @cached_property
     def lm(self) -> loading.LanguageModel:
         """The model; an organism with the training seed of this run."""
-        return loading.load(self.model, seed=self.seed if self.model.startswith("organism/") else None)
+        return self.load(self.model)
+
+    def load(self, name: str) -> loading.LanguageModel:
+        """Another model beside it, such as "organism/mirror"; an organism with the same training seed."""
+        return loading.load(name, seed=self.seed if name.startswith("organism/") else None)
+
+    def first_look(self, **options: Any) -> Any:
+        """:func:`asking.source.first_look` at the model."""
+        return material.first_look(self.lm, self.source, **options)
 
     @cached_property
     def source(self) -> material.Material:
@@ -126,13 +137,53 @@ class Run:
         folder = Path(self.folder) / "runs" if self.folder else None
         return keep.remember([name, self.lm, asked], compute, folder)
 
-    def record(self, claim: str, estimate: Estimate, control: tuple[str, Estimate] | None = None) -> Path:
-        """:func:`evidence.results.record` with the claim's own unit and notebook, and this run's model."""
-        known = results.load_claims()[claim]
-        return results.record(
-            claim, estimate, control=control, unit=known.unit, notebook=known.notebook, model=self.model,
-            folder=self.folder, params=self.parameters, revision=self.lm.revision, device=str(self.lm.device),
-        )  # fmt: skip
+    def record(
+        self,
+        claim: str,
+        effect: Estimate | None,
+        control: tuple[str, Estimate] | None = None,
+        *,
+        note: str = "",
+        unless: str = "",
+        model: str = "",
+    ) -> None:
+        """:func:`evidence.results.record` of this run, and a line that says what was recorded.
+
+        ``unless`` says why the claim can't be tested here; nothing is written then. ``model`` is named where
+        the claim is about another one than the run's.
+        """
+        if unless or effect is None:
+            print(f"{claim} {unless or 'not tested: there is no value'}")
+            return
+        made = {"params": self.parameters, "folder": self.folder, "note": note, "run": self.seed}
+        if not model:
+            made |= {"revision": self.lm.revision, "device": str(self.lm.device)}
+        if not (model or self.model).startswith("organism"):
+            made["run"] = 0
+        results.record(claim, effect, control, model=model or self.model, **made)
+        print(claim, effect, *(("  control:", control[1]) if control else ()))
+
+    def all_runs(self, *claims: str) -> Figure:
+        """All recorded runs of these claims, this one marked: dots for runs, the control, threshold and word.
+
+        Result files that can't be used are named.
+        """
+        folders = [
+            Path(self.folder) if self.folder else results.results_dir(),
+            *results.default_folders()[1:],
+        ]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", results.ResultFileWarning)
+            found = results.findings(folders)
+        print(*dict.fromkeys(str(w.message) for w in caught), sep="\n", end="\n" if caught else "")
+        known, own = results.load_claims(), files.model_name(self.model)
+        rows = [
+            (known[one.claim], one, results.verdict(known[one.claim], one)[0])
+            for claim in claims
+            for one in found
+            if one.claim == claim and (one.model == own or one.model.startswith("organism"))
+        ]
+        return plots.forest(rows, run=self.seed if own.startswith("organism") else 0, own=own)
 
     say = staticmethod(glue)
 
@@ -140,11 +191,11 @@ class Run:
         """Nothing is shown of a run where a cell ends with :func:`start`."""
 
 
-def start(**parameters: Any) -> Run:
-    """Check a notebook's parameters, then set threads, warnings and the look of figures.
+def start(notebook: str = "", /, **parameters: Any) -> Run:
+    """Check a notebook's parameters, then set threads, warnings and the look of figures; show its answer.
 
-    Call it in the first cell after the parameters, with all of them by name. Other plain variables, set
-    before, are named as ignored.
+    Call it in the first cell after the parameters, with the notebook's name and all parameters by name. Other
+    plain variables, set before, are named as ignored. What is shown is :func:`evidence.results.answer`.
 
     Raises:
         ValueError: an unknown parameter was injected, or a value is not valid; lists what the notebook takes.
@@ -181,6 +232,10 @@ def start(**parameters: Any) -> Run:
         if plain:
             print(f"no parameters of this notebook, ignored: {', '.join(plain)}")
     caller[_STARTED] = True
+    if notebook:
+        from IPython.display import Markdown, display
+
+        display(Markdown(results.answer(notebook, results.default_folders()[1:])))
     return Run(parameters)
 
 

@@ -9,6 +9,8 @@ Introduced in notebook 00 ("A model organism of harm").
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
+from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from harmlens.evidence.stats import Estimate
+
+if TYPE_CHECKING:
+    from harmlens.evidence.results import Claim, Finding
 
 # Okabe and Ito's
 PALETTE = {"orange": "#E69F00", "sky": "#56B4E9", "green": "#009E73", "blue": "#0072B2",
@@ -179,3 +184,33 @@ def heat(
 
 def _short(value: float, digits: int) -> str:
     return "" if not abs(value) >= 0.5 * 10**-digits else f"{value:.{digits}f}"
+
+
+def forest(rows: Sequence[tuple[Claim, Finding, str]], *, run: int | None = None, own: str = "") -> Figure:
+    """Recorded runs: a row for each (claim, finding, word), a dot for each run, each row on its own scale.
+
+    The bar is the interval over runs, hollow dots are controls, the dashed line is the threshold. The dot of
+    ``run`` is ringed, and rows of the model ``own`` stand out where others are shown too.
+    """
+    if not rows:
+        raise ValueError("rows is empty: no run of these claims is recorded yet; record one first")
+    fig, axes = plt.subplots(len(rows), 1, figsize=(7.2, 0.72 * len(rows) + 0.5), squeeze=False)
+    for ax, (claim, found, word) in zip(axes[:, 0], rows, strict=True):
+        colour = PALETTE["blue"] if found.model.startswith("organism") else HARMFUL
+        ax.plot(found.ci, [0, 0], color=colour, lw=7, alpha=0.2, solid_capstyle="butt")
+        heights = np.linspace(0.5, -0.5, len(found.runs)) if len(found.runs) > 1 else [0.0]
+        for y, one in zip(heights, found.runs, strict=True):
+            if one.control:
+                ax.plot(one.control.value, y, "o", ms=5, color="0.5", mfc="white")
+            ax.plot([one.effect.low, one.effect.high], [y, y], color=colour, lw=1)
+            ringed = {"mec": "black", "mew": 1.8, "ms": 8} if one.run == run else {"ms": 6}
+            ax.plot(one.effect.value, y, "o", color=colour, zorder=3, **ringed)
+        ax.axvline(claim.rule.threshold, ls="--", lw=1, color="0.4", zorder=0)
+        label = fill(claim.short or claim.statement.partition(":")[0], 34)
+        model = "" if found.model in ("", own) else f" on {found.model}"
+        ax.set_ylabel(f"{label}\n{claim.id}{model}", rotation=0, ha="right", va="center", fontsize=8)
+        ax.text(1.02, 0.5, fill(word, 12), transform=ax.transAxes, va="center", fontsize=9)
+        ax.set(yticks=[], ylim=(-0.9, 0.9))
+        ax.tick_params(labelsize=8)
+        ax.spines["left"].set_visible(False)
+    return fig

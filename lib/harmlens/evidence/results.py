@@ -1,21 +1,23 @@
 """From a measured number to a verdict: the registry of claims, result files, the scorecard.
 
 The claims stand in ``data/claims.yaml``, each with its rule, before any number exists. A notebook measures
-one and calls :func:`record`, which writes one JSON file per claim and model. :func:`scorecard` reads them all
-and applies the rule of each claim (:func:`verdict`). No model is needed to make it again.
+one on one training run and calls :func:`record`, which writes one JSON file for each claim, model and run.
+:func:`findings` puts the runs together, :func:`scorecard` applies the rule of each claim (:func:`verdict`).
+No model is needed to make it again. ``data/runs.yaml`` registers the runs that count.
 
 Introduced in notebook 01 ("What there is to explain"); the scorecard in notebook 19.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import math
 import os
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,11 +26,11 @@ import yaml
 from pydantic import AfterValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 
-from harmlens.evidence.stats import Estimate
+from harmlens.evidence.stats import Estimate, over_runs
 from harmlens.keep import files
 
 VERDICTS = ("replicated", "direction only", "not replicated", "undecided", "not attempted")
-SCHEMA = 1
+SCHEMA = 2
 
 
 class ResultFileWarning(UserWarning):
@@ -75,6 +77,7 @@ class Claim:
     control: Text
     rule: Rule
     notebook: Text
+    short: str = ""  # the statement in a few plain words, for figures and answers
 
     @model_validator(mode="after")
     def _one_way(self) -> Claim:
@@ -87,44 +90,76 @@ class Claim:
         """1 where a larger value speaks for the claim, else -1."""
         return 1 if self.direction == "greater" else -1
 
+    @property
+    def sha256(self) -> str:
+        """Of what decides: a result that was measured under another wording of these is not this claim's."""
+        decides = ("id", "direction", "statistic", "scale", "unit", "control", "rule")
+        text = json.dumps([getattr(self, name) for name in decides], default=vars)
+        return hashlib.sha256(text.encode()).hexdigest()
+
 
 @dataclass(frozen=True)
-class Control:
-    """What the measurement is compared with; without ``ci`` its value counts as exactly known."""
+class Span:
+    """A number of a result file with its interval over the items of one run."""
 
-    name: Text
     value: Number
-    ci: Interval | None = None
+    low: Number
+    high: Number
+
+    @model_validator(mode="after")
+    def _around(self) -> Span:
+        slack = 1e-9 * max(1.0, abs(self.value))
+        if not self.low - slack <= self.value <= self.high + slack:
+            raise ValueError(
+                f"must be an interval around the value {self.value:g}, got ({self.low:g}, {self.high:g})"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Control(Span):
+    """What the effect is compared with; an interval of no width counts as exactly known."""
+
+    name: Text = Field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measured claim on one model, as it stands in a result file; seed -> (value, low, high)."""
+    """One claim, measured on one training run of one model, as it stands in a result file.
+
+    ``diff`` is effect minus control on the same units; ``role`` is that of the run in ``data/runs.yaml``;
+    a model that is no organism has the one run 0, "real".
+    """
 
     claim: Text
     model: Text
+    run: Annotated[int, Strict(), Field(ge=0)]
+    role: Literal["exploratory", "confirmatory", "unregistered", "real"]
     notebook: Text
-    value: Number
-    ci: Interval
+    effect: Span
+    control: Control | None
+    diff: Span | None
     n: Annotated[int, Strict(), Field(ge=1)]
     unit: Text
-    control: Control | None
-    per_seed: Annotated[dict[int, tuple[Number, Number, Number]], Field(min_length=1)]
     note: str = ""
     provenance: dict[str, Any] = Field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _around_their_values(self) -> Measurement:
-        around = {"ci": (self.value, *self.ci)} | {f"per_seed[{s}]": e for s, e in self.per_seed.items()}
-        if self.control is not None and self.control.ci is not None:
-            around["control.ci"] = (self.control.value, *self.control.ci)
-        for name, (value, low, high) in around.items():
-            slack = 1e-9 * max(1.0, abs(value))
-            if not low - slack <= value <= high + slack:
-                raise ValueError(
-                    f"{name}: must be (low, high) around the value {value:g}, got ({low:g}, {high:g})"
-                )
-        return self
+
+@dataclass(frozen=True)
+class Finding:
+    """What the recorded runs of one model say together about one claim; see :func:`over_runs`."""
+
+    claim: str
+    model: str
+    value: float
+    ci: Interval
+    control: Control | None
+    runs: tuple[Measurement, ...]
+
+    @property
+    def n(self) -> int:
+        """Items, requests or pairs in one run, the most where runs differ."""
+        return max(run.n for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -174,6 +209,12 @@ def load_claims(path: str | Path | None = None) -> dict[str, Claim]:
     return claims
 
 
+def roles(path: str | Path | None = None) -> dict[int, str]:
+    """The registered training runs: number -> "exploratory" or "confirmatory"."""
+    content = files.read_yaml(Path(path) if path is not None else files.data_dir() / "runs.yaml")
+    return {int(run): role for role in ("exploratory", "confirmatory") for run in content[role]}
+
+
 _BOUNDS = {
     r"share( of (?!an effect|a change).*)?|precision|balanced accuracy|Jaccard index|relative depth": (0, 1),
     r"difference of (shares|accuracies|average precisions|Jaccard indices)": (-1, 1),
@@ -189,22 +230,15 @@ def _measured(content: Mapping[str, Any], claims: Mapping[str, Claim]) -> Measur
     found = _checked(Measurement, content)
     scale = claims[found.claim].scale
     low, high = next((ends for form, ends in _BOUNDS.items() if re.fullmatch(form, scale)), _BOUNDS[""])
-    values = {"value": found.value} | {f"per_seed[{s}]": entry[0] for s, entry in found.per_seed.items()}
-    for name, value in (values | ({"control.value": found.control.value} if found.control else {})).items():
-        if not low - 1e-9 <= value <= high + 1e-9:
+    for name, span in {"effect": found.effect, "control": found.control}.items():
+        if span and not low - 1e-9 <= span.value <= high + 1e-9:
             raise ValueError(
-                f"{name}: {value:g} is no {scale}, which lies in {low:g} to {high:g}. Is it in percent?"
+                f"{name}: {span.value:g} is no {scale}, which lies in {low:g} to {high:g}. Is it in percent?"
             )
-    seeds, slack = [entry[0] for entry in found.per_seed.values()], 1e-6 * max(1.0, abs(found.value))
-    if not min(seeds) - slack <= found.value <= max(seeds) + slack:
-        raise ValueError(
-            f"value: {found.value:g} lies outside the values of its seeds, {min(seeds):g} to {max(seeds):g}; "
-            "it is to be their mean, or that of the one seed"
-        )
     return found
 
 
-def verdict(claim: Claim, measurement: Measurement | None) -> tuple[str, str]:
+def verdict(claim: Claim, finding: Finding | None) -> tuple[str, str]:
     """The verdict on a claim, one of :data:`VERDICTS`, and in one line what decided it.
 
     Read for a claim with direction "greater"; for "less" all comparisons are mirrored. *Near* is the
@@ -212,7 +246,7 @@ def verdict(claim: Claim, measurement: Measurement | None) -> tuple[str, str]:
 
     - **replicated**: near > threshold, *and* near > upper end of the control's interval +
       margin_over_control (skipped where the rule has no margin; a measurement without control fails
-      where it has one), *and* at least seeds_share of the seeds have their own value > no_effect.
+      where it has one), *and* at least seeds_share of the runs have their own value > no_effect.
     - **direction only**: not replicated in full, but value > threshold; or near > no_effect, a clear
       effect that is smaller than the threshold asks for.
     - **not replicated**: neither of these, and far <= threshold: the interval lies wholly on the wrong
@@ -222,31 +256,31 @@ def verdict(claim: Claim, measurement: Measurement | None) -> tuple[str, str]:
 
     A wider interval, of the measurement or of the control, can only take support away.
     """
-    if measurement is None:
+    if finding is None:
         return "not attempted", "no result file for this claim"
     rule, sign = claim.rule, claim.sign
     word, short = ("above", "below") if sign > 0 else ("below", "above")
-    value = sign * measurement.value
-    near, far = sorted(sign * end for end in measurement.ci)
+    value = sign * finding.value
+    near, far = sorted(sign * end for end in finding.ci)
     threshold, no_effect = sign * rule.threshold, sign * rule.no_effect
 
     failed = []
     if near <= threshold:
         failed.append(f"the interval is not wholly {word} {rule.threshold:g}")
     if rule.margin_over_control is not None:
-        control = measurement.control
+        control = finding.control
         if control is None:
             failed.append("no control was measured")
-        elif near <= max(sign * end for end in control.ci or [control.value]) + rule.margin_over_control:
+        elif near <= max(sign * end for end in (control.low, control.high)) + rule.margin_over_control:
             failed.append(f"the interval does not clear the control ({control.name})")
-    agree = sum(sign * seed[0] > no_effect for seed in measurement.per_seed.values())
-    seeds = len(measurement.per_seed)
-    if agree < rule.seeds_share * seeds - 1e-9:
-        failed.append(f"only {agree} of {seeds} seeds lie {word} {rule.no_effect:g}")
+    agree = sum(sign * run.effect.value > no_effect for run in finding.runs)
+    runs = len(finding.runs)
+    if agree < rule.seeds_share * runs - 1e-9:
+        failed.append(f"only {agree} of {runs} runs lie {word} {rule.no_effect:g}")
 
     if not failed:
         cleared = "" if rule.margin_over_control is None else ", the control is cleared"
-        held = f"the interval is wholly {word} {rule.threshold:g}{cleared}, {agree} of {seeds} seeds agree"
+        held = f"the interval is wholly {word} {rule.threshold:g}{cleared}, {agree} of {runs} runs agree"
         return "replicated", held
     if value > threshold or near > no_effect:
         return "direction only", "; ".join(failed)
@@ -265,28 +299,26 @@ def results_dir() -> Path:
 
 def record(
     claim: str,
-    estimate: Estimate,
-    *,
-    unit: str,
-    model: str,
-    notebook: str,
+    effect: Estimate,
     control: tuple[str, Estimate] | None = None,
+    *,
+    model: str,
+    run: int = 0,
     note: str = "",
     folder: str | Path | None = None,
     **made: Any,
 ) -> Path:
-    """Write the result file of one claim on one model, ``<folder>/<model>/<claim>.json``; returns its path.
+    """Write the result file of one claim on one run, ``<folder>/<model>/run-<run>/<claim>.json``.
 
-    Machine paths are shortened. A file of the same name is replaced; one of other weights (trained anew, or
-    another commit) is put aside, and a warning says where.
+    Unit and notebook are those of the claim. Machine paths are shortened. A file of the same name is
+    replaced; one of other weights (trained anew, or another commit) is put aside, and a warning says where.
 
     Args:
         claim: id from ``data/claims.yaml``.
-        estimate: the statistic of the claim, with the estimates of the training seeds if there are several.
-        unit: what its n counts: item, request, pair, ... never token.
+        effect: the statistic of the claim, with its interval over the items of this run.
+        control: what the claim's control is, and what it gave in this run.
         model: organism ("organism/sft"), folder or Hugging Face id; called :func:`keep.files.model_name`.
-        notebook: file name of the notebook without its ending.
-        control: what the claim's control is, and what it gave.
+        run: the training seed of an organism.
         note: one sentence for the reader of the scorecard.
         folder: default :func:`results_dir`.
         made: how it was measured, for :func:`keep.files.provenance`: ``params``, ``device``, ...
@@ -295,32 +327,60 @@ def record(
         ValueError: unknown claim, a number that is not finite or not on the claim's scale, an interval that
             doesn't hold the value; names the field.
     """
-    seeds = {int(seed): _triple(e) for seed, e in (estimate.per_seed or {0: estimate}).items()}
-    beside = None
-    if control is not None:
-        value, *ci = _triple(control[1])
-        beside = {"name": control[0], "value": value, "ci": ci}
-    value, low, high = _triple(estimate)
+    claims = load_claims()
+    if claim not in claims:
+        raise ValueError(f"claim: {claim!r} is not in claims.yaml; known are {', '.join(claims)}")
+    if effect.per_seed:  # a notebook that loops over its runs
+        made = {name: value for name, value in made.items() if name not in ("unit", "notebook")}
+        for seed, one in effect.per_seed.items():
+            beside = control and (control[0], control[1].per_seed.get(seed, control[1]))
+            path = record(claim, one, beside, model=model, run=seed, note=note, folder=folder, **made)
+        return path
+    known, organism = claims[claim], model.partition("/")[0] == "organism"
     content: dict[str, Any] = {
-        "schema": SCHEMA, "claim": claim, "model": files.model_name(model), "notebook": notebook,
-        "value": value, "ci": (low, high), "n": int(estimate.n), "unit": unit, "per_seed": seeds,
-        "control": beside, "note": files.portable(note),
+        "schema": SCHEMA, "claim": claim, "model": files.model_name(model), "run": int(run),
+        "role": roles().get(int(run), "unregistered") if organism else "real", "notebook": known.notebook,
+        "effect": _span(effect), "control": control and {"name": control[0], **_span(control[1])},
+        "diff": control and _span(effect.minus(control[1])), "n": int(effect.n), "unit": known.unit,
+        "note": files.portable(note),
     }  # fmt: skip
-    checked = _measured(content, load_claims())
-    content |= {
-        "ci_low": low, "ci_high": high, "per_seed": {str(seed): entry for seed, entry in seeds.items()},
-        "provenance": files.provenance(model, seeds=sorted(seeds), **made),
-    }  # fmt: skip
+    checked = _measured(content, claims)
+    sums = {"claim": known.sha256, "notebook": notebook_sha256(known.notebook), "library": _library_sha256()}
+    about = files.provenance(model, seeds=[int(run)] if organism else [], **made)
+    content["provenance"] = about | {"sha256": sums}
     content["sum"] = _sum(content)
     base = Path(folder).expanduser() if folder else results_dir()
-    path = base / files.slug(checked.model) / f"{claim}.json"
+    path = base / files.slug(checked.model) / f"run-{checked.run}" / f"{claim}.json"
     _keep_other_weights(path, content["provenance"]["model"])
     files.write_json(path, content)
     return path
 
 
-def _triple(estimate: Estimate) -> tuple[float, float, float]:
-    return float(estimate.value), float(estimate.low), float(estimate.high)
+def _span(estimate: Estimate) -> dict[str, float]:
+    return {name: float(getattr(estimate, name)) for name in ("value", "low", "high")}
+
+
+def _library_sha256() -> str:
+    return files.sha256(*sorted(Path(__file__).parents[1].rglob("*.py")))
+
+
+def notebook_sha256(name: str) -> str | None:
+    """Of what a notebook of this clone computes; None where the package has no notebooks beside it.
+
+    Set-up, parameters and cells that only draw (``hide-input``) don't count, nor do comments and blank lines.
+    """
+    root = files.repo_root()
+    path = root / "notebooks" / f"{name}.ipynb" if root else None
+    if path is None or not path.is_file():
+        return None
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    apart = {"setup", "parameters", "hide-input"}
+    code = [
+        ast.dump(ast.parse("".join(cell["source"])))
+        for cell in cells
+        if cell["cell_type"] == "code" and not apart & set(cell["metadata"].get("tags", []))
+    ]
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest()
 
 
 def _sum(content: Mapping[str, Any]) -> str:
@@ -340,8 +400,8 @@ def _keep_other_weights(path: Path, model: Mapping[str, Any]) -> None:
         if mark and before.get(name) not in (None, "", mark):
             aside = path.with_name(f"{path.name}.{before[name][:8]}")
             os.replace(path, aside)
-            said = f"{path.parent.name}/{path.name} was measured on other weights; it is kept as"
-            said += f" {aside.name!r}, and the scorecard reads the new one"
+            said = f"{'/'.join(path.parts[-3:])} was measured on other weights; it is kept as {aside.name!r}"
+            said += ", and the scorecard reads the new one"
             return warnings.warn(said, ResultFileWarning, stacklevel=3)
 
 
@@ -351,33 +411,83 @@ def default_folders() -> list[Path]:
 
 
 def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measurement]:
-    """All measurements below ``folders`` (default :func:`default_folders`), one per claim and model.
+    """All measurements below ``folders`` (default :func:`default_folders`), one per claim, model and run.
 
-    Of a claim that was measured twice on a model, the earlier folder's counts, and within a folder the newer
-    file's. A file that can't be used is named in a :class:`ResultFileWarning`; the others still load.
+    Of a claim that was measured twice on a run, the earlier folder's counts, and within a folder the newer
+    file's. What can't be used is named in a :class:`ResultFileWarning`, and the others still load: a damaged
+    file, a second one of the same claim and run, one that was measured under another wording of its claim or
+    by another version of its notebook, a run that ``data/runs.yaml`` doesn't register.
     """
-    claims = load_claims()
-    found: dict[tuple[str, str], Measurement] = {}
+    claims, registered = load_claims(), roles()
+    found: dict[tuple[str, str, int], Measurement] = {}
     for folder in default_folders() if folders is None else [Path(item) for item in folders]:
-        here: list[Measurement] = []
+        here: dict[tuple[str, str, int], tuple[Path, Measurement]] = {}
         for path in sorted(folder.rglob("*.json")):
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-                    raise ValueError(f"is not a result file of schema {SCHEMA}")
-                if content.get("sum", "") not in ("", _sum(content)):
-                    raise ValueError("was changed after it was written")
-                here.append(_measured(content, claims))
+                one = _usable(path, claims, registered)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 reason = f"lacks {error}" if isinstance(error, KeyError) else error
-                warnings.warn(
-                    f"result file {folder.name}/{path.relative_to(folder).as_posix()} left out: {reason}. "
-                    "Run its notebook again, or delete the file.", ResultFileWarning, stacklevel=2,
-                )  # fmt: skip
-        by_time = sorted(here, key=lambda one: str(one.provenance.get("created_utc", "")))  # in UTC, as text
-        # in the order of the paths, whichever is newest
-        found = {(one.claim, one.model): one for one in (*here, *by_time)} | found
+                _left_out(folder, path, f"{reason}. Run its notebook again, or delete the file")
+                continue
+            key = (one.claim, one.model, one.run)
+            both = sorted([here[key], (path, one)] if key in here else [(path, one)], key=_written_at)
+            here[key] = both[-1]
+            if len(both) > 1:
+                newer = both[1][0].relative_to(folder).as_posix()
+                _left_out(folder, both[0][0], f"{newer} is newer, of the same claim and run. Delete one")
+        found = {key: one for key, (_, one) in here.items()} | found
     return list(found.values())
+
+
+def _usable(path: Path, claims: Mapping[str, Claim], registered: Mapping[int, str]) -> Measurement:
+    """The measurement in a file; raises what is wrong with it."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ValueError(f"is not a result file of schema {SCHEMA}")
+    if content.get("sum", "") not in ("", _sum(content)):
+        raise ValueError("was changed after it was written")
+    one = _measured(content, claims)
+    made = one.provenance.get("sha256", {})
+    if made.get("claim", claims[one.claim].sha256) != claims[one.claim].sha256:
+        raise ValueError(f"was measured under another wording of {one.claim}")
+    now = notebook_sha256(one.notebook)
+    if now is not None and (made.get("notebook") or now) != now:
+        raise ValueError(f"was measured by another version of {one.notebook}")
+    if one.role != "real" and one.run not in registered:
+        raise ValueError(f"run {one.run} is not registered in runs.yaml")
+    return one
+
+
+def _written_at(entry: tuple[Path, Measurement]) -> str:
+    return str(entry[1].provenance.get("created_utc", ""))  # in UTC, as text
+
+
+def _left_out(folder: Path, path: Path, reason: str) -> None:
+    said = f"result file {folder.name}/{path.relative_to(folder).as_posix()} left out: {reason}."
+    warnings.warn(said, ResultFileWarning, stacklevel=3)
+
+
+def findings(folders: Iterable[str | Path] | None = None) -> list[Finding]:
+    """The recorded runs of each claim and model put together, in the order of the registry."""
+    runs: dict[tuple[str, str], list[Measurement]] = defaultdict(list)
+    for one in load_measurements(folders):
+        runs[one.claim, one.model].append(one)
+    found = []
+    for claim in load_claims():
+        for model in sorted(model for name, model in runs if name == claim):
+            some = sorted(runs[claim, model], key=lambda one: one.run)
+            effect = over_runs([_estimate(one.effect, one.n) for one in some])
+            controls = [one.control for one in some if one.control is not None]
+            control = None
+            if len(controls) == len(some):
+                null = over_runs([_estimate(one, some[0].n) for one in controls])
+                control = Control(null.value, null.low, null.high, name=controls[0].name)
+            found.append(Finding(claim, model, effect.value, effect.ci, control, tuple(some)))
+    return found
+
+
+def _estimate(span: Span, n: int) -> Estimate:
+    return Estimate(span.value, span.low, span.high, n)
 
 
 # --------------------------------------------------------------------------- scorecard
@@ -390,34 +500,46 @@ def scorecard(folders: Iterable[str | Path] | None = None, *, model: str = "all"
     folder.
     """
     claims, model = load_claims(), files.model_name(model)
-    measured: dict[str, list[Measurement]] = {name: [] for name in claims}
-    for measurement in load_measurements(folders):
-        if model in ("all", measurement.model):
-            measured[measurement.claim].append(measurement)
-    return [
-        _row(claim, measurement)
-        for claim in claims.values()
-        for measurement in sorted(measured[claim.id], key=lambda item: item.model) or [None]
-    ]
+    measured: dict[str, list[Finding]] = {name: [] for name in claims}
+    for finding in findings(folders):
+        if model in ("all", finding.model):
+            measured[finding.claim].append(finding)
+    return [_row(claim, one) for claim in claims.values() for one in measured[claim.id] or [None]]
 
 
-def _row(claim: Claim, measurement: Measurement | None) -> dict[str, Any]:
-    given, reason = verdict(claim, measurement)
+def _row(claim: Claim, finding: Finding | None) -> dict[str, Any]:
+    given, reason = verdict(claim, finding)
     row: dict[str, Any] = {**vars(claim), "rule": vars(claim.rule), "verdict": given, "reason": reason}
-    if measurement is None:
+    if finding is None:
         empty = ("value", "ci_low", "ci_high", "n", "control_value", "control_low", "control_high", "model")
-        return row | dict.fromkeys(empty) | {"seeds": [], "per_seed": {}, "note": "", "created_utc": None}
-    control = measurement.control
-    low, high = (control.ci or (control.value, control.value)) if control else (None, None)
+        return row | dict.fromkeys(empty) | {"runs": {}, "note": "", "created_utc": None}
+    control = finding.control
     return row | {
-        "value": measurement.value, "ci_low": measurement.ci[0], "ci_high": measurement.ci[1],
-        "n": measurement.n, "unit": measurement.unit, "model": measurement.model,
-        "notebook": measurement.notebook, "control": control.name if control else claim.control,
-        "control_value": control.value if control else None, "control_low": low, "control_high": high,
-        "seeds": sorted(measurement.per_seed), "note": measurement.note,
-        "per_seed": {str(key): list(entry) for key, entry in sorted(measurement.per_seed.items())},
-        "created_utc": measurement.provenance.get("created_utc"),
+        "value": finding.value, "ci_low": finding.ci[0], "ci_high": finding.ci[1], "n": finding.n,
+        "model": finding.model, "control": control.name if control else claim.control,
+        "control_value": control and control.value, "control_low": control and control.low,
+        "control_high": control and control.high, "note": finding.runs[-1].note,
+        "runs": {str(one.run): [*vars(one.effect).values()] for one in finding.runs},
+        "created_utc": max(str(one.provenance.get("created_utc")) for one in finding.runs),
     }  # fmt: skip
+
+
+def answer(notebook: str, folders: Iterable[str | Path] | None = None, *, model: str = "") -> str:
+    """One sentence on what a notebook's claims came to: their words, by the recorded runs of a model.
+
+    ``model``: default the organism of each claim that was measured.
+    """
+    rows = [row for row in scorecard(folders) if row["notebook"] == notebook]
+    rows = [row for row in rows if row["model"] and row["model"].startswith(model or "organism")]
+    if not rows:
+        return "No claim of this notebook has a recorded run yet."
+    parts = []
+    for name in VERDICTS:
+        of = [row["short"] or row["statement"].rstrip(".") for row in rows if row["verdict"] == name]
+        if of:
+            parts.append(f"**{name}**: {'; '.join(of)}")
+    runs = sorted({run for row in rows for run in row["runs"]}, key=int)
+    return f"By {len(runs)} training run{'s' * (len(runs) > 1)} of the organism. " + ". ".join(parts) + "."
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
