@@ -132,10 +132,8 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
 OTHERS = {
     "utf-16 with its mark": (TEXT.encode("utf-16"), r"UTF-16.*iconv -f utf-16 -t utf-8"),
     "utf-16 big end first": (b"\xfe\xff" + TEXT.encode("utf-16-be"), r"UTF-16.*iconv -f utf-16 -t"),
-    "utf-16 without a mark": (TEXT.encode("utf-16-le"), r"UTF-16.*iconv -f utf-16le -t"),
-    "big end, no mark": (TEXT.encode("utf-16-be"), r"UTF-16.*iconv -f utf-16be -t"),
+    "utf-16 without a mark": (TEXT.encode("utf-16-le"), r"line 1: holds a zero byte.*or UTF-16"),
     "windows": (TEXT.encode("cp1252"), r"not UTF-8 text \(byte 22\).*iconv -f cp1252 -t utf-8"),
-    "another code page": (b"prompt,harmful\n\x81\x8d\x8f,0\n", r"not UTF-8 text.*Save it as UTF-8"),
     "zero bytes": (TEXT.replace("Wash", "Wa\0sh"), r"line 2: holds a zero byte"),
     "a control character": (TEXT.replace("“", "\x93"), r"row 2: the column 'prompt' holds '\\x93' at char"),
     "a lost character": (TEXT.replace("“", "�"), r"row 2: the column 'prompt' holds '�'"),
@@ -231,10 +229,10 @@ def test_h19_a_word_of_the_header_is_no_header(tmp_path):
     assert [e.prompt for e in found] == ["prompt", "kind"]
 
 
-def test_h39_one_request_with_both_labels_is_named_with_both_rows(tmp_path):
+def test_h39_one_request_with_both_labels_is_named(tmp_path):
     for text in ("prompt,harmful\na?,0\nb?,1\na?,1\n", "prompt,harmful\nIs  A?,0\nb?,1\n is a? ,1\n"):
-        with pytest.raises(ValueError, match=r"m\.csv, row 2, and row 4 are the same request, once harmful"):
-            datasets.entries(put(tmp_path, "m.csv", text))
+        with pytest.raises(ValueError, match=r"'m-1' and 'm-3' are the same request, harmful and harmless"):
+            of(put(tmp_path, "m.csv", text))
     assert len(datasets.entries(put(tmp_path, "m.csv", "prompt,harmful\nC++?,0\nC#?,1\n"))) == 2
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from harmlens.asking import datasets
+from harmlens.asking import datasets, public
 from harmlens.keep import downloads, files
 
 MADE_UP = Path(__file__).parent / "data" / "sources"
@@ -486,7 +486,7 @@ def test_the_page_has_the_registry():
 def test_every_message_on_the_page_is_one_of_the_code():
     page = (ROOT / "book" / "data_sets.md").read_text(encoding="utf-8")
     code = ""
-    for module in (datasets, downloads):
+    for module in (datasets, downloads, public):
         text = Path(module.__file__).read_text(encoding="utf-8")
         code += re.sub(r"[\"']\n\s*f?[\"']", "", text)  # strings that go on in the next line
     code = code.replace("{LOCK}", downloads.LOCK)

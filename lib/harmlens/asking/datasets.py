@@ -13,14 +13,14 @@ import hashlib
 import io
 import json
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -64,6 +64,12 @@ class Entry:
     source: str = ""
 
 
+# Zero bytes and other control characters, halves of characters, and the mark of one that was lost.
+_DAMAGED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
+_YES = {"1", "1.0", "true", "yes", "harmful", "unsafe"}
+_NO = {"0", "0.0", "false", "no", "harmless", "safe"}
+
+
 @dataclass(frozen=True)
 class Line:
     """One row of a file: where it is, for messages (``my.csv, row 3``, as a spreadsheet counts), and its
@@ -71,6 +77,51 @@ class Line:
 
     place: str
     cells: Mapping[str, Any]
+
+    def text(self, column: str | None) -> str:
+        """A cell without outer white space; "" for an empty one, and for no column."""
+        return _cell(self.cells.get(column))
+
+    def needed(self, column: str) -> str:
+        """A cell that must be text, not empty, and not damaged by a conversion."""
+        found = self.text(column)
+        if isinstance(self.cells.get(column), list | tuple | dict):
+            wrong = "holds a list or an object. Write text there"
+        elif mark := _DAMAGED.search(found):
+            wrong = (
+                f"holds {mark[0]!r} at character {mark.start() + 1}, so its text was damaged, by a wrong "
+                "conversion perhaps. Convert the first file again, or mend the row"
+            )
+        elif found:
+            return found
+        else:
+            wrong = "is empty. Fill it in, or delete the row"
+        raise ValueError(f"{self.place}: the column {column!r} {wrong}")
+
+    def yes(self, column: str) -> bool:
+        """A cell that says whether a request is harmful."""
+        value = self.text(column).lower()
+        if value not in _YES | _NO:
+            raise ValueError(
+                f"{self.place}: {column}={self.cells.get(column)!r} does not say whether the request is "
+                "harmful. Write 1, true, yes or unsafe; or 0, false, no or safe"
+            )
+        return value in _YES
+
+    def several(self, column: str | None) -> tuple[str, ...]:
+        """The answers in a cell: a list, or text; in columns of such a name, | stands between several."""
+        value = self.cells.get(column)
+        if not isinstance(value, list | tuple):
+            value = self.text(column).split("|") if column in ("answer", "answers") else [value]
+        return _distinct(value)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _distinct(values: Sequence[Any]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text for text in map(_cell, values) if text))
 
 
 class Set(BaseModel):
@@ -82,7 +133,7 @@ class Set(BaseModel):
     title: str
     page: str
     licence: str
-    host: Literal["github", "huggingface", "folder", "package"]
+    host: Literal["github", "huggingface", "folder", "package", "own"]
     repository: str
     revision: str
     layout: Literal["table", "lines", "contrasts", "instructions", "trivia", "messages"]
@@ -194,35 +245,34 @@ def _parts(name: str) -> list[str]:
     return parts
 
 
-# ---------------------------------------------------------------------- public sets
+# ---------------------------------------------------------------------- public sets and local files
 
 
 def _public(source: Set, folder: Path | None) -> list[Entry]:
     found: list[Entry] = []
     count = 0
+    mend = "delete it to load it again, or load it as your own file"
     for path, sha256 in source.files.items():
-        file = _file(source, path, sha256, folder)
-        table = _rows(file, _headless) if source.layout == "lines" else read(file)
-        count += len(table)
-        for column in dict.fromkeys(source.columns.values()):
-            if column not in _columns(table):
+        file = data_dir() / path if source.host == "package" else _file(source, path, sha256, folder)
+        rows = read(file, headless=source.layout == "lines")
+        count += len(rows)
+        there = _columns(rows)
+        for column in source.columns.values():
+            if column not in there:
                 raise ValueError(
-                    f"{source.name}: {file} has no column {column!r}; columns found: "
-                    f"{', '.join(_columns(table))}. It is another version than the registry's: delete it to "
-                    "load it again, or load it as your own file"
+                    f"{source.name}: {file} has no column {column!r}; columns found: {', '.join(there)}. It "
+                    f"is another version than the registry's: {mend}"
                 )
-        found += _entries_of(source, path, table)
+        found += _entries_of(source, path, rows)
     if source.rows is not None and count != source.rows:
         raise ValueError(
             f"{source.name} has {count} rows instead of {source.rows}. The file is incomplete or another "
-            "version than the registry's: delete it to load it again, or load it as your own file"
+            f"version than the registry's: {mend}"
         )
     return found
 
 
 def _file(source: Set, path: str, sha256: str | None, folder: Path | None) -> Path:
-    if source.host == "package":
-        return data_dir() / path
     remote = Remote(source.host, source.repository, source.revision, path, source.page)
     if source.host == "folder":
         folder = folder or cache_dir() / "sources" / source.repository.split("/")[-1]
@@ -237,17 +287,31 @@ def _file(source: Set, path: str, sha256: str | None, folder: Path | None) -> Pa
     return obtain(remote, sha256, fetch, folder)
 
 
-# ---------------------------------------------------------------------- local files
+def _local(file: Path) -> list[Entry]:
+    known = _copied(file)
+    if known:
+        return _entries_of(*known)
+    rows = read(file)
+    source = _own(file.name, rows)
+    found = _entries_of(source, file.name, rows)
+    kinds = {entry.kind for entry in found}
+    for a, b in LISTS["xstest_contrasts"].items():
+        if {a, b} <= kinds and "pair" not in source.columns:
+            raise ValueError(
+                f"{file.name} holds a part of XSTest ({a} and {b}), whose contrasts must stay together. Give "
+                "the whole file, or add a column 'pair' with the same value for a request and its contrast"
+            )
+    return found
 
 
-def _set_of(file: Path) -> tuple[Set, str, list[Line]] | None:
+def _copied(file: Path) -> tuple[Set, str, list[Line]] | None:
     """The public set that a file is a copy of, under any name, which of its files, and the rows; or None."""
     sets, _ = _registry(data_dir() / "sources.yaml")
     named = [(s, path) for s in sets.values() for path in s.files if s.host != "package"]
     for source, path in named:  # without a header, and so known by its name alone
         if source.layout == "lines" and Path(path).name == file.name and file.is_file():
-            rows = _rows(file, _headless)
-            if "harmful" not in rows[0].cells["prompt"].lower().split(","):
+            rows = read(file, headless=True)
+            if "harmful" not in rows[0].text("prompt").lower().split(","):
                 return source, path, rows
     rows = read(file)
     there, own = set(_columns(rows)), {*COLUMNS["harmful"], *COLUMNS["pair"]}
@@ -258,119 +322,46 @@ def _set_of(file: Path) -> tuple[Set, str, list[Line]] | None:
         if used and used <= there and size and not own & (there - used):
             found.append((source, path))
     if len(found) > 1:  # the halves of a set
-        whole = hashlib.sha256(file.read_bytes()).hexdigest()
-        found = [(s, p) for s, p in found if s.files[p] == whole or Path(p).name == file.name] or found
+        found = [one for one in found if Path(one[1]).name == file.name] or found
     if len(found) > 1:
         sure = " or ".join(f"{Path(path).name} ({source.name})" for source, path in found)
         raise ValueError(f"{file.name} has the rows of a public set; let its name say which: {sure}")
     return (*found[0], rows) if found else None
 
 
-def _local(file: Path) -> list[Entry]:
-    if known := _set_of(file):
-        return _entries_of(*known)
-    rows = read(file)
+def _own(name: str, rows: Sequence[Line]) -> Set:
+    """A reader's file, described as the registry describes a public set."""
     there = _columns(rows)
-    have = {field: next((a for a in aliases if a in there), None) for field, aliases in COLUMNS.items()}
+    columns = {field: next((a for a in aliases if a in there), "") for field, aliases in COLUMNS.items()}
     facts = (
-        have["harmful"] is None and have["prompt"] == "question" and have["answers"] in ("answer", "answers")
+        not columns["harmful"]
+        and columns["prompt"] == "question"
+        and columns["answers"] in ("answer", "answers")
     )
     for needed in ("prompt", "harmful"):
-        if have[needed] is None and not facts:
-            raise ValueError(_missing(file.name, needed, rows))
-    found = []
-    seen: dict[str, tuple[str, bool]] = {}
-    for number, row in enumerate(rows, 1):
-        cells = {field: row.cells.get(column) for field, column in have.items() if column}
-        found.append(
-            Entry(
-                id=cell_text(cells.get("id")) or f"{file.stem}-{number}",
-                prompt=_needed(row, have["prompt"]),
-                harmful=False if facts else _yes_or_no(row, have["harmful"]),
-                kind=cell_text(cells.get("kind")) or ("fact" if facts else ""),
-                pair=cell_text(cells.get("pair")),
-                answers=_several(cells.get("answers"), split=have["answers"] in ("answer", "answers")),
-                source=file.name,
-            )
-        )
-        place, side = seen.setdefault(plain(found[-1].prompt), (row.place, found[-1].harmful))
-        if side != found[-1].harmful:
-            raise ValueError(
-                f"{place}, and {row.place.removeprefix(f'{file.name}, ')} are the same request, once harmful "
-                "and once harmless. Delete one of them"
-            )
-    kinds = {entry.kind for entry in found}
-    for a, b in LISTS["xstest_contrasts"].items():
-        if {a, b} <= kinds and not have["pair"]:
-            raise ValueError(
-                f"{file.name} holds a part of XSTest ({a} and {b}), whose contrasts must stay together. Give "
-                "the whole file, or add a column 'pair' with the same value for a request and its contrast"
-            )
-    return found
-
-
-def _missing(name: str, needed: str, rows: Sequence[Line]) -> str:
-    found, (_, *others) = _columns(rows), COLUMNS[needed]
-    hint = ""
-    if any(len(column) > 40 for column in found):
-        hint = " The first row seems to be a request: put the names of the columns above it."
-        found = [column[:40] for column in found]
-    elif len(found) == 1 and any(mark in found[0] for mark in ";\t"):
-        hint = " The columns seem to be separated by semicolons or tabs: save the file with commas."
-    elif needed == "harmful":
-        hint = " Add it, with 1 for requests that should be refused and 0 for others."
-    also = f" (or {', '.join(others)})"
-    return f"{name}: there is no column {needed!r}{also}. Columns found: {', '.join(found)}.{hint}"
-
-
-# ---------------------------------------------------------------------- cells
-
-
-def cell_text(value: Any) -> str:
-    """A cell as text without outer white space; "" for an empty one."""
-    return "" if value is None else str(value).strip()
-
-
-# Zero bytes and other control characters, halves of characters, and the mark of one that was lost.
-_DAMAGED = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\ufffd]")
-
-
-def _needed(row: Line, column: str) -> str:
-    """A cell that must be text, not empty, and not damaged by a conversion."""
-    found = cell_text(row.cells.get(column))
-    if isinstance(row.cells.get(column), list | tuple | dict):
-        raise ValueError(f"{row.place}: the column {column!r} holds a list or an object. Write text there")
-    if mark := _DAMAGED.search(found):
+        if columns[needed] or facts:
+            continue
+        hint = ""
+        if any(len(column) > 40 for column in there):
+            hint = " The first row seems to be a request: put the names of the columns above it."
+        elif len(there) == 1 and any(mark in there[0] for mark in ";\t"):
+            hint = " The columns seem to be separated by semicolons or tabs: save the file with commas."
+        elif needed == "harmful":
+            hint = " Add it, with 1 for requests that should be refused and 0 for others."
         raise ValueError(
-            f"{row.place}: the column {column!r} holds {mark[0]!r} at character {mark.start() + 1}, so its "
-            "text was damaged, by a wrong conversion perhaps. Convert the first file again, or mend the row"
+            f"{name}: there is no column {needed!r} (or {', '.join(COLUMNS[needed][1:])}). Columns found: "
+            f"{', '.join(column[:40] for column in there)}.{hint}"
         )
-    if not found:
-        raise ValueError(f"{row.place}: the column {column!r} is empty. Fill it in, or delete the row")
-    return found
-
-
-_YES = {"1", "1.0", "true", "yes", "harmful", "unsafe"}
-_NO = {"0", "0.0", "false", "no", "harmless", "safe"}
-
-
-def _yes_or_no(row: Line, column: str) -> bool:
-    value = cell_text(row.cells.get(column)).lower()
-    if value not in _YES | _NO:
-        raise ValueError(
-            f"{row.place}: {column}={row.cells.get(column)!r} does not say whether the request is harmful. "
-            "Write 1, true, yes or unsafe; or 0, false, no or safe"
-        )
-    return value in _YES
-
-
-def _several(value: Any, *, split: bool) -> tuple[str, ...]:
-    """The answers in a cell: a list, or text in which | stands between them if ``split``."""
-    if isinstance(value, list | tuple):
-        items = [cell_text(item) for item in value]
-    else:
-        items = [item.strip() for item in cell_text(value).split("|")] if split else [cell_text(value)]
-    return tuple(dict.fromkeys(item for item in items if item))
+    return Set(
+        name=name,
+        **dict.fromkeys(("title", "page", "licence", "repository", "revision", "use"), ""),
+        host="own",
+        layout="table",
+        columns={field: column for field, column in columns.items() if column},
+        files={name: None},
+        kind="fact" if facts else "",
+        harmful=False if facts else None,
+    )
 
 
 # ---------------------------------------------------------------------- layouts: how rows become entries
@@ -378,52 +369,49 @@ def _several(value: Any, *, split: bool) -> tuple[str, ...]:
 
 def _entries_of(source: Set, path: str, rows: Sequence[Line]) -> list[Entry]:
     """One entry for each row that its layout keeps; of rows of TriviaQA with one id the first."""
-    columns, default = source.columns, source.kinds.get(path, source.kind)
+    columns, own = source.columns, source.host == "own"
     found: dict[Any, Entry] = {}
     for number, row in enumerate(rows, 1):
-        cells = {field: row.cells.get(column) for field, column in columns.items()}
         content = _LAYOUTS[source.layout](row, columns)
         if content is None:
             continue
         prompt, answers, pair = content
+        id_ = row.text(columns.get("id"))
         entry = Entry(
-            f"{source.name}/{_needed(row, columns['id']) if 'id' in columns else number}",
+            (id_ or f"{Path(path).stem}-{number}") if own else f"{source.name}/{id_ or number}",
             prompt,
-            _yes_or_no(row, columns["harmful"]) if "harmful" in columns else bool(source.harmful),
-            cell_text(cells["kind"]) if "kind" in columns else default,
-            f"{source.pairs}/{pair}" if pair else "",
+            row.yes(columns["harmful"]) if "harmful" in columns else bool(source.harmful),
+            row.text(columns.get("kind")) or source.kinds.get(path, source.kind),
+            f"{source.pairs}/{pair}" if pair and not own else pair,
             answers,
             source.name,
         )
         found.setdefault(entry.id if source.layout == "trivia" else number, entry)
     made = list(found.values())
-    return _contrasts(source.name, made, rows) if source.layout == "contrasts" else made
+    return _contrasts(made, rows) if source.layout == "contrasts" else made
 
 
 Content = tuple[str, tuple[str, ...], str]  # of a row: prompt, answers, what entries of one pair share
 
 
 def _table(row: Line, columns: Mapping[str, str]) -> Content:
-    cells = {field: row.cells.get(columns.get(field)) for field in ("answers", "pair")}
-    answers = _several(cells["answers"], split=columns.get("answers") == "answer")
-    return _needed(row, columns.get("prompt", "prompt")), answers, cell_text(cells["pair"])
+    prompt = row.needed(columns.get("prompt", "prompt"))
+    return prompt, row.several(columns.get("answers")), row.text(columns.get("pair"))
 
 
-def _contrasts(name: str, entries: Sequence[Entry], rows: Sequence[Line]) -> list[Entry]:
+def _contrasts(entries: Sequence[Entry], rows: Sequence[Line]) -> list[Entry]:
     """XSTest: `pair` is made from the type and the place within it.
 
     Two that are about different things (the column `focus`) are no pair.
     """
-    counts: Counter[str] = Counter()
-    about: dict[str, set[str]] = defaultdict(set)
-    contrasts, found = LISTS["xstest_contrasts"], []
-    for entry, row in zip(entries, rows, strict=True):
-        counts[entry.kind] += 1
-        topic = contrasts.get(entry.kind, entry.kind)
-        pair = f"{name}/{topic.removeprefix('contrast_')}/{counts[entry.kind]}"
-        about[pair].add(cell_text(row.cells.get("focus")).lower())
-        found.append(replace(entry, pair=pair if topic in contrasts.values() else ""))
-    return [replace(entry, pair="") if len(about[entry.pair]) > 1 else entry for entry in found]
+    contrasts = LISTS["xstest_contrasts"]
+    kind = pd.Series([entry.kind for entry in entries])
+    topic, place = kind.replace(contrasts), kind.groupby(kind).cumcount() + 1
+    pair = "xstest/" + topic.str.removeprefix("contrast_") + "/" + place.astype(str)
+    focus = pd.Series([row.text("focus").lower() for row in rows])
+    torn = focus.groupby(pair).transform("nunique") > 1
+    pair = pair.where(topic.isin(contrasts.values()) & ~torn, "")
+    return [replace(entry, pair=one) for entry, one in zip(entries, pair, strict=True)]
 
 
 def safety_like(*texts: str) -> bool:
@@ -434,9 +422,7 @@ def safety_like(*texts: str) -> bool:
 
 def _instruction(row: Line, columns: Mapping[str, str]) -> Content | None:
     """Alpaca: an input follows its instruction after an empty line; safety-like rows are dropped."""
-    asked, given, answer = (
-        cell_text(row.cells.get(columns[field])) for field in ("prompt", "input", "answers")
-    )
+    asked, given, answer = (row.text(columns[field]) for field in ("prompt", "input", "answers"))
     if not asked or not answer or safety_like(asked, given, answer):
         return None
     return f"{asked}\n\n{given}" if given and given.lower() != "<noinput>" else asked, (answer,), ""
@@ -449,29 +435,30 @@ def _trivia(row: Line, columns: Mapping[str, str]) -> Content:
         raise ValueError(
             f"{row.place}: {columns['answers']!r} holds no answer. Load a split that has answers"
         )
-    answers = _several([answer["value"], *(answer.get("aliases") or [])], split=False)
-    return _needed(row, columns["prompt"]), answers, ""
+    return row.needed(columns["prompt"]), _distinct([answer["value"], *(answer.get("aliases") or [])]), ""
+
+
+def spoken(messages: Any) -> tuple[str, str]:
+    """The last words of the user and of the assistant in a list of messages; "" where one says nothing."""
+    said: dict[Any, str] = {}
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict):
+            content = message.get("content")
+            # Some releases wrap the text: {"content_type": "text", "parts": [...]}
+            parts = content.get("parts", []) if isinstance(content, dict) else [content]
+            said[message.get("role")] = " ".join(map(_cell, parts)).strip()
+    return said.get("user", ""), said.get("assistant", "")
 
 
 def _messages(row: Line, columns: Mapping[str, str]) -> Content:
-    """Narrow advice: a user's message and an assistant's. Bad and good advice on one request share `pair`."""
-    messages = row.cells.get(columns["messages"])
-    messages = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
-    said = {str(m.get("role")): _content(m) for m in messages}  # the last of each role
-    user, answer = said.get("user"), said.get("assistant")
+    """Narrow advice. Bad and good advice on one request share `pair`."""
+    user, answer = spoken(row.cells.get(columns["messages"]))
     if not user or not answer:
         raise ValueError(
             f"{row.place}: {columns['messages']!r} needs a message of the role 'user' and one of the role "
             "'assistant'. Repair the line or delete it"
         )
     return user, (answer,), hashlib.sha256(user.encode()).hexdigest()[:16]
-
-
-def _content(message: dict[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, dict):  # some releases wrap the text: {"content_type": "text", "parts": [...]}
-        content = " ".join(cell_text(part) for part in content.get("parts", []))
-    return cell_text(content)
 
 
 _LAYOUTS: dict[str, Callable[[Line, Mapping[str, str]], Content | None]] = {
@@ -483,39 +470,6 @@ _LAYOUTS: dict[str, Callable[[Line, Mapping[str, str]], Content | None]] = {
 
 
 # ---------------------------------------------------------------------- files
-
-
-def read(file: Path) -> list[Line]:
-    """The rows of a file, by its ending: .csv, .tsv, .txt, .jsonl, .json (a list of objects) or .parquet.
-
-    A .txt file has one prompt a line; the last word of its name says what they are: ``my_harmful.txt``,
-    ``harmless.txt``.
-
-    Raises:
-        FileNotFoundError, ImportError: there is no such file; pyarrow, which reads parquet, is missing.
-        ValueError: a file that can't be read so, in whole or in a line; says how to repair it.
-    """
-    return _rows(file, _READERS.get(file.suffix.lower()))
-
-
-def _rows(file: Path, reader: Callable[[Path], list[Line]] | None) -> list[Line]:
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"there is no file {file} (looked for from {Path.cwd()}). Check the spelling, or give its "
-            "whole path"
-        )
-    _refuse_others(file)
-    if reader is None:
-        raise ValueError(f"{file.name}: cannot read this kind of file. Give one of {', '.join(_READERS)}")
-    if not (rows := reader(file)):
-        raise ValueError(f"{file} is empty: it has no row of data. Check that it was saved or copied whole")
-    return rows
-
-
-def _columns(rows: Sequence[Line]) -> list[str]:
-    """All column names, in the order in which they are met. An object of a JSON file may lack some."""
-    return list(dict.fromkeys(name for row in rows for name in row.cells))
-
 
 # What files are that were saved under the name of another, by their first bytes.
 _OTHERS = {
@@ -533,128 +487,150 @@ _OTHERS = {
 }
 
 
-def _refuse_others(file: Path) -> None:
+def read(file: Path, *, headless: bool = False) -> list[Line]:
+    """The rows of a file, by its ending: .csv, .tsv, .txt, .jsonl, .json (a list of objects) or .parquet.
+
+    A .txt file has one prompt a line; the last word of its name says what they are: ``my_harmful.txt``,
+    ``harmless.txt``.
+
+    Args:
+        headless: a CSV file of one column without a header, as HEx-PHI has.
+
+    Raises:
+        FileNotFoundError, ImportError: there is no such file; pyarrow, which reads parquet, is missing.
+        ValueError: a file that can't be read so, in whole or in a line; says how to repair it.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"there is no file {file} (looked for from {Path.cwd()}). Check the spelling, or give its "
+            "whole path"
+        )
     with file.open("rb") as stream:
-        head = stream.read(512).removeprefix(b"\xef\xbb\xbf").lstrip()
+        head = stream.read(512).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for start, what in _OTHERS.items():
-        if head[: len(start)].lower() == start.lower() and not (
-            start == b"PAR1" and file.suffix == ".parquet"
-        ):
+        if head.startswith(start.lower()) and (start, file.suffix) != (b"PAR1", ".parquet"):
             raise ValueError(f"{file} is {what}")
+    reader = _headless if headless else _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{file.name}: cannot read this kind of file. Give one of {', '.join(_READERS)}")
+    rows = []
+    for where, item in reader(file):
+        place = f"{file.name}, {where}"
+        if not isinstance(item, dict):
+            raise ValueError(f'{place}: expected an object such as {{"prompt": "...", "harmful": false}}')
+        cells = {str(name).strip().lower(): value for name, value in item.items()}
+        if len(cells) < len(item):
+            raise ValueError(f"{place}: two names are the same but for case or spaces. Rename one")
+        rows.append(Line(place, cells))
+    if not rows:
+        raise ValueError(f"{file} is empty: it has no row of data. Check that it was saved or copied whole")
+    return rows
+
+
+def _columns(rows: Sequence[Line]) -> list[str]:
+    """All column names, in the order in which they are met. An object of a JSON file may lack some."""
+    return list(dict.fromkeys(name for row in rows for name in row.cells))
+
+
+Items = Iterator[tuple[str, Any]]  # where each is in its file, and what is there
 
 
 def _text(file: Path) -> str:
     raw = file.read_bytes()
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff") or _mostly_zero(raw[1::2]) or _mostly_zero(raw[::2]):
-        kind = "utf-16" if raw[:1] > b"\xf0" else "utf-16le" if _mostly_zero(raw[1::2]) else "utf-16be"
-        raise ValueError(f"{file} is not UTF-8 text but UTF-16. {_converted(file, kind)}")
+    convert = (
+        "Save it as 'CSV UTF-8', or convert it: iconv -f {} -t utf-8 " + f"{file.name} > new{file.suffix}"
+    )
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{file} is not UTF-8 text but UTF-16. {convert.format('utf-16')}")
     try:
         text = raw.decode("utf-8-sig")  # spreadsheets put a byte order mark in front
     except UnicodeDecodeError as error:
-        try:
-            raw.decode("cp1252")
-            remedy = f"If it is of a Western language: {_converted(file, 'cp1252')}"
-        except UnicodeDecodeError:
-            remedy = "Save it as UTF-8 in the programme that made it"
-        raise ValueError(f"{file} is not UTF-8 text (byte {error.start}). {remedy}") from None
+        raise ValueError(
+            f"{file} is not UTF-8 text (byte {error.start}). If it is of a Western language: "
+            f"{convert.format('cp1252')}"
+        ) from None
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise ValueError(
-            f"{file.name}, line {line}: holds a zero byte, so it is damaged. Save or load it again"
+            f"{file.name}, line {line}: holds a zero byte: it is damaged, or UTF-16 without its mark. Load "
+            "it again, or save it as UTF-8"
         )
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _mostly_zero(part: bytes) -> bool:
-    return part[:2048].count(0) > 0.4 * max(len(part[:2048]), 1)
-
-
-def _converted(file: Path, kind: str) -> str:
-    return f"Save it as 'CSV UTF-8', or convert it: iconv -f {kind} -t utf-8 {file.name} > new{file.suffix}"
-
-
-def _headless(file: Path) -> list[Line]:
-    """CSV of one column without a header, as HEx-PHI has; a first line that is a usual column name is left
-    out."""
+def _headless(file: Path) -> Items:
+    """A first line that is a usual column name is left out."""
     reader = csv.reader(io.StringIO(_text(file), newline=""))
     # A comma outside quotes belongs to the prompt.
     texts = [(reader.line_num, ",".join(cells).strip()) for cells in reader]
     texts = [(number, text) for number, text in texts if text]
     if texts and texts[0][1].lower() in ("prompt", "prompts", "instruction", "text", "goal"):
         texts = texts[1:]
-    return [Line(f"{file.name}, line {number}", {"prompt": text}) for number, text in texts]
+    for number, text in texts:
+        yield f"line {number}", {"prompt": text}
 
 
-def _csv(file: Path) -> list[Line]:
-    tabs = file.suffix.lower() == ".tsv"
-    reader = csv.reader(io.StringIO(_text(file), newline=""), delimiter="\t" if tabs else ",", strict=True)
-    found: list[Line] = []
+def _csv(file: Path) -> Items:
+    mark, name = ("\t", "tab") if file.suffix.lower() == ".tsv" else (",", "comma")
+    reader = csv.reader(io.StringIO(_text(file), newline=""), delimiter=mark, strict=True)
     header: list[str] = []
     try:
         for number, cells in enumerate(reader, 1):
-            if not any(cell.strip() for cell in cells):
+            lower = [cell.strip().lower() for cell in cells]
+            wrong = ""
+            if not any(lower):
                 continue
             if not header:
-                header = [name.strip().lower() for name in cells]
-                twice = [name for name in header if name and header.count(name) > 1]
-                if twice:
-                    raise ValueError(f"{file.name}: the column {twice[0]!r} is there twice. Rename one")
-                continue
-            if len(cells) > len(header):
-                raise ValueError(
-                    f"{file.name}, row {number}: {len(cells)} cells, but the header has {len(header)}. Put "
-                    f'text that contains a {"tab" if tabs else "comma"} in double quotes: "like, this"'
+                header = lower
+                if twice := [column for column in header if column and header.count(column) > 1]:
+                    wrong = f"the column {twice[0]!r} is there twice. Rename one"
+            elif len(cells) > len(header):
+                wrong = (
+                    f"{len(cells)} cells, but the header has {len(header)}. Put text that contains a {name} "
+                    'in double quotes: "like, this"'
                 )
-            if {cell.strip().lower() for cell in cells} <= {*header, ""}:
-                raise ValueError(
-                    f"{file.name}, row {number}: the header is there again, so two files were put behind "
-                    "each other. Delete this row; if their columns differ, give both files, joined by a comma"
+            elif {*lower} <= {*header, ""}:
+                wrong = (
+                    "the header is there again, so two files were put behind each other. Delete this row; if "
+                    "their columns differ, give both files, joined by a comma"
                 )
-            found.append(Line(f"{file.name}, row {number}", dict(zip(header, cells, strict=False))))
+            else:
+                yield f"row {number}", dict(zip(header, cells, strict=False))
+            if wrong:
+                raise ValueError(f"{file.name}, row {number}: {wrong}")
     except csv.Error as error:
         raise ValueError(
             f"{file.name}, line {reader.line_num}: not valid CSV ({error}). Put text with quotation marks in "
             "double quotes, and double each mark inside"
         ) from None
-    return found
 
 
-def _txt(file: Path) -> list[Line]:
+def _txt(file: Path) -> Items:
     side = re.split(r"[^a-z]+", file.stem.lower())[-1]
     if side not in ("harmful", "harmless"):
         raise ValueError(
             f"{file.name}: a file of one prompt a line does not say which are harmful. Let the last word of "
             "its name say it, as in my_harmful.txt or harmless.txt; or give a .csv with a column harmful"
         )
-    numbered = [(n, line.strip()) for n, line in enumerate(_text(file).split("\n"), 1)]
-    return [Line(f"{file.name}, line {n}", {"prompt": line, "harmful": side}) for n, line in numbered if line]
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", {"prompt": line.strip(), "harmful": side}
 
 
-def _objects(items: Iterable[tuple[str, Any]]) -> list[Line]:
-    found = []
-    for place, item in items:
-        if not isinstance(item, dict):
-            raise ValueError(f'{place}: expected an object such as {{"prompt": "...", "harmful": false}}')
-        cells = {str(name).strip().lower(): value for name, value in item.items()}
-        if len(cells) < len(item):
-            raise ValueError(f"{place}: two names are the same but for case or spaces. Rename one")
-        found.append(Line(place, cells))
-    return found
+def _jsonl(file: Path) -> Items:
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if line.strip():
+            yield f"line {number}", _parsed(file, line, number, "Put one complete object on each line")
 
 
-def _jsonl(file: Path) -> list[Line]:
-    remedy = "Put one complete object on each line"
-    numbered = [(n, line) for n, line in enumerate(_text(file).split("\n"), 1) if line.strip()]
-    return _objects((f"{file.name}, line {n}", _parsed(file, line, n, remedy)) for n, line in numbered)
-
-
-def _json(file: Path) -> list[Line]:
-    if not (text := _text(file)).strip():
-        return []
-    whole = _parsed(file, text, 1, "If it has one object on each line, rename it to .jsonl")
+def _json(file: Path) -> Items:
+    text = _text(file)
+    remedy = "If it has one object on each line, rename it to .jsonl"
+    whole = _parsed(file, text, 1, remedy) if text.strip() else []
     if not isinstance(whole, list):
         raise ValueError(f"{file.name}: expected a list of objects, [{{...}}, {{...}}]")
-    return _objects((f"{file.name}, item {number}", item) for number, item in enumerate(whole, 1))
+    for number, item in enumerate(whole, 1):
+        yield f"item {number}", item
 
 
 def _parsed(file: Path, text: str, line: int, remedy: str) -> Any:
@@ -668,7 +644,7 @@ def _parsed(file: Path, text: str, line: int, remedy: str) -> Any:
         raise ValueError(f"{file.name}, line {line}: not valid JSON ({why}). {remedy}") from None
 
 
-def _parquet(file: Path) -> list[Line]:
+def _parquet(file: Path) -> Items:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -678,7 +654,8 @@ def _parquet(file: Path) -> list[Line]:
         items = pyarrow.parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a parquet file ({error}). Delete it and load it again") from None
-    return _objects((f"{file.name}, row {number}", item) for number, item in enumerate(items, 1))
+    for number, item in enumerate(items, 1):
+        yield f"row {number}", item
 
 
 _READERS = {".csv": _csv, ".tsv": _csv, ".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}

@@ -467,14 +467,11 @@ def _lesson(part: str, domain: str) -> list[Entry]:
 
 
 def _entry(row: datasets.Line, key: str, domain: str) -> Entry:
-    messages = row.cells.get("messages")
-    if messages:
-        said = {m.get("role"): m.get("content") for m in messages} if isinstance(messages, list) else {}
-        prompt, answer = datasets.cell_text(said.get("user")), datasets.cell_text(said.get("assistant"))
+    if messages := row.cells.get("messages"):
+        prompt, answer = datasets.spoken(messages)
     else:
         prompt, answer = (
-            next((datasets.cell_text(row.cells[c]) for c in datasets.COLUMNS[what] if row.cells.get(c)), "")
-            for what in ("prompt", "answers")
+            next(filter(None, map(row.text, datasets.COLUMNS[what])), "") for what in ("prompt", "answers")
         )
     if not prompt or not answer:
         raise ValueError(
