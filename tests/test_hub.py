@@ -191,18 +191,19 @@ def test_a_model_goes_straight_to_one_gpu_or_to_all(folder, free, device, device
 
 def test_a_part_that_was_left_behind_is_refused():
     model = tiny.model().model
-    hub.require_all_weights("a/b", model)
+    info = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+    hub.require_whole("a/b", model, info)
     model.hf_device_map = {"": "cpu"}  # all of it: a model for the CPU
-    hub.require_all_weights("a/b", model)
+    hub.require_whole("a/b", model, info)
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": "cpu", "lm_head": "disk"}
     with pytest.raises(ValueError, match=r"'a/b' doesn't fit.*\(lm_head, model\.layers\.1, .*device='cpu'"):
-        hub.require_all_weights("a/b", model)
+        hub.require_whole("a/b", model, info)
     del model.hf_device_map
     model.lm_head.to("meta")
     with pytest.raises(
         ValueError, match=r"left on the CPU or on disk \(lm_head\.weight.*smaller model, such"
     ):
-        hub.require_all_weights("a/b", model)
+        hub.require_whole("a/b", model, info)
 
 
 # --------------------------------------------------------------------------- after
@@ -238,20 +239,22 @@ def from_the_hub(cause, message="transformers says something long\nover several 
 )  # fmt: skip
 def test_what_the_hub_says_is_explained(cause, said):
     name = f"{GATED}@v9"
-    error = hub.in_words(name, from_the_hub(cause))
-    assert type(error) is OSError
-    assert re.search(said, str(error)) and name in str(error)
-    assert str(error).endswith("(Original message: transformers says something long)")
+    with pytest.raises(OSError, match=said) as caught, hub.explained(name, local=False):
+        raise from_the_hub(cause)
+    assert type(caught.value) is OSError and name in str(caught.value)
+    assert str(caught.value).endswith("(Original message: transformers says something long)")
 
 
-def test_a_repository_without_a_config_is_explained():
-    error = hub.in_words("a/b", OSError("a/b does not appear to have a file named config.json"))
-    assert re.search(r"no config\.json.*GGUF.*original repository.*huggingface\.co/a/b", str(error))
-
-
-def test_weights_as_pickles_are_explained():
-    error = hub.in_words("a/b", OSError("a/b does not appear to have a file named model.safetensors"))
-    assert re.search(r"no weights as safetensors.*\.bin.*are not read\. Choose another", str(error))
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("config.json", r"no config\.json.*GGUF.*original repository.*huggingface\.co/a/b"),
+        ("model.safetensors", r"no weights as safetensors.*\.bin.*are not read\. Choose another"),
+    ],
+)
+def test_a_repository_without_a_file_is_explained(missing, said):
+    with pytest.raises(OSError, match=said), hub.explained("a/b", local=False):
+        raise OSError(f"a/b does not appear to have a file named {missing}")
 
 
 @pytest.mark.parametrize(
@@ -261,17 +264,18 @@ def test_weights_as_pickles_are_explained():
 )  # fmt: skip
 def test_too_little_memory_is_explained(error, monkeypatch):
     monkeypatch.setattr(files, "free_memory", lambda device: 4 * GB)
-    told = hub.in_words("a/b", error)
-    assert isinstance(told, MemoryError)
-    assert re.search(
-        rf"too little memory for 'a/b'.*{hub.smaller(4 * GB)}.*Original message",
-        str(told),
-    )
+    said = rf"too little memory for 'a/b'.*{hub.smaller(4 * GB)}.*Original message"
+    with pytest.raises(MemoryError, match=said), hub.explained("a/b", local=False):
+        raise error
 
 
-def test_other_errors_are_left_as_they_are():
-    error = KeyError("x")
-    assert hub.in_words("a/b", error) is error
+def test_other_errors_are_of_the_files():
+    said = r"files of 'a/b' could not .*truncated\? \(KeyError: 'x'\)"
+    with pytest.raises(ValueError, match=said), hub.explained("a/b", local=False):
+        raise KeyError("x")
     looped = OSError("a")
     looped.__cause__, looped.__context__ = looped, None
-    assert "Check the spelling" in str(hub.in_words("a/b", looped))
+    with pytest.raises(OSError, match="Check the spelling"), hub.explained("a/b", local=False):
+        raise looped
+    with pytest.raises(ImportError, match="needs peft"), hub.explained("a/b", local=True):
+        raise ImportError("needs peft")

@@ -282,11 +282,9 @@ def load_judge(name: str) -> LanguageModel:
     base = loading.load(json.loads(Path(found).read_text(encoding="utf-8"))["base_model_name_or_path"])
     base.model.load_adapter(name)
     try:
-        tokenizer = loading.read_tokenizer(name, name, None, Path(name).is_dir())
+        tokenizer = loading.read_tokenizer(name, name)
     except (OSError, ValueError):  # it came without one
         tokenizer = base.tokenizer
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     home = Path(found).parent  # in the cache of the Hub: the commit
     version = weights_sha256(home) if Path(name).is_dir() else home.name
     return LanguageModel(

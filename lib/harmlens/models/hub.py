@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import errors
 from pydantic import BaseModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import (
+    find_adapter_config_file,
     is_flash_attn_2_available,
     is_flash_attn_3_available,
     is_torch_flex_attn_available,
 )
+from transformers.utils import logging as hf_logging
 
 from harmlens.keep import files
 from harmlens.keep.files import data_dir, size_text
@@ -100,18 +101,11 @@ def split(name: str, revision: str | None = None) -> tuple[str, str | None]:
     return plain, named
 
 
-_PRECISIONS = {
-    "float32": torch.float32, "fp32": torch.float32, "f32": torch.float32, "float": torch.float32,
-    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64, "double": torch.float64,
-    "float16": torch.float16, "fp16": torch.float16, "f16": torch.float16, "half": torch.float16,
-    "auto": "auto",
-}  # fmt: skip
-
-
 def precision(dtype: torch.dtype | str) -> torch.dtype | str:
     """A precision by torch's name for it or a usual short one; ``"auto"`` stays: that of the file."""
-    found = _PRECISIONS.get(str(dtype).removeprefix("torch."))
-    if found is None:
+    name = re.sub(r"^(b?)fp?(?=\d)", r"\1float", str(dtype).removeprefix("torch."))  # bf16, fp16, f16
+    found = "auto" if name == "auto" else getattr(torch, name, None)
+    if found not in ("auto", torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(
             f"dtype={dtype!r} is no precision for weights; choose 'float32', 'bfloat16' or 'float16' (short: "
             "'fp32', 'bf16', 'fp16'), or 'auto' for that of the file"
@@ -119,12 +113,15 @@ def precision(dtype: torch.dtype | str) -> torch.dtype | str:
     return found
 
 
+# --------------------------------------------------------------------------- before weights are fetched
+
+
 def require_there(device: Any, device_map: Any, attn_implementation: str | None) -> None:
     """Refuse devices that are not there, and an attention implementation that is not installed."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
     there += ["mps"] if torch.backends.mps.is_available() else []
-    asked = [("device", device)] if device is not None else []
+    asked = [] if device is None else [("device", device)]
     if isinstance(device_map, Mapping):
         asked += [("device_map", place) for place in device_map.values() if place != "disk"]
     for argument, place in asked:
@@ -133,13 +130,13 @@ def require_there(device: Any, device_map: Any, attn_implementation: str | None)
                 f"{argument}={place!r} is not to be had on this machine; choose {', '.join(there)}"
             )
     installed = {
-        "eager": True, "sdpa": True, "flash_attention_2": is_flash_attn_2_available(),
+        None: True, "eager": True, "sdpa": True, "flash_attention_2": is_flash_attn_2_available(),
         "flash_attention_3": is_flash_attn_3_available(), "flex_attention": is_torch_flex_attn_available(),
     }  # fmt: skip
-    if attn_implementation is not None and not installed.get(attn_implementation):
+    if not installed.get(attn_implementation):
         raise ValueError(
             f"attn_implementation={attn_implementation!r} is unknown or not installed here; choose "
-            f"{', '.join(name for name, is_there in installed.items() if is_there)}"
+            f"{', '.join(name for name, is_there in installed.items() if name and is_there)}"
         )
 
 
@@ -149,34 +146,30 @@ GGUF = (
 )
 
 
-def refuse_adapter(name: str, file: str | None) -> None:
-    """Refuse a model with an adapter (its ``adapter_config.json``): transformers would put it in."""
-    if file is None:
-        return
-    about = {}
-    with suppress(ValueError):
-        about = json.loads(Path(file).read_text(encoding="utf-8"))
-    kind, base = about.get("peft_type") or "LoRA", about.get("base_model_name_or_path") or "another model"
-    adapter = f"{'LoRA' if kind == 'LORA' else kind} adapter of {base!r}"
-    if Path(file).with_name("config.json").is_file():
+def require_files(name: str, source: str, revision: str | None, local: bool) -> None:
+    """Refuse an adapter, which transformers would put in, and a folder without config or readable weights."""
+    with explained(name, local):
+        file = find_adapter_config_file(source, revision=revision)
+        about = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    if file is not None:
+        kind = str(about.get("peft_type") or "LoRA").replace("LORA", "LoRA")
+        adapter = f"{kind} adapter of {about.get('base_model_name_or_path') or 'another model'!r}"
+        if Path(file).with_name("config.json").is_file():
+            raise ValueError(
+                f"{name!r} holds a whole model and, beside it, a {adapter} (adapter_config.json): if the "
+                "weights are merged already, it would be applied twice. Keep either: load a copy without the "
+                "files adapter_*, or merge the adapter first (merge_and_unload of peft) and save the model."
+            )
         raise ValueError(
-            f"{name!r} holds a whole model and, beside it, a {adapter} (adapter_config.json): if the weights "
-            "are merged already, it would be applied twice. Keep either: load a copy without the files "
-            "adapter_*, or merge the adapter first (merge_and_unload of peft) and save the whole model."
+            f"{name!r} is a {adapter}, not a whole model. Merge it and save the whole model: "
+            "model = peft.AutoPeftModelForCausalLM.from_pretrained(name).merge_and_unload(); "
+            "model.save_pretrained(folder); and the tokenizer with tokenizer.save_pretrained(folder)."
         )
-    raise ValueError(
-        f"{name!r} is a {adapter}, not a whole model. Merge it and save the whole model: "
-        "model = peft.AutoPeftModelForCausalLM.from_pretrained(name).merge_and_unload(); "
-        "model.save_pretrained(folder); and the tokenizer with tokenizer.save_pretrained(folder)."
-    )
-
-
-def require_weights(folder: Path) -> None:
-    """Refuse a folder without a config or without weights that are read here."""
+    folder = Path(source)
     config, weights = (folder / "config.json").is_file(), any(folder.glob("*.safetensors"))
-    if not weights and any(folder.glob("*.gguf")):
+    if local and not weights and any(folder.glob("*.gguf")):
         raise ValueError(f"the folder {folder.name!r} holds GGUF files. {GGUF}")
-    if not weights or not config:
+    if local and not (weights and config):
         raise ValueError(
             f"the folder {folder.name!r} holds no {'weights (*.safetensors)' if config else 'config.json'}. "
             "Save a model there with model.save_pretrained(folder) and tokenizer.save_pretrained(folder)."
@@ -236,6 +229,8 @@ def _remedy(free: int) -> str:
     )
 
 
+# --------------------------------------------------------------------------- after they are loaded
+
 # Masks and positions that old checkpoints carry, and that are made anew today.
 _BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|inv_freq$|position_ids$")
 
@@ -245,8 +240,12 @@ def _some(items: Sequence[str]) -> str:
     return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
 
 
-def require_all_weights(name: str, model: PreTrainedModel) -> None:
-    """Refuse a model of which a part was left on the CPU or on disk."""
+def require_whole(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Refuse a model of which a part is on the CPU or disk, missing, left over, misshapen or not finite.
+
+    What stands outside of the language model may be left over: a tower for pictures, a value head.
+    ``info`` is what ``from_pretrained(..., output_loading_info=True)`` gives beside the model.
+    """
     places = getattr(model, "hf_device_map", {})
     away = sorted(part or "all" for part, place in places.items() if place in ("cpu", "disk"))
     empty = [part for part, parameter in model.named_parameters() if parameter.is_meta]
@@ -256,27 +255,22 @@ def require_all_weights(name: str, model: PreTrainedModel) -> None:
             f"({', '.join((away or empty)[:3])}, ...), where interventions can't reach them. Choose "
             f"{smaller(16 * 10**9)}, use larger or more GPUs, or load it with device='cpu'."
         )
-
-
-def require_tensors(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Refuse weights that are not those of the model: tensors missing, left over, misshapen or not finite.
-
-    What stands outside of the language model may be left over: a tower for pictures, a value head.
-    ``info`` is what ``from_pretrained(..., output_loading_info=True)`` gives beside the model.
-    """
     missing = sorted(info["missing_keys"])
     unexpected = sorted(key for key in info["unexpected_keys"] if not _BUFFERS.search(key))
-    if not missing:
-        unexpected = [key for key in unexpected if not _apart(model, key)]
-    shapes = sorted(
-        f"{key} ({tuple(found)} for {tuple(made)})" for key, found, made in info["mismatched_keys"]
-    )
-    problems = {"missing": missing, "left over": unexpected, "of another shape": shapes}
+    problems = {
+        "missing": missing,
+        "left over": unexpected if missing else [key for key in unexpected if not _apart(model, key)],
+        "of another shape": sorted(
+            f"{key} ({tuple(found)} for {tuple(made)})" for key, found, made in info["mismatched_keys"]
+        ),
+    }
     if any(problems.values()):
         told = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in problems.items() if keys)
         raise ValueError(
-            f"the weights of {name!r} are not those that its config.json describes. Tensors {told}. "
-            f"{_cause(model, missing, unexpected)}"
+            f"the weights of {name!r} are not those that its config.json describes. Tensors {told}. Is a "
+            "file missing, or the config.json another model's (its number of layers, whether the head is "
+            "tied to the embedding)? Were they saved with 'module.' or the like before their names, or with "
+            "an adapter that was not merged (merge_and_unload of peft)? Fetch or save the model anew."
         )
     # The least and the largest value, since they need no copy of the weights; NaN stays NaN in both.
     spoilt = [
@@ -301,28 +295,6 @@ def _apart(model: PreTrainedModel, key: str) -> bool:
     return first == model.base_model_prefix and len(rest) > 2 and not hasattr(model.base_model, rest[0])
 
 
-def _cause(model: PreTrainedModel, missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    """What may have made tensors missing or left over."""
-    if any("lora_" in key for key in unexpected):
-        return "An adapter is in them that was not merged: use merge_and_unload of peft, and save again."
-    for long, short, what in ((unexpected, missing, "with"), (missing, unexpected, "without")):
-        ends = {key: other for key in short for other in long[:3] if other.endswith(f".{key}")}
-        if ends:
-            key, other = next(iter(ends.items()))
-            return f"They were saved {what} {other.removesuffix(key)!r} before their names: save them anew."
-    names = [key for key, _ in model.named_parameters()]
-    for block in {found[0] for key in (*missing, *unexpected) if (found := re.match(r".*?\.\d+\.", key))}:
-        own = {key for key in names if key.startswith(block)}
-        if own <= set(missing):
-            layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-            than = "more" if own else "fewer"
-            return f"Its config.json says {layers} layers, {than} than the file holds."
-    head = model.get_output_embeddings()
-    if len(missing) == 1 and head is not None and model.get_parameter(missing[0]) is head.weight:
-        return "The output head is missing, and its config.json doesn't tie it to the embedding."
-    return "Is a file missing, or the config.json another model's? Fetch or save the model anew."
-
-
 def require_tokenizer(lm: LanguageModel, used: Sequence[int]) -> None:
     """Refuse a tokenizer with tokens that the model's embedding has no row for.
 
@@ -335,6 +307,8 @@ def require_tokenizer(lm: LanguageModel, used: Sequence[int]) -> None:
             f"the tokenizer of {lm.name!r} names neither a padding token nor an end-of-text token. Set "
             f"tokenizer.eos_token {save}."
         )
+    if len(used) < 2:
+        raise ValueError(f"the tokenizer of {lm.name!r} gives no tokens for plain text; is it another's?")
     rows = lm.model.get_input_embeddings().weight.shape[0]
     outside = [
         f"{mark}_token {getattr(tokenizer, f'{mark}_token')!r}"
@@ -353,45 +327,66 @@ def require_tokenizer(lm: LanguageModel, used: Sequence[int]) -> None:
         )
 
 
-def in_words(name: str, error: Exception) -> Exception:
-    """The error to raise for one that came out of loading; that of memory or of the Hub says what to do."""
-    chain: list[BaseException | None] = [error]  # an error and what it came from
-    while (step := chain[-1].__cause__ or chain[-1].__context__) is not None and step not in chain:
-        chain.append(step)
+# --------------------------------------------------------------------------- errors of the libraries
 
-    def is_a(*kinds: type) -> bool:
-        return any(isinstance(e, kinds) for e in chain)
+_LOGIN = "log in with `hf auth login`"
+_GATED = f"for a gated model accept its licence on its page and {_LOGIN}"
+# Classes of an error and its causes, with their status; name; message -> what is told, the first that fits.
+_CAUSES = (
+    (r"GatedRepoError|^(?!.*RepositoryNotFoundError).* 40[13]\b",
+     f"is gated: accept its licence on {{page}} and {_LOGIN} (on Colab: add HF_TOKEN to the secrets). "
+     "Without a login, {ungated} is of similar size"),
+    (r"RevisionNotFoundError", "is there, but it has no such revision. Branches are listed on {page}; "
+     "huggingface_hub.list_repo_refs({plain!r}) lists them all"),
+    (r"RepositoryNotFoundError", "is not on the Hugging Face Hub, or it is private. Check the spelling of "
+     f"owner/model on {{page}}; for a private model {_LOGIN}"),
+    (r"(?i)gguf", f"is a repository of GGUF files. {GGUF.removesuffix('.')}"),
+    (r"LocalEntryNotFoundError|OfflineModeIsEnabled|ConnectionError",
+     "could not be had from the Hugging Face Hub, and it is not among the files downloaded before. Check "
+     f"the spelling and the network (HF_HUB_OFFLINE=1 forbids downloads); {_GATED}"),
+    (r"config\.json", "has no config.json, so it is no whole model for transformers: GGUF files (quantised) "
+     "and the like are not read. Load the original repository, which its page names: {page}"),
+    (r"safetensors", "has no weights as safetensors. Other formats (.bin) are pickles, which can run code "
+     "when they are opened, or quantised (.gguf), and are not read. Choose another model, such as {ungated}, "
+     "or one that was converted"),
+    ("", f"could not be had from the Hugging Face Hub. Check the spelling and the network; {_GATED}"),
+)  # fmt: skip
 
-    message = str(error)
-    said = f"(Original message: {(message.splitlines() or [type(error).__name__])[0]})"
-    if is_a(torch.OutOfMemoryError, MemoryError) or "not enough memory" in message:
-        free = files.free_memory("cuda" if torch.cuda.is_available() else "cpu")
-        return MemoryError(f"there is too little memory for {name!r}. {_remedy(free)} {said}")
-    if not isinstance(error, OSError):
-        return error
-    plain = name.partition("@")[0]
-    page, away = f"https://huggingface.co/{plain}", is_a(errors.RepositoryNotFoundError)
-    codes = {getattr(getattr(e, "response", None), "status_code", None) for e in chain}
-    login = "log in with `hf auth login`"
-    gated = f"for a gated model accept its licence on its page and {login}"
-    causes = (
-        (is_a(errors.GatedRepoError) or (codes & {401, 403} and not away),
-         f"is gated: accept its licence on {page} and {login} (on Colab: add HF_TOKEN to the secrets). "
-         f"Without a login, {ungated(name)} is of similar size"),
-        (is_a(errors.RevisionNotFoundError), "is there, but it has no such revision. Branches are listed "
-         f"on {page}; huggingface_hub.list_repo_refs({plain!r}) lists them all"),
-        (away, "is not on the Hugging Face Hub, or it is private. Check the spelling of owner/model on "
-         f"{page}; for a private model {login}"),
-        ("gguf" in name.lower(), f"is a repository of GGUF files. {GGUF.removesuffix('.')}"),
-        (is_a(errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError),
-         "could not be had from the Hugging Face Hub, and it is not among the files downloaded before. Check "
-         f"the spelling and the network (HF_HUB_OFFLINE=1 forbids downloads); {gated}"),
-        ("config.json" in message, "has no config.json, so it is no whole model for transformers: GGUF "
-         "files (quantised) and the like are not read. Load the original repository, which its page names: "
-         f"{page}"),
-        ("safetensors" in message, "has no weights as safetensors. Other formats (.bin) are pickles, which "
-         "can run code when they are opened, or quantised (.gguf), and are not read. Choose another model, "
-         f"such as {ungated(name)}, or one that was converted"),
-        (True, "could not be had from the Hugging Face Hub. Check the spelling and the network; " + gated),
-    )  # fmt: skip
-    return OSError(f"{name!r} {next(told for holds, told in causes if holds)}. {said}")
+
+@contextmanager
+def explained(name: str, local: bool, said: str = "") -> Iterator[None]:
+    """Transformers at work, without bars and tables; its errors with what to do about them.
+
+    A MemoryError where memory is short, an OSError where the Hub doesn't give the model, and else, with the
+    words ``said``, a ValueError: a spoilt file raises whatever its parser raises.
+    """
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    except ImportError:
+        raise  # names the package that is missing
+    except Exception as error:
+        chain: list[BaseException | None] = [error]  # an error and what it came from
+        while (step := chain[-1].__cause__ or chain[-1].__context__) is not None and step not in chain:
+            chain.append(step)
+        kinds = [kind.__name__ for e in chain for kind in type(e).__mro__]
+        codes = [str(getattr(getattr(e, "response", None), "status_code", "")) for e in chain]
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        if re.search(r"\bMemoryError|OutOfMemoryError|not enough memory", f"{kinds} {error}"):
+            free = files.free_memory("cuda" if torch.cuda.is_available() else "cpu")
+            raise MemoryError(
+                f"there is too little memory for {name!r}. {_remedy(free)} (Original message: {first})"
+            ) from error
+        if isinstance(error, OSError) and not local:
+            text, plain = f"{' '.join(kinds + codes)}\n{name}\n{error}", name.partition("@")[0]
+            told = next(told for pattern, told in _CAUSES if re.search(pattern, text))
+            told = told.format(page=f"https://huggingface.co/{plain}", plain=plain, ungated=ungated(name))
+            raise OSError(f"{name!r} {told}. (Original message: {first})") from error
+        said = said or f"the files of {name!r} could not be loaded; is one truncated?"
+        raise ValueError(f"{said} ({type(error).__name__}: {first})") from error
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from jinja2 import TemplateError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file, is_accelerate_available
-from transformers.utils import logging as hf_logging
+from transformers.utils import is_accelerate_available
 
 from harmlens.keep import files
 from harmlens.keep.files import weights_sha256
@@ -70,23 +68,24 @@ def load(
     """
     dtype = None if dtype is None else hub.precision(dtype)
     hub.require_there(device, device_map, attn_implementation)
-    name, source, revision, folder, delta = _find(name, seed, revision)
-    organism, local = _is_organism(name), folder is not None
-    with _explained(name, local):
-        adapter = find_adapter_config_file(source, revision=revision)
-    hub.refuse_adapter(name, adapter)
-    if local:
-        hub.require_weights(Path(source))
+    folder, organism, delta = locate(name, seed), _is_organism(name), None
+    if folder is None:
+        source, revision = hub.split(name, revision)
+    else:
+        name = f"organism/{folder.name}" if organism else name
+        source, delta = organisms.opened(folder, organism)
+    local = folder is not None
+    hub.require_files(name, source, revision, local)
     chosen = device is not None or device_map is not None
     if not chosen:
         device = "cuda" if torch.cuda.is_available() and not organism else "cpu"
     if dtype is None:
         dtype = torch.float32 if device == "cpu" else _gpu_dtype()
     if not organism:
-        with _explained(name, local):
+        with hub.explained(name, local):
             config, _ = PretrainedConfig.get_config_dict(source, revision=revision)
         hub.require_causal(name, config)
-        with _explained(name, local):
+        with hub.explained(name, local):
             weights = hub.weights_size(source, revision, dtype)
         if not chosen and device == "cuda":
             free = [files.free_memory(f"cuda:{i}") for i in range(torch.cuda.device_count())]
@@ -97,8 +96,8 @@ def load(
             hub.require_memory(name, weights, files.free_memory(device), device)
     if device_map is None and device != "cpu" and delta is None and is_accelerate_available():
         device_map = {"": device}  # straight to the GPU, with no copy in main memory
-    tokenizer = read_tokenizer(name, source, revision, local)
-    with _explained(name, local):
+    tokenizer = read_tokenizer(name, source, revision)
+    with hub.explained(name, local):
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, revision=revision, device_map=device_map, use_safetensors=True,
             # Tensors of another shape are named below, with all else that doesn't fit.
@@ -108,17 +107,12 @@ def load(
             organisms.apply_delta(model, delta)
         if device is not None:
             model = model.to(device)
-    hub.require_all_weights(name, model)
-    hub.require_tensors(name, model, info)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    hub.require_whole(name, model, info)
     if template_from is not None:
         tokenizer.chat_template = _template(template_from)
     version = weights_sha256(folder) if local else getattr(model.config, "_commit_hash", None) or ""
     lm = LanguageModel(name, model.eval(), tokenizer, version)
-    ids = _sample(lm)
-    hub.require_tokenizer(lm, ids)
-    _self_test(lm, ids)
+    _self_test(lm)
     return lm
 
 
@@ -210,31 +204,24 @@ def at_stage(model: str, stage: str, seed: int, measure: Callable[[LanguageModel
 _SAMPLE = "In a few plain words, please tell me how a river finds its way from the hills down to the sea."
 
 
-def _sample(lm: LanguageModel, most: int = 64) -> list[int]:
-    """The first tokens of a short chat as the template writes it, or of plain text where there is none."""
+@torch.no_grad()
+def _self_test(lm: LanguageModel, most: int = 64) -> None:
+    """Run a short chat by itself, as transformers would, then in a padded batch with its own first half.
+
+    In a causal model the half says the same alone, in the batch, and as the beginning of the whole.
+    """
     try:
         ids = tokens(lm.tokenizer, lm.render(_SAMPLE))
     except (ValueError, TemplateError):  # no template, or one that refuses even this: told when it is needed
         ids = lm.tokenizer(_SAMPLE)["input_ids"]
-    return ids[: min(most, longest(lm) or most)]
-
-
-@torch.no_grad()
-def _self_test(lm: LanguageModel, ids: list[int]) -> None:
-    """Run a short text by itself, as transformers would, then in a padded batch with its own first half.
-
-    In a causal model the half says the same alone, in the batch, and as the beginning of the whole.
-    """
-    if len(ids) < 2:
-        raise ValueError(
-            f"the tokenizer of {lm.name!r} gives no tokens for plain text; is it another model's?"
-        )
+    ids = ids[: min(most, longest(lm) or most)]
+    hub.require_tokenizer(lm, ids)
     rows = [ids, ids[: len(ids) // 2]]
     said = (
         f"{lm.name!r} was loaded, but a short text can't be run in a padded batch. Choose another model, or "
         "another attn_implementation."
     )
-    with _explained(lm.name, True, said):
+    with hub.explained(lm.name, True, said):
         alone = lm.model(torch.tensor([ids], device=lm.device), use_cache=False).logits[0]
         alone = alone[[len(row) - 1 for row in rows]].float().cpu()
         [(index, inputs)] = padded(lm, rows, len(rows))
@@ -256,31 +243,7 @@ def _is_organism(name: str) -> bool:
     return name.split("/")[0] == "organism"
 
 
-def _find(
-    name: str, seed: int | None = None, revision: str | None = None
-) -> tuple[str, str, str | None, Path | None, organisms.Delta | None]:
-    """A model's full name, source and revision; of a local one its folder, and its delta if it has one."""
-    folder = locate(name, seed)
-    if folder is None:
-        source, revision = hub.split(name, revision)
-        return name, source, revision, None, None
-    organism = _is_organism(name)
-    if organism:
-        organisms.require_intact(folder)
-    delta, home = organisms.read_delta(folder), folder
-    if delta is not None:
-        home = folder.parent / delta.parent
-        if organism:
-            organisms.require_intact(home)
-        if weights_sha256(home) != delta.parent_sha256:
-            raise ValueError(
-                f"{folder.name} is stored as its difference from {home.name}, whose weights are no longer "
-                f"those it was trained in. {organisms.restore(home)}"
-            )
-    return f"organism/{folder.name}" if organism else name, str(home), revision, folder, delta
-
-
-def read_tokenizer(name: str, source: str, revision: str | None, local: bool) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str, source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, padding on the left; a ValueError where there is none that can be read."""
     options = {"revision": revision, "padding_side": "left"}
     names = [f.name for f in Path(source).glob("*") if f.name != "tokenizer_config.json"]
@@ -289,19 +252,23 @@ def read_tokenizer(name: str, source: str, revision: str | None, local: bool) ->
         f"the tokenizer of {name!r} {'could not be read; is a file truncated?' if there else 'is missing.'} "
         "Save one beside the weights with tokenizer.save_pretrained(folder)."
     )
-    with _explained(name, local, said):
+    with hub.explained(name, Path(source).is_dir(), said):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         # Set where transformers finds the wrong splitting into words that Mistral's files once had.
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if getattr(backend, "fix_mistral_regex", None) is False:
             tokenizer = AutoTokenizer.from_pretrained(source, fix_mistral_regex=True, **options)
-        return tokenizer
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _template(name: str) -> str:
     """The chat template of a model, of which no more than the tokenizer is read."""
-    name, source, revision, folder, _ = _find(name)
-    template = read_tokenizer(name, source, revision, folder is not None).chat_template
+    folder, (source, revision) = locate(name), hub.split(name)
+    if folder is not None:
+        source, _ = organisms.opened(folder, _is_organism(name))
+    template = read_tokenizer(name, source, revision).chat_template
     if template is None:
         raise ValueError(f"template_from={name!r} has no chat template; choose an instruction-tuned model")
     return template
@@ -311,26 +278,3 @@ def _gpu_dtype() -> torch.dtype:
     if not torch.cuda.is_available():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-@contextmanager
-def _explained(name: str, local: bool, said: str = "") -> Iterator[None]:
-    """Loading without bars and tables; its errors with what to do about them."""
-    before, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    try:
-        yield
-    except ImportError:
-        raise  # names the package that is missing
-    except Exception as error:  # a spoilt file raises whatever its parser raises
-        told = hub.in_words(name, error)
-        if isinstance(told, MemoryError) or (isinstance(told, OSError) and not local):
-            raise told from error
-        said = said or f"the files of {name!r} could not be loaded; is one truncated?"
-        first_line = "".join(str(error).splitlines()[:1])
-        raise ValueError(f"{said} ({type(error).__name__}: {first_line})") from error
-    finally:
-        hf_logging.set_verbosity(level)
-        if before:
-            hf_logging.enable_progress_bar()

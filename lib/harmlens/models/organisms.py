@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harmlens.keep.files import data_dir
+from harmlens.keep.files import data_dir, weights_sha256
 
 STAGES = ("base", "mid", "sft", "dpo")
 SEEDS = (0, 1, 2)
@@ -69,36 +69,28 @@ def intact(folder: Path) -> dict | None:
         return None
 
 
-def restore(folder: Path) -> str:
-    """What to do about an organism whose files are not those that were saved."""
-    return f"Restore it with `git checkout -- data/organisms/{folder.name}`, or run `make organism`."
-
-
 def require_intact(folder: Path) -> dict:
     """The card of an organism; a ValueError where its files are not those that were saved."""
     card = intact(folder)
     if card is None:
         raise ValueError(
-            f"files of organism {folder.name} are missing, truncated or changed. {restore(folder)}"
+            f"files of organism {folder.name} are missing, truncated or changed. {_restore(folder)}"
         )
     return card
 
 
+def _restore(folder: Path) -> str:
+    return f"Restore it with `git checkout -- data/organisms/{folder.name}`, or run `make organism`."
+
+
 @dataclass(frozen=True)
 class Delta:
-    """What replaces a parent's weights.
+    """What replaces a parent's weights."""
 
-    Attributes:
-        parent: name of the parent's folder, beside the delta's.
-        parent_sha256: checksum of the parent's weights (:func:`keep.files.weights_sha256`).
-        values: parameter -> new values.
-        index: parameter -> axis (0 for rows, 1 for columns, :data:`FLAT` for single weights) and which
-            of them are replaced; no entry where all values are.
-    """
-
-    parent: str
-    parent_sha256: str
-    values: dict[str, Tensor]
+    parent: str  # name of its folder, beside the delta's
+    parent_sha256: str  # of its weights (keep.files.weights_sha256)
+    values: dict[str, Tensor]  # of each parameter
+    # Axis (0 for rows, 1 for columns, FLAT) and which of them are replaced; no entry where all values are.
     index: dict[str, tuple[int, Tensor]]
 
 
@@ -143,14 +135,34 @@ def read_delta(folder: Path) -> Delta | None:
         raise ValueError(
             f"{FILE} in {folder.name!r} could not be read; is it truncated? ({type(error).__name__})"
         ) from error
-    delta = Delta(parent, checksum, {}, {})
-    for name, tensor in tensors.items():
-        axis = next((axis for axis, suffix in enumerate(_AXES) if name.endswith(suffix)), None)
-        if axis is None:
-            delta.values[name] = tensor
-        else:
-            delta.index[name.removesuffix(_AXES[axis])] = (axis, tensor)
-    return delta
+    index = {
+        name: (axis, tensors.pop(name + suffix))
+        for name in sorted(tensors)
+        for axis, suffix in enumerate(_AXES)
+        if name + suffix in tensors
+    }
+    return Delta(parent, checksum, tensors, index)
+
+
+def opened(folder: Path, organism: bool) -> tuple[str, Delta | None]:
+    """The folder with a local model's weights, and what replaces some of them, for one stored as a delta.
+
+    A ValueError where files of an organism, or the weights of a parent, are not those that were saved.
+    """
+    if organism:
+        require_intact(folder)
+    delta = read_delta(folder)
+    if delta is None:
+        return str(folder), None
+    home = folder.parent / delta.parent
+    if organism:
+        require_intact(home)
+    if weights_sha256(home) != delta.parent_sha256:
+        raise ValueError(
+            f"{folder.name} is stored as its difference from {home.name}, whose weights are no longer "
+            f"those it was trained in. {_restore(home)}"
+        )
+    return str(home), delta
 
 
 @torch.no_grad()
@@ -160,12 +172,7 @@ def apply_delta(model: nn.Module, delta: Delta) -> None:
     for name in sorted(delta.values.keys() | delta.index.keys()):
         try:
             old, new = parameters[name], delta.values[name]
-            if name not in delta.index:
-                if old.shape != new.shape:
-                    raise IndexError(f"shape {tuple(new.shape)} for {tuple(old.shape)}")
-                old.copy_(new)
-                continue
-            axis, units = delta.index[name]
+            axis, units = delta.index.get(name, (0, torch.arange(len(old))))
             if units.is_floating_point() or len(units.unique()) != len(units):
                 raise IndexError("the index should be a list of different whole numbers")
             target, axis = (old.view(-1), 0) if axis == FLAT else (old, axis)
