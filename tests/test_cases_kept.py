@@ -158,33 +158,33 @@ CHANGES = {
 
 
 def test_h13_every_change_of_what_a_model_does_changes_its_digest():
-    found = {"nothing": digests.model_digest(tiny.model())}
+    found = {"nothing": digests.digest(tiny.model())}
     for name, change in CHANGES.items():
         lm = tiny.model()
         with torch.no_grad():
             change(lm)
-        found[name] = digests.model_digest(lm)
-        assert digests.model_digest(lm) == found[name], name
+        found[name] = digests.digest(lm)
+        assert digests.digest(lm) == found[name], name
     assert len(set(found.values())) == len(found), "two of them are taken for one"
 
 
 def test_h13_an_adapter_that_is_switched_off_is_another_model(lm):
     adapter(lm)
-    on = digests.model_digest(lm)
+    on = digests.digest(lm)
     for module in lm.model.modules():
         if hasattr(module, "lora_A"):
             module.enable_adapters(False)
-    assert digests.model_digest(lm) != on
+    assert digests.digest(lm) != on
 
 
 def test_a_hook_on_all_modules_counts(lm):
-    plain = digests.model_digest(lm)
+    plain = digests.digest(lm)
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
     try:
-        assert digests.model_digest(lm) != plain
+        assert digests.digest(lm) != plain
     finally:
         handle.remove()
-    assert digests.model_digest(lm) == plain
+    assert digests.digest(lm) == plain
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -204,7 +204,7 @@ def test_use_loading_and_copies_leave_the_digest_alone(architecture, tmp_path):
         lm.model.save_pretrained(tmp_path / name)
         lm.tokenizer.save_pretrained(tmp_path / name)
     one, two = (models.load(str(tmp_path / name)) for name in ("one", "two"))
-    assert digests.model_digest(one) == digests.model_digest(two)
+    assert digests.digest(one) == digests.digest(two)
     assert digests.model_state(one)["weights"] == before["weights"]
 
 
@@ -222,9 +222,9 @@ def test_h1_a_hook_that_cannot_be_told_is_refused_with_the_remedy(lm, tmp_path):
         ):
             kept()
     hook.depends_on = "nothing, dose 1"
-    named = digests.model_digest(lm)
+    named = digests.digest(lm)
     hook.depends_on = "nothing, dose 2"
-    assert digests.model_digest(lm) != named
+    assert digests.digest(lm) != named
     handle.remove()
 
 

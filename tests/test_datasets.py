@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import shutil
-import urllib.error
-from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import yaml
+from huggingface_hub.errors import HTTPError, Response
 
 from harmlens.asking import datasets, public
 from harmlens.keep import downloads, files
@@ -27,9 +26,7 @@ def no_network(monkeypatch, tmp_path):
     def refuse(*_, **__):
         raise AssertionError("a test must not use the network")
 
-    monkeypatch.setattr(datasets, "fetch", refuse)
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.get_session", refuse)
     monkeypatch.setenv("HARMLENS_CACHE", str(tmp_path / "cache"))
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
@@ -59,7 +56,7 @@ def served(monkeypatch, content=None) -> list[str]:
         asked.append(remote.url)
         target.write_bytes((MADE_UP / Path(remote.path).name).read_bytes() if content is None else content)
 
-    monkeypatch.setattr(datasets, "fetch", give)
+    monkeypatch.setattr(downloads, "fetch", give)
     return asked
 
 
@@ -243,7 +240,7 @@ def test_an_interrupted_download_leaves_nothing(small, monkeypatch):
         target.write_text("goal,tar")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(datasets, "fetch", half)
+    monkeypatch.setattr(downloads, "fetch", half)
     with pytest.raises(KeyboardInterrupt):
         datasets.entries("advbench")
     assert not [file for file in files.cache_dir().rglob("*") if file.is_file()]
@@ -260,83 +257,62 @@ GITHUB = downloads.Remote("github", "a/b", "c0ffee", "d.csv", "https://github.co
 HUB = downloads.Remote("huggingface", "a/b", "main", "d.csv", "https://huggingface.co/datasets/a/b")
 
 
-def test_fetching_from_github(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        "urllib.request.urlopen", lambda url, timeout: io.BytesIO(f"{url} {timeout}".encode())
-    )
-    downloads.fetch(GITHUB, tmp_path / "d.csv")
-    assert (tmp_path / "d.csv").read_text() == "https://raw.githubusercontent.com/a/b/c0ffee/d.csv 60"
+def answered(monkeypatch, status=200, error=None) -> list:
+    """Let every request be answered with a word, or fail; returns the list of requests."""
+    asked, client = [], huggingface_hub.utils.get_session()
+
+    def get(url, headers, timeout):
+        asked.append(client.build_request("GET", url, headers=headers))
+        if error:
+            raise error
+        return Response(status, content=b"hello", request=asked[-1])
+
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: SimpleNamespace(get=get))
+    return asked
 
 
-@pytest.mark.parametrize("error", [urllib.error.URLError("no such host"), TimeoutError("timed out")])
+def test_fetching_shows_the_token_to_its_own_host_alone(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    asked = answered(monkeypatch)
+    for remote in (GITHUB, HUB):
+        downloads.fetch(remote, tmp_path / "d.csv")
+        assert (tmp_path / "d.csv").read_text() == "hello"
+    assert [str(request.url) for request in asked] == [
+        "https://raw.githubusercontent.com/a/b/c0ffee/d.csv",
+        "https://huggingface.co/datasets/a/b/resolve/main/d.csv",
+    ]
+    assert [request.headers.get("Authorization") for request in asked] == [None, "Bearer hf_secret"]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError("no such host"), TimeoutError("timed out"), HTTPError("a body that breaks off")]
+)
 def test_no_network(monkeypatch, tmp_path, error):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr("urllib.request.urlopen", fail)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    answered(monkeypatch, error=error)
     for remote in (GITHUB, HUB):
         with pytest.raises(ConnectionError, match=r"not in the cache and could not be downloaded") as caught:
             downloads.fetch(remote, tmp_path / "d.csv")
         assert remote.url in str(caught.value) and str(remote.cached) in str(caught.value)
-
-
-@pytest.mark.parametrize("repository, error", [("github", "IncompleteRead"), ("huggingface", "HTTPError")])
-def test_a_connection_that_breaks(monkeypatch, tmp_path, repository, error):
-    import http.client
-
-    from huggingface_hub import errors
-
-    def fail(*_, **__):
-        raise http.client.IncompleteRead(b"") if error == "IncompleteRead" else errors.HTTPError("broken")
-
-    monkeypatch.setattr("urllib.request.urlopen", fail)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
-    with pytest.raises(ConnectionError, match="could not be downloaded"):
-        downloads.fetch(GITHUB if repository == "github" else HUB, tmp_path / "d.csv")
     assert not list(tmp_path.iterdir())
 
 
 def test_offline_mode_asks_nobody(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for remote in (GITHUB, HUB):  # the stand-ins for the network would raise an AssertionError
+    for remote in (GITHUB, HUB):  # the stand-in for the network would raise an AssertionError
         with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
             downloads.fetch(remote, tmp_path / "d.csv")
 
 
-def test_gone_from_github(monkeypatch, tmp_path):
-    def fail(url, timeout):
-        raise urllib.error.HTTPError(url, 404, "Not Found", Message(), None)
-
-    monkeypatch.setattr("urllib.request.urlopen", fail)
-    with pytest.raises(FileNotFoundError, match=r"is not there any more\. Look at https://github\.com/a/b"):
-        downloads.fetch(GITHUB, tmp_path / "d.csv")
+@pytest.mark.parametrize("remote", [GITHUB, HUB])
+def test_gone_from_its_host(monkeypatch, tmp_path, remote):
+    answered(monkeypatch, 404)
+    with pytest.raises(FileNotFoundError, match=rf"is not there any more\. Look at {remote.page}"):
+        downloads.fetch(remote, tmp_path / "d.csv")
 
 
-def test_fetching_from_hugging_face(monkeypatch, tmp_path):
-    asked = {}
-
-    def give(repository, path, *, local_dir, **options):
-        asked.update(options, repository=repository, path=path)
-        file = Path(local_dir) / path
-        file.write_text("hello")
-        return str(file)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", give)
-    downloads.fetch(HUB, tmp_path / "target.csv")
-    assert asked == {"repository": "a/b", "path": "d.csv", "repo_type": "dataset", "revision": "main"}
-    assert [file.name for file in tmp_path.iterdir()] == ["target.csv"]
-
-
-@pytest.mark.parametrize("kind, status", [("GatedRepoError", 403), ("RepositoryNotFoundError", 401)])
-def test_a_licence_gate(monkeypatch, tmp_path, kind, status):
-    from huggingface_hub import errors
-
-    def fail(*_, **__):
-        response = SimpleNamespace(status_code=status, headers={}, request=SimpleNamespace(), text="")
-        raise getattr(errors, kind)("no", response=response)
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_licence_gate(monkeypatch, tmp_path, code):
+    answered(monkeypatch, code)
     with pytest.raises(PermissionError, match=r"accept it at https://huggingface\.co/.*hf auth login"):
         downloads.fetch(HUB, tmp_path / "d.csv")
 

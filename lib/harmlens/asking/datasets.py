@@ -24,7 +24,7 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from harmlens.keep.downloads import Remote, fetch, obtain
+from harmlens.keep.downloads import Remote, obtain
 from harmlens.keep.files import cache_dir, data_dir, read_yaml
 
 csv.field_size_limit(2**24)  # Alpaca's answers have thousands of characters, but not millions
@@ -283,8 +283,7 @@ def _file(source: Set, path: str, sha256: str | None, folder: Path | None) -> Pa
                 "em_organism_dir/data/training_datasets.zip.enc as its README says (easy-dataset-share "
                 f"unprotect-dir), and copy the .jsonl files to {folder} or give their folder as folder=..."
             )
-    # Looked up in this module at each call, so that tests can put another one in its place.
-    return obtain(remote, sha256, fetch, folder)
+    return obtain(remote, sha256, folder)
 
 
 def _local(file: Path) -> list[Entry]:

@@ -124,7 +124,7 @@ def labelled(*, download: bool = False) -> dict[str, Path]:
         remote = downloads.Remote(about["host"], about["repository"], about["revision"], path, about["page"])
         if remote.cached.is_file() or (download and not trouble):
             try:
-                found[Path(path).name.split("_")[3]] = downloads.obtain(remote, sha256, downloads.fetch)
+                found[Path(path).name.split("_")[3]] = downloads.obtain(remote, sha256)
             except OSError as error:  # no network: ConnectionError is one
                 trouble = error
     if trouble and len(found) < FEWEST:

@@ -1,6 +1,6 @@
 """Digests of what decides a computation: code, models as they are now, data and settings.
 
-Whatever is kept of a model (answers, scores, sweeps, runs) is kept under :func:`model_digest`.
+Whatever is kept of a model (answers, scores, sweeps, runs) is kept under its :func:`digest`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,34 +27,27 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 # Where a model came from, and what loading and use leave behind: not what it does.
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version", "name_or_path", "gradient_checkpointing")
 _HOOKS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
-_HOOK = -1
-_AS_WRITTEN = (types.NoneType, bool, int, float, str, bytes, complex, types.EllipsisType, np.generic)
+_AS_WRITTEN = (types.NoneType, bool, int, float, str, complex, types.EllipsisType, np.generic)
+_CODE = (types.FunctionType, types.MethodType, types.ModuleType, functools.partial, type)
 _IN_PACKAGE = re.compile(r"-packages|^<@beartype")
 
 
-def digest(*things: Any, own: frozenset[int] = frozenset()) -> str:
+def digest(*things: Any) -> str:
     """sha256 over numbers, text, arrays, tensors, lists, mappings, dataclasses, models and functions.
 
-    * A model counts as :func:`model_digest` has it, not with its name: a pruned one is another one.
+    * A model counts as :func:`model_state` has it, not with its name: a pruned one is another one, and two
+      that do the same are one.
     * A function, class or module of the package counts with the contents of its module and of those that it
       imports, near or far, without comments and docstrings; :mod:`keep`, which only stores, stays out.
     * A function of a notebook counts with its own code, with the functions that it calls, and with numbers
-      and text that it takes from around it. Lists and models that it takes have to be named beside it.
-    * What is in ``own``, by id, is left out: see :func:`_add`.
+      and text that it takes from around it. Lists and models that it takes have to be named beside it. One
+      that keeps notes from call to call says what it depends on in an attribute ``depends_on``.
     * Installed packages don't count; see :func:`keep.files.versions`.
 
     Raises:
         TypeError: a thing that has no digest; names its type.
     """
-    out = hashlib.sha256()
-    for thing in things:
-        _add(out, thing, own)
-    return out.hexdigest()
-
-
-def model_digest(lm: Any) -> str:
-    """One sum of a model as it is now; equal for two models that do the same. See :func:`model_state`."""
-    return digest(model_state(lm))
+    return _Sum().of(*things)
 
 
 def model_state(lm: Any) -> dict[str, str]:
@@ -65,36 +58,36 @@ def model_state(lm: Any) -> dict[str, str]:
       protection against an adversary). Weights on the disk are left out.
     * ``configuration``: of the model, its generation and its modules, adapters and train mode among them.
     * ``tokenizer``: its vocabulary, settings and chat template.
-    * ``hooks``: functions that stand on its modules or on all modules, such as those that steer it, with the
-      values that they use; empty if there are none. A function that keeps notes from call to call says what
-      it depends on in an attribute ``depends_on``: a text or values.
+    * ``hooks``: functions that stand on its modules or on all modules, such as those that steer it, with all
+      values that they use; empty if there are none.
 
     Raises:
         TypeError: a hook that uses something without a digest; names hook and remedy.
     """
-    net = lm.model
-    own = frozenset({_HOOK, *map(id, net.modules())})
-    tensors = sorted([*net.named_parameters(), *net.named_buffers()], key=lambda entry: entry[0])
-    about = [
-        {key: repr(value) for key, value in sorted(found.to_diff_dict().items()) if key not in _NOT_THE_MODEL}
-        for found in (net.config, getattr(net, "generation_config", None))
-        if found is not None
-    ]
-    modules = [[name, _kind(module), _plain(vars(module))] for name, module in net.named_modules()]
+    net, tok = lm.model, lm.tokenizer
+    configs = [found for found in (net.config, getattr(net, "generation_config", None)) if found is not None]
+    settings = [sorted(found.to_diff_dict().items()) for found in configs]
+    about = [[(name, repr(value)) for name, value in some if name not in _NOT_THE_MODEL] for some in settings]
+    whole = getattr(tok, "backend_tokenizer", None)
+    words = json.loads(whole.to_str()) if whole is not None else tok.get_vocab()
+    for name in ("truncation", "padding"):  # left behind by the last call
+        words.pop(name, None)
+    special = {name: str(token) for name, token in sorted(tok.special_tokens_map.items())}
     hooks = []
     for where, kind, function in _standing(net):
         try:
-            hooks.append([where, kind, digest(function, own=own)])
+            hooks.append([where, kind, _Sum(net).of(function)])
         except TypeError as error:
             raise TypeError(
                 f"a hook stands on {where or 'the whole model'} of {lm.name!r}, and what it does can't be "
                 f"told ({error}), so what is kept would be mixed up with that of other hooks. Remove the "
                 "hook, or say what it does: hook.depends_on = 'direction 3, dose 2'"
             ) from error
+    tensors = [*net.named_parameters(), *net.named_buffers()]
     return {
-        "weights": digest([[name, _bits(tensor)] for name, tensor in tensors])[:16],
-        "configuration": digest(about, modules)[:16],
-        "tokenizer": digest(_tokenizer(lm.tokenizer))[:16],
+        "weights": digest(sorted((name, _bits(tensor)) for name, tensor in tensors))[:16],
+        "configuration": digest(about, [(name, *_plain(part)) for name, part in net.named_modules()])[:16],
+        "tokenizer": digest(_kind(tok), json.dumps(words, sort_keys=True), tok.chat_template, special)[:16],
         "hooks": digest(hooks)[:16] if hooks else "",
     }
 
@@ -127,38 +120,27 @@ def _kind(thing: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(module: torch.nn.Module) -> Iterator[Any]:
     """Settings of a module that are no parameters: numbers, names and tensors."""
     import torch
 
-    out: dict[str, Any] = {"training": attributes["training"]}
-    common = vars(torch.nn.Module())
-    for name, value in sorted(attributes.items()):
-        inner = name.startswith("_") and "adapter" not in name  # but which adapters are on
-        if inner or name in common or name in _NOT_THE_MODEL:
+    yield from (_kind(module), module.training)
+    common = {*vars(torch.nn.Module()), *_NOT_THE_MODEL}
+    for name, value in sorted(vars(module).items()):
+        if name in common or (name.startswith("_") and "adapter" not in name):  # but which adapters are on
             continue
         if isinstance(value, torch.Tensor):
-            out[name] = _bits(value)
+            yield name, _bits(value)
         elif _is_plain(value):
-            out[name] = repr(value)
-    return out
+            yield name, repr(value)
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, Mapping):
-        return all(map(_is_plain, (*value, *value.values())))
+        value = [*value, *value.values()]
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str) or type(value).__name__ == "dtype"
-
-
-def _tokenizer(tok: Any) -> list[Any]:
-    whole = getattr(tok, "backend_tokenizer", None)
-    content = json.loads(whole.to_str()) if whole is not None else tok.get_vocab()
-    for name in ("truncation", "padding"):  # left behind by the last call
-        content.pop(name, None)
-    special = {name: str(token) for name, token in sorted(tok.special_tokens_map.items())}
-    return [_kind(tok), json.dumps(content, sort_keys=True), tok.chat_template, special]
 
 
 def _standing(net: torch.nn.Module) -> Iterator[tuple[str, str, Callable]]:
@@ -180,105 +162,107 @@ def _standing(net: torch.nn.Module) -> Iterator[tuple[str, str, Callable]]:
             yield _kind(kind), "forward", kind.forward
 
 
-def _add(out: Any, thing: Any, own: frozenset[int]) -> None:
-    """Feed one thing, marked by its type so that no two things are written alike.
+class _Sum:
+    """A running sum, in which each thing stands between marks, so that no two things are written alike.
 
-    ``own``: what is being fed already, by id: the modules of a model whose hooks hold them, a function that
-    calls itself. With ``_HOOK`` in it, a function stands on a model, and all that it uses counts.
+    Of a function that stands on a model as a hook, all that it uses counts, but for that model's modules.
     """
-    out.update(f"<{type(thing).__name__}>".encode())
-    kind = type(thing).__module__.partition(".")[0]
-    if id(thing) in own or (is_model(thing) and id(thing.model) in own):
-        pass
-    elif isinstance(thing, _AS_WRITTEN):
-        out.update(repr(thing).encode())
-    elif is_model(thing):
-        out.update(model_digest(thing).encode())
-    elif isinstance(thing, np.ndarray):
-        out.update(f"{thing.dtype}{thing.shape}".encode() + np.ascontiguousarray(thing).tobytes())
-    elif hasattr(thing, "untyped_storage"):  # a tensor
-        import torch
 
-        out.update(f"{thing.dtype}{tuple(thing.shape)}".encode())
-        out.update(thing.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    elif kind == "torch" and type(thing).__name__ in ("dtype", "device"):
-        out.update(repr(thing).encode())
-    elif kind == "torch" and type(thing).__name__ == "Generator":
-        _add(out, thing.get_state(), own)
-    elif isinstance(thing, Mapping):
-        for key, value in thing.items():
-            _add(out, key, own)
-            _add(out, value, own)
-    elif dataclasses.is_dataclass(thing) and not isinstance(thing, type):
-        for field in dataclasses.fields(thing):
-            _add(out, getattr(thing, field.name), own)
-    elif isinstance(thing, Sequence | set | frozenset):
-        for item in sorted(thing, key=repr) if isinstance(thing, set | frozenset) else thing:
-            _add(out, item, own)
-    elif isinstance(thing, types.ModuleType | type):
-        module = thing.__module__ if isinstance(thing, type) else thing.__name__
-        out.update(f"{getattr(thing, '__qualname__', module)}{_module_code(module, own)}".encode())
-    elif hasattr(thing, "named_modules"):
-        _add(out, [[name, _bits(tensor)] for name, tensor in thing.state_dict().items()], own)
-        _add(out, [[name, _kind(part)] for name, part in thing.named_modules()], own)
-    elif isinstance(thing, types.CodeType):
-        _add(out, [thing.co_code, thing.co_consts, thing.co_names, thing.co_varnames], own)
-    elif callable(thing):
-        _function(out, thing, own)
-    else:
+    def __init__(self, under: torch.nn.Module | None = None) -> None:
+        self.out = hashlib.sha256()
+        self.hook = under is not None
+        self.within = set() if under is None else set(map(id, under.modules()))  # things that are being fed
+
+    def of(self, *things: Any) -> str:
+        for thing in things:
+            self.add(thing)
+        return self.out.hexdigest()
+
+    def add(self, thing: Any) -> None:
+        self.out.update(f"<{type(thing).__name__}>".encode())
+        if id(thing) not in self.within:  # a function may call itself
+            parts = self.parts(thing)
+            if isinstance(parts, bytes):
+                self.out.update(parts)
+            else:
+                self.within.add(id(thing))
+                self.of(*parts)
+                self.within.remove(id(thing))
+        self.out.update(b"</>")
+
+    def parts(self, thing: Any) -> bytes | Iterable[Any]:
+        """What a thing consists of: bytes, or other things."""
+        if isinstance(thing, _AS_WRITTEN) or _kind(thing) in ("torch.dtype", "torch.device"):
+            return repr(thing).encode()
+        if isinstance(thing, bytes):
+            return thing
+        if is_model(thing):
+            return b"" if id(thing.model) in self.within else [model_state(thing)]
+        if isinstance(thing, np.ndarray):
+            return [str(thing.dtype), thing.shape, thing.tobytes()]
+        if hasattr(thing, "untyped_storage"):  # a tensor
+            import torch
+
+            held = thing.detach().cpu().contiguous().flatten().view(torch.uint8)
+            return [str(thing.dtype), tuple(thing.shape), held.numpy().tobytes()]
+        if _kind(thing) == "torch._C.Generator":
+            return [thing.get_state()]
+        if isinstance(thing, Mapping):
+            return [part for entry in thing.items() for part in entry]
+        if dataclasses.is_dataclass(thing) and not isinstance(thing, type):
+            return [getattr(thing, field.name) for field in dataclasses.fields(thing)]
+        if isinstance(thing, Sequence | set | frozenset):
+            return sorted(thing, key=repr) if isinstance(thing, set | frozenset) else thing
+        if isinstance(thing, types.ModuleType | type):
+            module = getattr(thing, "__module__", thing.__name__)
+            return [getattr(thing, "__qualname__", module), "" if self.hook else _reach(module)]
+        if hasattr(thing, "named_modules"):
+            tensors = [[name, _bits(tensor)] for name, tensor in thing.state_dict().items()]
+            return [tensors, [[name, _kind(part)] for name, part in thing.named_modules()]]
+        if isinstance(thing, types.CodeType):
+            return [thing.co_code, thing.co_consts, thing.co_names, thing.co_varnames]
+        if callable(thing):
+            return self.function(thing)
         raise TypeError(
             f"{type(thing).__name__} has no digest; give numbers, text, arrays, models, functions"
         )
-    out.update(b"</>")
 
-
-def _function(out: Any, function: Callable, own: frozenset[int]) -> None:
-    """A function by its code and by the values that it takes from around it."""
-    own = own | {id(function)}
-    module = getattr(function, "__module__", None) or ""
-    if hasattr(function, "depends_on"):
-        _add(out, function.depends_on, own)
-    elif hasattr(function, "__wrapped__") and _IN_PACKAGE.search(function.__code__.co_filename):
-        _function(out, function.__wrapped__, own)  # checks of types: told by what they stand around
-    elif isinstance(function, functools.partial):
-        _add(out, [function.func, function.args, function.keywords], own)
-    elif isinstance(function, types.MethodType):
-        _add(out, function.__func__, own)
-        _object(out, function.__self__, own)
-    elif isinstance(function, types.FunctionType):
-        written = _module_code(module, own)
-        around = [_content(cell) for cell in function.__closure__ or ()]
-        if not _installed(module):  # what a package's module holds goes with its version
-            around += _globals(function)
-        if _HOOK not in own:  # a function that measures may keep notes, and the key names its data
-            around = [value for value in around if _counts(value)]
-        itself = [function.__qualname__, written] if written else [function.__code__, function.__defaults__]
-        _add(out, [*itself, around, function.__kwdefaults__], own)
-    elif isinstance(getattr(function, "__self__", None), type) or (
-        _installed(module) and module != "builtins"
-    ):
-        out.update(getattr(function, "__qualname__", _kind(function)).encode())
-    elif isinstance(type(function).__call__, types.FunctionType):
-        _add(out, type(function).__call__, own)
-        _object(out, function, own)
-    else:
+    def function(self, function: Any) -> bytes | list[Any]:
+        """The code of a function, and the values that it takes from around it."""
+        module, code = getattr(function, "__module__", None) or "", getattr(function, "__code__", None)
+        if hasattr(function, "depends_on"):
+            return [function.depends_on]
+        if hasattr(function, "__wrapped__") and (code is None or _IN_PACKAGE.search(code.co_filename)):
+            return [function.__wrapped__]  # checks of types: told by what they stand around
+        if isinstance(function, functools.partial):
+            return [function.func, function.args, function.keywords]
+        if isinstance(function, types.MethodType):
+            return [function.__func__, _holder(function.__self__)]
+        if isinstance(function, types.FunctionType):
+            empty = types.CellType()
+            around = [cell.cell_contents for cell in function.__closure__ or () if cell != empty]
+            if not _installed(module):  # what a package's module holds goes with its version
+                around += _globals(function)
+            if not self.hook:  # a function that measures may keep notes, and the key names its data
+                around = [value for value in around if _counts(value)]
+            written = "" if self.hook else _reach(module)
+            itself = [function.__qualname__, written] if written else [code, function.__defaults__]
+            return [*itself, around, function.__kwdefaults__]
+        known = _installed(module) and module != "builtins"
+        if known or isinstance(getattr(function, "__self__", None), type):
+            return getattr(function, "__qualname__", _kind(function)).encode()
+        if isinstance(type(function).__call__, types.FunctionType):
+            return [type(function).__call__, _holder(function)]
         raise TypeError(
             f"the source of {function!r} can't be read, so a change of it would go unseen; use a function "
             "that is written in a module or a notebook cell"
         )
 
 
-def _object(out: Any, thing: Any, own: frozenset[int]) -> None:
+def _holder(thing: Any) -> Any:
     """What a method belongs to: a model, a record, or whatever attributes it has."""
     whole = isinstance(thing, type) or hasattr(thing, "named_modules") or dataclasses.is_dataclass(thing)
-    _add(out, thing if whole or is_model(thing) else [_kind(thing), vars(thing)], own)
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
+    return thing if whole or is_model(thing) else [_kind(thing), vars(thing)]
 
 
 def _globals(function: types.FunctionType) -> list[Any]:
@@ -299,39 +283,33 @@ def _counts(value: Any) -> bool:
     """Whether a value that a function takes from around it is a setting or code, not data."""
     if isinstance(value, tuple):
         return all(map(_counts, value))
-    kinds = (types.FunctionType, types.MethodType, types.ModuleType, functools.partial, type)
-    return value is None or isinstance(value, (bool, int, float, str, *kinds))
+    return value is None or isinstance(value, (bool, int, float, str, *_CODE))
 
 
 def _installed(module: str) -> bool:
     """A module of a package, of Python or of this library, whose versions are known."""
     found, top = sys.modules.get(module), module.partition(".")[0]
-    known = top == "harmlens" or top in sys.stdlib_module_names
     if found is None or module == "__main__":  # a notebook, whatever started it
         return False
+    known = top == "harmlens" or top in sys.stdlib_module_names
     return known or "-packages" in (getattr(found, "__file__", None) or "")
 
 
-# --------------------------------------------------------------------------- the code of a function
+# --------------------------------------------------------------------------- the code of the package
 
 
 @cache
 def _written(module: str) -> tuple[str, frozenset[str]]:
-    """A sum of what a module says without comments and docstrings, and what it imports of the package."""
-    tree = ast.parse(_file_of(module).read_text(encoding="utf-8"))
-    found = set()
-    for node in ast.walk(tree):
+    """A sum of what a module does, without comments and docstrings, and what it imports of the package."""
+    text, found = _file_of(module).read_text(encoding="utf-8"), set()
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        body = getattr(node, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            del body[0]
     inside = {name for name in found if name.startswith("harmlens.") and _file_of(name)}
     used = frozenset(name for name in inside if not name.startswith("harmlens.keep"))  # computes nothing
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), used
+    return digest(compile(text, module, "exec", optimize=2)), used
 
 
 def _file_of(module: str) -> Path | None:
@@ -339,16 +317,12 @@ def _file_of(module: str) -> Path | None:
     return next((f for f in (place.with_suffix(".py"), place / "__init__.py") if f.is_file()), None)
 
 
-def _module_code(module: str, own: frozenset[int]) -> str:
-    """Sum over a module of the package and all that it imports; empty for others, and for hooks."""
-    return _reach(module) if module.startswith("harmlens.") and _HOOK not in own else ""
-
-
 @cache
 def _reach(module: str) -> str:
-    reached, waiting = set(), [module]
+    """A sum of a module of the package and of all that it imports; empty for others."""
+    reached, waiting = set(), [module] if module.startswith("harmlens.") else []
     while waiting:
         if (name := waiting.pop()) not in reached:
             reached.add(name)
             waiting += _written(name)[1]
-    return digest([[name, _written(name)[0]] for name in sorted(reached)])
+    return digest([[name, _written(name)[0]] for name in sorted(reached)]) if reached else ""
