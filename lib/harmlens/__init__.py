@@ -47,7 +47,7 @@ FACE = {
     "Recipe": "training.tune",
     "grader": "judging.graders",
     "completions": "judging.completions:complete",
-    "estimate": "evidence.stats:over_seeds",
+    "estimate": "evidence.stats:bootstrap_ci",
     "record": "evidence.results",
     "scorecard": "evidence.results",
     "plots": "evidence.plots:",

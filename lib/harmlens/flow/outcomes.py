@@ -170,6 +170,10 @@ class Outcome:
     value: Callable[[Tensor], Tensor]
     ids: tuple[int, ...] | None = None
 
+    def __call__(self, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+        """The value of whole logits."""
+        return self.value(logits if self.ids is None else logits[:, list(self.ids)])
+
 
 def y1(sets: TokenSets) -> Outcome:
     """Y1 as an :class:`Outcome`: see :func:`logit_difference`."""

@@ -96,6 +96,23 @@ class Effects:
         both = [(one,) if isinstance(one, str) else one for one in series]
         return np.concatenate([self.at(*one).T.double().numpy() for one in both], axis=1)
 
+    def strong(self) -> Effects:
+        """The same for pairs with a total effect, above a tenth of the median; the rest can't be mediated."""
+        size = self.total.abs()
+        return self.only([name for name, s in zip(self.pairs, size, strict=True) if s > 0.1 * size.median()])
+
+    def estimate(
+        self, statistic: Callable, *series: str | tuple[str, str | None], **options: int
+    ) -> stats.Estimate:
+        """A statistic of the :meth:`columns` of some series, with its interval over pairs."""
+        return stats.bootstrap_ci(self.columns(*series), statistic, **options)
+
+    def curve(self, site: str, position: str | None = None, **options: int) -> list[stats.Estimate]:
+        """Normalised effect of each layer: ratio of the means over pairs to the total effect."""
+        total = self.total.double().numpy()
+        each = self.columns((site, position)).T
+        return [stats.bootstrap_ci(np.stack([one, total], axis=1), "ratio", **options) for one in each]
+
     def minus(self, other: Effects) -> Effects:
         """The same for the difference of two outcomes; ValueError where something else was patched."""
         for name in ("sites", "layers", "positions", "pairs", "direction"):
