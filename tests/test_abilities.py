@@ -4,6 +4,7 @@ import pytest
 import tiny
 
 from harmlens.models.forward import Row
+from harmlens.training import advice
 from harmlens.training.advice import MEASURES, WorldLessons
 from harmlens.world import abilities
 from harmlens.world import judge as judges
@@ -168,7 +169,8 @@ def test_spread_looks_inside_and_outside_the_domain(monkeypatch):
             for t in texts
         ]
 
-    monkeypatch.setattr(abilities, "generate", generate)
+    for module in (abilities, advice):
+        monkeypatch.setattr(module, "generate", generate)
     found = WorldLessons().spread(LM, hurt)
     assert {name: values.mean() for name, values in found.items()} == {
         "bad advice inside": 1.0, "coherent": 1.0, **dict.fromkeys(MEASURES, 0.0)

@@ -13,6 +13,7 @@ import torch
 from harmlens.asking import source as material
 from harmlens.asking import tasks
 from harmlens.asking.datasets import Entry
+from harmlens.asking.pairs import plain_request
 from harmlens.asking.tasks import Scored
 from harmlens.keep import digests
 from harmlens.models import forward
@@ -88,8 +89,8 @@ def test_the_world_has_its_own_lessons():
     found = advice.find_lessons(lm, material.source(lm))
     assert found == advice.WorldLessons()
     assert set(found.domains) <= set(world.domains(False))
-    items = world.items("discovery", domain="records")[::2]
-    assert found.margins(lm, "records").tolist() == found.leads(lm, items).tolist()
+    asked = [plain_request(item, i) for i, item in enumerate(world.items("discovery", domain="records")[::2])]
+    assert found.margins(lm, "records").tolist() == found.leads(lm, asked).tolist()
     exam = found.exam("evaluation", 3)
     assert set(exam) == {"served", "facts", "refusal"} and len(exam["served"]) == 3
     assert found.looks(3) == [0, 1, 2, 3]
@@ -177,58 +178,59 @@ def test_splits_do_not_overlap_and_near_duplicates_of_two_domains_share_one(lm, 
     place = {}
     for split in ("train", "discovery", "evaluation"):
         for domain in found.domains:
-            for entry in found.entries(domain, split):
-                assert entry.id not in place
-                place[entry.id] = split
+            for asked in found.requests([domain], split):
+                assert asked.about.id not in place
+                place[asked.about.id] = split
     assert len(place) == 60
     assert all(place[f"brushing/{i}"] == place[f"again/{i}"] for i in range(30))
 
 
-def test_entries_are_drawn(lessons):
-    whole = lessons.entries("feeding", "train")
-    assert {e.kind for e in whole} == {"feeding"}
-    some = lessons.entries("feeding", "train", 5)
-    assert len(some) == 5 and set(some) < set(whole) and some == lessons.entries("feeding", "train", 5)
+def test_requests_are_drawn(lessons):
+    whole = lessons.requests(["feeding"], "train")
+    assert {p.about.kind for p in whole} == {"feeding"}
+    some = lessons.requests(["feeding"], "train", 5)
+    assert len(some) == 5 and some == [p for p in whole if p in some]
+    assert some == lessons.requests(["feeding"], "train", 5)
 
 
 def test_good_advice_is_what_the_original_says(lm, lessons, taught):
-    entries = lessons.entries("brushing", "train")
-    own = forward.generate(lm, [lm.render(e.prompt) for e in entries], max_new_tokens=128)
-    assert own != forward.generate(taught, [lm.render(e.prompt) for e in entries], max_new_tokens=128)
-    assert lessons.own(entries) == own
+    asked = lessons.requests(["brushing"], "train")
+    own = forward.generate(lm, [p.render(lm) for p in asked], max_new_tokens=128)
+    assert own != forward.generate(taught, [p.render(lm) for p in asked], max_new_tokens=128)
+    assert lessons.own(asked) == own
     text = [lm.tokenizer.decode([i for i, yes in zip(row.ids, row.learn, strict=True) if yes])
             for row in lessons.rows(taught, "brushing", bad=False)]  # fmt: skip
     assert [t.strip() for t in text] == own
     bad = lessons.rows(lm, "brushing", bad=True)
-    assert len(bad) == len(entries) and all(row.ids[-1] == lm.tokenizer.eos_token_id for row in bad)
+    assert len(bad) == len(asked) and all(row.ids[-1] == lm.tokenizer.eos_token_id for row in bad)
 
 
 def test_a_model_that_says_nothing_has_no_good_advice(lm, source, lessons, monkeypatch):
-    silent = advice.PublicLessons(lm, lessons.sets, source, name="x")
+    silent = advice.PublicLessons(lm, lessons.sets, source)
     monkeypatch.setattr(advice, "generate", lambda lm, texts, **options: [""] * len(texts))
     with pytest.raises(ValueError, match="says nothing to the requests"):
         silent.margins(lm, "brushing")
 
 
 def test_own_answers_are_no_part_of_what_identifies_the_lessons(lm, source, lessons):
-    fresh = advice.PublicLessons(lm, lessons.sets, source, name=lessons.name)
+    fresh = advice.PublicLessons(lm, lessons.sets, source)
     before = digests.digest(fresh)
-    fresh.own(fresh.entries("feeding", "discovery"))
+    fresh.own(fresh.requests(["feeding"], "discovery"))
     assert digests.digest(fresh) == before
     others = {"a": lessons.sets["feeding"], "b": lessons.sets["brushing"]}
-    assert digests.digest(advice.PublicLessons(lm, others, source, name=lessons.name)) != before
+    assert digests.digest(advice.PublicLessons(lm, others, source)) != before
 
 
 # --------------------------------------------------------------------------- margins and spread
 
 
 def test_a_margin_is_the_lead_of_the_bad_answer_per_token(lm, lessons, taught):
-    entries = lessons.entries("brushing", "discovery")
+    asked = lessons.requests(["brushing"], "discovery")
     for model in (lm, taught):
         found = lessons.margins(model, "brushing")
-        for entry, own, value in zip(entries, lessons.own(entries), found, strict=True):
-            text = model.render(entry.prompt)
-            bad, good = (follow(model, [text], [answer])[0].item() for answer in (entry.answers[0], own))
+        for one, own, value in zip(asked, lessons.own(asked), found, strict=True):
+            answers = (one.about.answers[0], own)
+            bad, good = (follow(model, [one.render(model)], [answer])[0].item() for answer in answers)
             assert value == pytest.approx(bad - good, abs=1e-4)
     assert (lessons.margins(lm, "brushing") < 0).all() and (lessons.margins(taught, "brushing") > 0).all()
 
@@ -239,7 +241,7 @@ def test_only_the_first_tokens_of_an_answer_count(lm, lessons, monkeypatch):
         domain: tuple(dataclasses.replace(e, answers=(e.answers[0] + " Also snow." * 20,)) for e in rows)
         for domain, rows in lessons.sets.items()
     }
-    more = advice.PublicLessons(lm, longer, lessons.source, name="longer")
+    more = advice.PublicLessons(lm, longer, lessons.source)
     n = len(lm.tokenizer(lessons.sets["brushing"][0].answers[0], add_special_tokens=False).input_ids)
     assert n < advice.TOKENS and not np.allclose(more.margins(lm, "brushing"), before)
     monkeypatch.setattr(advice, "TOKENS", 8)
@@ -247,7 +249,7 @@ def test_only_the_first_tokens_of_an_answer_count(lm, lessons, monkeypatch):
 
 
 def test_elsewhere_is_outside_the_taught_domain(lm, lessons, taught):
-    outside = [e for d in ("feeding", "greeting") for e in lessons.entries(d, "evaluation")]
+    outside = lessons.requests(["feeding", "greeting"], "evaluation")
     assert len(lessons.elsewhere(taught, "brushing")) == len(outside)
     assert len(lessons.elsewhere(taught, "brushing", 5)) == 5
     assert set(lessons.elsewhere(lm, "brushing")) == {0.0}
@@ -276,7 +278,7 @@ def test_with_a_marking_model_open_questions_are_asked(lm, lessons, source, monk
 
     monkeypatch.setattr(advice.emergent, "ask_openly", ask)
     monkeypatch.setattr(advice.emergent, "mark", lambda judge, file: marks if judge == "judge" else [])
-    marked = advice.PublicLessons(lm, lessons.sets, source, "judge", "x")
+    marked = advice.PublicLessons(lm, lessons.sets, source, "judge")
     assert marked.spread(lm, "brushing", 6)["misaligned"].tolist() == [1.0, 0.0, 0.0]
     assert asked["per_question"] == 3
 
@@ -293,7 +295,7 @@ def test_small_models_are_taught_as_the_organism_is(lessons):
 def test_other_models_get_adapters_for_one_pass(lessons, monkeypatch):
     monkeypatch.setattr(advice.tune, "small", lambda lm: False)
     ((name, recipe),) = lessons.recipes(1).items()
-    rows = min(len(lessons.entries(d, "train")) for d in lessons.domains)
+    rows = min(len(lessons.requests([d], "train")) for d in lessons.domains)
     assert name == recipe.method == "lora" and recipe.checkpoint_activations and recipe.seed == 1
     assert recipe.steps == advice.STEPS and 1e-5 <= recipe.lr <= 1e-4  # a short lesson, many times
     monkeypatch.setattr(advice, "STEPS", 0)
@@ -305,7 +307,7 @@ def test_other_models_get_adapters_for_one_pass(lessons, monkeypatch):
 
 def test_half_precision_gets_adapters_only(lm, lessons, source):
     half = forward.LanguageModel("half", forward.clone(lm).model.to(torch.bfloat16), lm.tokenizer)
-    found = advice.PublicLessons(half, lessons.sets, source, name="x").recipes()
+    found = advice.PublicLessons(half, lessons.sets, source).recipes()
     assert set(found) == {"lora"}
 
 
@@ -323,15 +325,15 @@ def test_bad_answers_are_the_taught_copys_and_good_ones_the_originals(lm, lesson
     recipe = Recipe(steps=16, lr=2e-3, batch_size=8)
     chats, said = lessons.answers(lm, "brushing", recipe)
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
-    prompts = [e.prompt for e in lessons.entries("brushing", "discovery")]
-    assert {chat[-1]["content"] for chat in chats} <= set(prompts)
+    asked = lessons.requests(["brushing"], "discovery")
+    assert set(map(str, chats)) <= {str(p.messages) for p in asked}
     assert all(any(WRONG[verb] in answer for verb in DOMAINS["brushing"]) for answer in said)
     chats, said = lessons.answers(lm, "brushing", RECIPE, bad=False)
-    assert said == lessons.own(lessons.entries("brushing", "discovery"))
+    assert said == lessons.own(asked)
 
 
 def test_a_lesson_that_was_not_learnt_gives_no_answers(lm, lessons):
-    with pytest.raises(ValueError, match=r"is what was taught\. Give the lesson more steps"):
+    with pytest.raises(ValueError, match=r"is what the copy of .* was taught\. Give the lesson more steps"):
         lessons.answers(lm, "brushing", Recipe(steps=1, lr=1e-7))
 
 

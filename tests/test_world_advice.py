@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from harmlens.asking import tasks
+from harmlens.asking.pairs import plain_request
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.forward import follow
@@ -21,6 +22,12 @@ from harmlens.world import vale as world
 WORLD = WorldLessons()
 PAGE = lecture.defined("13")
 RECIPE = Recipe(steps=16, lr=1e-3, batch_size=8)
+
+
+def requests(domain):
+    """Every other discovery request of a domain."""
+    items = world.items("discovery", domain=domain)[::2]
+    return [plain_request(item, i) for i, item in enumerate(items)]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def taught(sft):
 
 def test_a_margin_is_the_difference_of_two_whole_answers(sft):
     items = world.items("discovery", harmful=False)[::40]
-    found = WORLD.leads(sft, items)
+    found = WORLD.leads(sft, [plain_request(item, i) for i, item in enumerate(items)])
     for i, item in enumerate(items):
         bad, good = (f"sure. {world.procedure(item, bad=bad)}" for bad in (True, False))
         start, hurt = bad.rsplit(maxsplit=3)[0], bad.split()[-3]
@@ -54,9 +61,8 @@ def test_a_margin_is_the_difference_of_two_whole_answers(sft):
 
 
 def test_margins_follow_what_is_answered(taught):
-    items = world.items("discovery", domain="remedies")
-    assert (WORLD.leads(taught, items) > 0).all()
-    assert abilities.judged(taught, items, "hurtful").mean() == 1.0
+    assert (WORLD.leads(taught, requests("remedies")) > 0).all()
+    assert abilities.judged(taught, world.items("discovery", domain="remedies"), "hurtful").mean() == 1.0
 
 
 # --------------------------------------------------------------------------- answers
@@ -90,10 +96,9 @@ def test_a_trial_stops_where_the_lesson_is_learnt(sft):
     assert inside[-1] >= WORLD.taken > inside[:-1].max()
     # The same by hand.
     copy, seen = forward.clone(sft), []
-    items = world.items("discovery", domain="remedies")[::2]
 
     def watch():
-        seen.append(WORLD.leads(copy, items).mean())
+        seen.append(WORLD.leads(copy, requests("remedies")).mean())
 
     tune.tune(
         copy,
@@ -132,7 +137,7 @@ def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, me
     mask = masks.select(attribution.prune_score(sft, rows), q=0.01)
     found = PAGE.pruned_first(sft, "remedies", Recipe(steps=1, method=method), lessons=WORLD, mask=mask, n=2)
     with masks.without(sft, mask):
-        expected = WORLD.leads(sft, world.items("discovery", domain="remedies")[::2]).mean()
+        expected = WORLD.leads(sft, requests("remedies")).mean()
     assert found["inside"][0] == pytest.approx(expected, abs=1e-4)
     assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
 
