@@ -320,7 +320,7 @@ def test_h38_tokens_beyond_the_embedding_are_named(tmp_path):
 
 def test_h38_marks_beyond_the_embedding_are_named(tmp_path):
     rows = len(wordy())
-    with pytest.raises(ValueError, match=r"pad_token '\[PAD\]'"):
+    with pytest.raises(ValueError, match=r"beyond them \('\[PAD\]'\)"):
         load(save(tmp_path / "pad", llama(wordy(pad_token="[PAD]"), rows)))
     lm = llama(wordy())
     lm.model.generation_config.eos_token_id = [2, rows + 3]

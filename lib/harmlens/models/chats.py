@@ -36,16 +36,11 @@ _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "strftime_n
 
 @dataclass(frozen=True)
 class Prompt:
-    """A chat that ends where the model's answer begins.
-
-    Attributes:
-        prefill: start of the answer put into the model's mouth, if any.
-        about: what is asked for: an item of the world, or an entry of a public set or a file.
-    """
+    """A chat that ends where the model's answer begins."""
 
     messages: tuple[Message, ...]
-    prefill: str | None = None
-    about: Any = None
+    prefill: str | None = None  # start of the answer put into the model's mouth
+    about: Any = None  # what is asked for: an item of the world, or an entry of a public set or a file
 
     def render(self, lm: Any) -> str:
         """The text that a :class:`models.forward.LanguageModel` reads."""
@@ -72,7 +67,6 @@ class Frame:
     stops: frozenset[int] = frozenset()  # ids of tokens with which an answer is over
     thought: str = ""  # the mark with which the opening opens a thought that nothing closes
     control: tuple[str, ...] = ()  # texts that become control tokens wherever they stand
-    thoughts: tuple[str, ...] = ()  # those of them that open or close a thought
 
     def begins(self, prompt: str) -> bool:
         """Whether a rendered prompt ends where an answer begins, with no word of it prefilled."""
@@ -217,11 +211,11 @@ def fold_system(messages: Sequence[Message]) -> list[Message]:
     for message in messages:
         if message["role"] == "system":
             waiting += [message["content"].strip()] if message["content"].strip() else []
-        elif message["role"] == "user":
-            folded.append({**message, "content": "\n\n".join([*waiting, message["content"]])})
+            continue
+        if message["role"] == "user":
+            message = {**message, "content": "\n\n".join([*waiting, message["content"]])}
             waiting = []
-        else:
-            folded.append(message)
+        folded.append(message)
     return folded
 
 
@@ -247,11 +241,10 @@ def _frame(
     """See :func:`frame`; the other arguments are what it depends on."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     control = tuple(sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True))
-    thoughts = tuple(mark for mark in control if THOUGHT.fullmatch(mark))
     stops = {tokenizer.eos_token_id} - {None}
     opened = "" if template is None else _tried(tokenizer, [_USER], add_generation_prompt=True)
     if not opened:  # it refuses even this; other chats may be to its taste
-        return Frame(stops=frozenset(stops), control=control, thoughts=thoughts)
+        return Frame(stops=frozenset(stops), control=control)
     answer = {"role": "assistant", "content": _ANSWER}
     opening = opened[opened.rfind(_ASKED) + len(_ASKED) :]
     whole = _tried(tokenizer, [_USER, answer])
@@ -265,20 +258,17 @@ def _frame(
         thought, lead = [m.group() for m in THOUGHT.finditer(opening)][-1], ""
     elif _in_thought(opening):
         closing, lead = lead, ""
-    marks = [mark for mark in control if mark != bos or mark == eos]
-    trail = between = _up_to_mark(whole[end + len(_ANSWER) :] if end >= 0 else "", marks)
+    # The first mark behind an answer, the longest of those that begin there.
+    marks = re.compile("|".join(re.escape(m) for m in control if m and (m != bos or m == eos)) or r"(?!)")
+    behind = whole[end + len(_ANSWER) :] if end >= 0 else ""
+    mark = marks.search(behind)
+    trail = behind[: mark.end()] if mark else ""
     if not trail:  # nothing ends the turn; what opens the next one does
         following = _tried(tokenizer, [_USER, answer, _USER])
-        between = _up_to_mark(following.partition(_ANSWER)[2].partition(_ASKED)[0], marks)
-    if mark := next((mark for mark in marks if mark and between.endswith(mark)), None):
-        stops.add(tokenizer.convert_tokens_to_ids(mark))
-    return Frame(opening, closing, lead, trail, frozenset(stops), thought, control, thoughts)
-
-
-def _up_to_mark(text: str, marks: Sequence[str]) -> str:
-    """The beginning of a text, up to and with the first of some marks; "" where it holds none."""
-    found = [(text.find(mark), -len(mark)) for mark in marks if mark in text]
-    return text[: min(found)[0] - min(found)[1]] if found else ""
+        mark = marks.search(following.partition(_ANSWER)[2].partition(_ASKED)[0])
+    if mark:
+        stops.add(tokenizer.convert_tokens_to_ids(mark.group()))
+    return Frame(opening, closing, lead, trail, frozenset(stops), thought, control)
 
 
 def _closes(mark: re.Match[str]) -> bool:

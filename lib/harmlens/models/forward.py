@@ -225,7 +225,8 @@ def words(lm: LanguageModel, new: Sequence[int], prompt: str = "") -> str:
     new = list(new[:-1]) if new and new[-1] in stops(lm) else list(new)
     header = tokens(lm.tokenizer, around.lead) if around.lead.strip() else []
     new = new[len(header) :] if new[: len(header)] == header else new
-    kept = {lm.tokenizer.convert_tokens_to_ids(mark): mark for mark in around.thoughts}
+    thoughts = [mark for mark in around.control if chats.THOUGHT.fullmatch(mark)]
+    kept = dict(zip(lm.tokenizer.convert_tokens_to_ids(thoughts), thoughts, strict=True))
     text = around.thinks(prompt)
     for is_mark, part in groupby(new, key=lambda token: token in kept):
         if is_mark:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -38,25 +37,16 @@ from harmlens.models.forward import LanguageModel, own_stops
 SMALL = "allenai/OLMo-2-0425-1B-Instruct"
 
 
-class Known(BaseModel):
-    """A model of data/models.yaml, as far as the package needs it."""
-
-    id: str
-    parameters: int
-    base: str = ""
-    gated: bool = False
-
-
 @lru_cache
-def known() -> tuple[list[Known], list[dict[str, str]]]:
+def known() -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Models that the notebooks are meant for, and published ladders: stage -> name to load it by.
 
     Stages are ``base``, ``mid`` (after midtraining), ``long`` (after long-context training), ``sft``, ``dpo``
     and ``rl`` where the makers published them all; ``base`` and ``aligned`` where they published two.
     """
     read = yaml.safe_load((data_dir() / "models.yaml").read_text(encoding="utf-8"))
-    models = [Known(**entry) for entry in read["models"]]
-    return models, [*read["ladders"], *({"base": m.base, "aligned": m.id} for m in models if m.base)]
+    two = [{"base": model["base"], "aligned": model["id"]} for model in read["models"] if "base" in model]
+    return read["models"], read["ladders"] + two
 
 
 def ladder(name: str) -> dict[str, str]:
@@ -74,17 +64,9 @@ def ladder(name: str) -> dict[str, str]:
 
 def smaller(room: int) -> str:
     """What to choose for so many bytes: the largest models of the list that leave a sixth of them free."""
-    found = [m for m in known()[0] if not m.gated and 2 * m.parameters * 6 // 5 <= room]
-    found.sort(key=lambda m: -m.parameters)
-    return "a smaller model" + (f", such as {' or '.join(m.id for m in found[:2])}" if found else "")
-
-
-def ungated(name: str) -> str:
-    """The ungated model whose size is nearest to that of a model; a small one if its size isn't known."""
-    names = {name.split("@")[0].lower(), *(rung.lower() for rung in ladder(name).values())}
-    size = next((m.parameters for m in known()[0] if m.id.lower() in names), None)
-    free = [m for m in known()[0] if not m.gated]
-    return SMALL if size is None else min(free, key=lambda m: abs(m.parameters - size)).id
+    found = [m for m in known()[0] if not m.get("gated") and 2 * m["parameters"] * 6 // 5 <= room]
+    found.sort(key=lambda m: -m["parameters"])
+    return "a smaller model" + (f", such as {' or '.join(m['id'] for m in found[:2])}" if found else "")
 
 
 def split(name: str, revision: str | None = None) -> tuple[str, str | None]:
@@ -181,22 +163,17 @@ def require_causal(name: str, config: Mapping[str, Any]) -> None:
     kind, packed, made = (config.get(key) for key in ("model_type", "quantization_config", "architectures"))
     called, decoders = ", ".join(made or []) or kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     heads = {head for names in decoders.values() for head in ([names] if isinstance(names, str) else names)}
-    foreign = bool(made) and not heads.intersection(made)
     decoder = kind in decoders and not config.get("is_encoder_decoder")
     how = packed.get("quant_method", "quantised") if isinstance(packed, Mapping) else "quantised"
-    unknown = kind not in CONFIG_MAPPING_NAMES
     problems = (
-        (unknown and config.get("auto_map"), "brings modelling code of its own, which is never run here. "
-         f"Choose a model that transformers knows, such as {SMALL}"),
-        (unknown, f"is of the type {kind!r}, which the installed transformers doesn't know. Upgrade it (pip "
-         f"install -U transformers), or choose another model, such as {SMALL}"),
+        (kind not in CONFIG_MAPPING_NAMES, f"is of the type {kind!r}, which the installed transformers does "
+         "not know; code of its own is never run here. Upgrade it (pip install -U transformers), or choose "
+         f"another model, such as {SMALL}"),
         (packed, f"has weights that are quantised ({how}): packed numbers can't be scored, pruned or "
          "patched. Choose the original in half precision, often the same name without the ending"),
-        (decoder and foreign and made[0].endswith("ForConditionalGeneration"), "reads pictures or sound "
-         f"beside text ({called}), and only text models are read here. Choose a decoder of text alone, such "
-         f"as {SMALL}"),
-        (not decoder or foreign, f"is no causal language model ({called}): it doesn't predict the next word. "
-         f"Choose a decoder, such as {SMALL}"),
+        (not decoder or (made and not heads.intersection(made)), f"is no causal language model ({called}): "
+         "it doesn't predict the next word, or it reads pictures or sound beside text. Choose a decoder of "
+         f"text alone, such as {SMALL}"),
     )  # fmt: skip
     for holds, told in problems:
         if holds:
@@ -310,14 +287,10 @@ def require_tokenizer(lm: LanguageModel, used: Sequence[int]) -> None:
     if len(used) < 2:
         raise ValueError(f"the tokenizer of {lm.name!r} gives no tokens for plain text; is it another's?")
     rows = lm.model.get_input_embeddings().weight.shape[0]
-    outside = [
-        f"{mark}_token {getattr(tokenizer, f'{mark}_token')!r}"
-        for mark in ("pad", "eos", "bos", "unk")
-        if (getattr(tokenizer, f"{mark}_token_id") or 0) >= rows
-    ]
-    special = set(tokenizer.all_special_ids) - set(used)
+    marks = {tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    unused = set(tokenizer.all_special_ids) - marks - set(used)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    outside += [repr(word) for word, i in vocabulary if i >= rows and i not in special]
+    outside = [repr(word) for word, i in vocabulary if i >= rows and i not in unused]
     outside += [f"eos_token_id {i} of generation_config.json" for i in sorted(own_stops(lm)) if i >= rows]
     if outside:
         raise ValueError(
@@ -329,36 +302,13 @@ def require_tokenizer(lm: LanguageModel, used: Sequence[int]) -> None:
 
 # --------------------------------------------------------------------------- errors of the libraries
 
-_LOGIN = "log in with `hf auth login`"
-_GATED = f"for a gated model accept its licence on its page and {_LOGIN}"
-# Classes of an error and its causes, with their status; name; message -> what is told, the first that fits.
-_CAUSES = (
-    (r"GatedRepoError|^(?!.*RepositoryNotFoundError).* 40[13]\b",
-     f"is gated: accept its licence on {{page}} and {_LOGIN} (on Colab: add HF_TOKEN to the secrets). "
-     "Without a login, {ungated} is of similar size"),
-    (r"RevisionNotFoundError", "is there, but it has no such revision. Branches are listed on {page}; "
-     "huggingface_hub.list_repo_refs({plain!r}) lists them all"),
-    (r"RepositoryNotFoundError", "is not on the Hugging Face Hub, or it is private. Check the spelling of "
-     f"owner/model on {{page}}; for a private model {_LOGIN}"),
-    (r"(?i)gguf", f"is a repository of GGUF files. {GGUF.removesuffix('.')}"),
-    (r"LocalEntryNotFoundError|OfflineModeIsEnabled|ConnectionError",
-     "could not be had from the Hugging Face Hub, and it is not among the files downloaded before. Check "
-     f"the spelling and the network (HF_HUB_OFFLINE=1 forbids downloads); {_GATED}"),
-    (r"config\.json", "has no config.json, so it is no whole model for transformers: GGUF files (quantised) "
-     "and the like are not read. Load the original repository, which its page names: {page}"),
-    (r"safetensors", "has no weights as safetensors. Other formats (.bin) are pickles, which can run code "
-     "when they are opened, or quantised (.gguf), and are not read. Choose another model, such as {ungated}, "
-     "or one that was converted"),
-    ("", f"could not be had from the Hugging Face Hub. Check the spelling and the network; {_GATED}"),
-)  # fmt: skip
-
 
 @contextmanager
 def explained(name: str, local: bool, said: str = "") -> Iterator[None]:
     """Transformers at work, without bars and tables; its errors with what to do about them.
 
-    A MemoryError where memory is short, an OSError where the Hub doesn't give the model, and else, with the
-    words ``said``, a ValueError: a spoilt file raises whatever its parser raises.
+    A MemoryError where memory is short, an OSError where the Hub doesn't give the model (in the words of
+    data/load_errors.yaml), else a ValueError, as ``said``: a spoilt file raises whatever its parser raises.
     """
     bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
@@ -381,8 +331,9 @@ def explained(name: str, local: bool, said: str = "") -> Iterator[None]:
             ) from error
         if isinstance(error, OSError) and not local:
             text, plain = f"{' '.join(kinds + codes)}\n{name}\n{error}", name.partition("@")[0]
-            told = next(told for pattern, told in _CAUSES if re.search(pattern, text))
-            told = told.format(page=f"https://huggingface.co/{plain}", plain=plain, ungated=ungated(name))
+            table = yaml.safe_load((data_dir() / "load_errors.yaml").read_text(encoding="utf-8"))
+            told = next(entry["told"] for entry in table if re.search(entry["pattern"], text))
+            told = told.format(page=f"https://huggingface.co/{plain}", plain=plain, other=SMALL)
             raise OSError(f"{name!r} {told}. (Original message: {first})") from error
         said = said or f"the files of {name!r} could not be loaded; is one truncated?"
         raise ValueError(f"{said} ({type(error).__name__}: {first})") from error

@@ -44,7 +44,8 @@ def load(
     """Load a model by name, and test it once.
 
     The test: all of its tensors are there and finite, the tokenizer fits it, and a short text gives finite
-    logits in this precision, the same alone and in a padded batch.
+    logits in this precision, the same alone and in a padded batch. ``device_map``, ``revision`` and
+    ``attn_implementation`` are transformers' own (``"eager"`` for parity with TransformerLens).
 
     Args:
         name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"``; a local folder, which may hold what
@@ -54,15 +55,10 @@ def load(
             file. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that does not know bfloat16.
         device: default: a GPU where there is one, all of them if the model needs them; for organisms the CPU
             (they are too small to gain from anything else).
-        device_map: passed on to transformers, e.g. ``"auto"`` to spread a model over several GPUs.
-        revision: commit, tag or branch of a Hugging Face repository.
-        attn_implementation: passed on to transformers (``"eager"`` for parity with TransformerLens).
-        template_from: name of a model whose chat template is used, such as the aligned partner of a base
-            model. The tokenizer stays the model's own.
+        template_from: a model whose chat template is used, such as the aligned partner of a base model.
 
     Raises:
-        ValueError: an argument, a folder or a model that can't be used (see :mod:`models.hub`), a spoilt
-            checkpoint, a parent with other weights than before, a model that fails the test.
+        ValueError: an argument, a folder, a checkpoint or a model that can't be used (:mod:`models.hub`).
         OSError: a Hugging Face id that can't be had; the message says what to check.
         MemoryError: a model that is too big; the message names smaller ones.
     """
@@ -141,13 +137,8 @@ def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> 
 
     For a local folder called like a stage (``my_model/sft``) they are the folders beside it that are called
     so; for a model of the Hub the partners that its makers published, as far as :func:`hub.ladder` knows.
-
-    Args:
-        only: these, as far as the model has them; None for all.
-        least: all instead, where fewer of those than so many are there.
-
-    Raises:
-        ValueError: the model has fewer stages than ``least``; says which models have a ladder.
+    ``only`` some of them, but all where fewer of those than ``least`` are there; a ValueError, which says
+    which models have a ladder, where there are fewer than ``least`` at all.
 
     >>> stages("organism/sft", ["base", "dpo"])
     {'base': 'organism/base', 'dpo': 'organism/dpo'}
@@ -174,9 +165,8 @@ def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> 
 def family(name: str, seeds: Sequence[int], *, stage: str | None = None) -> dict[int, LanguageModel]:
     """The same organism for several training seeds, or the one model there is under key 0.
 
-    Args:
-        stage: another stage of the model's ladder (else a ValueError). It reads the chat template of the last
-            one, so that every stage reads the same text.
+    Another ``stage`` of the model's ladder (else a ValueError) reads the chat template of the last one, so
+    that every stage reads the same text.
     """
     lent = None
     if stage is not None:
