@@ -18,15 +18,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from harmlens import __version__, keep
 from harmlens.asking import source as material
-from harmlens.evidence import plots, results
+from harmlens.evidence import plots, results, stats
 from harmlens.evidence.stats import Estimate
 from harmlens.flow import outcomes
 from harmlens.keep import files
 from harmlens.models import loading, organisms
+from harmlens.weights import frontier
 from harmlens.world import vale as world
 
 WORLD_ONLY = "# world-only"
@@ -130,6 +132,21 @@ class Run:
     def exam(self, **options: Any) -> dict:
         """All that a model is asked before and after a treatment."""
         return self.source.exam(**{"n": self.n, **options})
+
+    def left(self, name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarray:
+        """What is left of an ability [item]: exact answers; of a model's own answers, whose truth isn't known, the
+        share of their probability (:func:`weights.frontier.remaining`)."""
+        own = name in self.source.own
+        return frontier.remaining(before[name], after[name]) if own else after[name].exact
+
+    def drop(self, name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Estimate:
+        """Relative drop of an ability, by exam results before and after: 1 - mean after / mean before."""
+        both = [self.left(name, before, x) for x in (before, after)]
+        return stats.bootstrap_ci(np.stack(both, axis=1), "relative drop")
+
+    def lost(self, name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Estimate:
+        """How much of an ability is lost, as a difference of shares."""
+        return stats.bootstrap_ci(self.left(name, before, before) - self.left(name, before, after))
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
         """:func:`keep.remember` under a name, this run's model and parameters."""
