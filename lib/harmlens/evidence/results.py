@@ -209,7 +209,7 @@ def load_claims(path: str | Path | None = None) -> dict[str, Claim]:
     return claims
 
 
-def roles(path: str | Path | None = None) -> dict[int, str]:
+def registered_runs(path: str | Path | None = None) -> dict[int, str]:
     """The registered training runs: number -> "exploratory" or "confirmatory"."""
     content = files.read_yaml(Path(path) if path is not None else files.data_dir() / "runs.yaml")
     return {int(run): role for role in ("exploratory", "confirmatory") for run in content[role]}
@@ -339,7 +339,7 @@ def record(
     known, organism = claims[claim], model.partition("/")[0] == "organism"
     content: dict[str, Any] = {
         "schema": SCHEMA, "claim": claim, "model": files.model_name(model), "run": int(run),
-        "role": roles().get(int(run), "unregistered") if organism else "real", "notebook": known.notebook,
+        "role": registered_runs().get(int(run), "unregistered") if organism else "real", "notebook": known.notebook,
         "effect": _span(effect), "control": control and {"name": control[0], **_span(control[1])},
         "diff": control and _span(effect.minus(control[1])), "n": int(effect.n), "unit": known.unit,
         "note": files.portable(note),
@@ -418,7 +418,7 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
     file, a second one of the same claim and run, one that was measured under another wording of its claim or
     by another version of its notebook, a run that ``data/runs.yaml`` doesn't register.
     """
-    claims, registered = load_claims(), roles()
+    claims, registered = load_claims(), registered_runs()
     found: dict[tuple[str, str, int], Measurement] = {}
     for folder in default_folders() if folders is None else [Path(item) for item in folders]:
         here: dict[tuple[str, str, int], tuple[Path, Measurement]] = {}
