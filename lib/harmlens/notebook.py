@@ -134,8 +134,8 @@ class Run:
         return self.source.exam(**{"n": self.n, **options})
 
     def left(self, name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> np.ndarray:
-        """What is left of an ability [item]: exact answers; of a model's own answers, whose truth isn't known,
-        the share of their probability (:func:`weights.frontier.remaining`)."""
+        """What is left of an ability [item]: exact answers; of a model's own answers, whose truth is not
+        known, the share of their probability (:func:`weights.frontier.remaining`)."""
         own = name in self.source.own
         return frontier.remaining(before[name], after[name]) if own else after[name].exact
 

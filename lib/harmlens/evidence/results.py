@@ -336,10 +336,12 @@ def record(
             beside = control and (control[0], control[1].per_seed.get(seed, control[1]))
             path = record(claim, one, beside, model=model, run=seed, note=note, folder=folder, **made)
         return path
-    known, organism = claims[claim], model.partition("/")[0] == "organism"
+    known, role = claims[claim], "real"
+    if organism := model.partition("/")[0] == "organism":
+        role = registered_runs().get(int(run), "unregistered")
     content: dict[str, Any] = {
         "schema": SCHEMA, "claim": claim, "model": files.model_name(model), "run": int(run),
-        "role": registered_runs().get(int(run), "unregistered") if organism else "real", "notebook": known.notebook,
+        "role": role, "notebook": known.notebook,
         "effect": _span(effect), "control": control and {"name": control[0], **_span(control[1])},
         "diff": control and _span(effect.minus(control[1])), "n": int(effect.n), "unit": known.unit,
         "note": files.portable(note),
