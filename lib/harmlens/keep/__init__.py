@@ -58,87 +58,82 @@ def remember(key: Any, compute: Callable[[], Any], folder: Path | str | None = N
     whole = digest(files.versions(), compute, key)
     home = Path(folder).expanduser() if folder else files.build_dir() / "runs"
     file = home / files.slug(name) / f"{whole[:24]}.json"
-    beside = file.with_suffix(".safetensors")
     with files.locked(file):
         if file.is_file():
             try:
-                content = json.loads(file.read_text(encoding="utf-8"))
-                about, tensors = files.read_tensors(beside, "key") if content["beside"] else (content, {})
-                if not content["key"] == about["key"] == whole:
-                    raise ValueError("it belongs to another key")
-                return _unpacked(content["value"], tensors)
+                return _read(file, whole)
             except Exception as error:  # the parser of tensors has errors of its own
                 kind = f"{type(error).__name__}: {error}"
                 said = f"{file.name!r} is damaged or foreign ({kind}); it is made anew"
                 warnings.warn(said, stacklevel=2)
-        began, tensors = time.time(), {}
-        value = _packed(compute(), tensors)
-        if tensors:
-            files.write_tensors(beside, tensors, "key", {"key": whole})
+        began, value = time.time(), compute()
         if isinstance(compute, functools.partial):
             parts |= inspect.signature(compute.func).bind(*compute.args, **compute.keywords).arguments
-        about = _provenance(parts, round(time.time() - began, 2))
-        content = {"key": whole, "value": value, "beside": bool(tensors), "provenance": about}
-        files.write_json(file, content, allow_nan=True)
-        return _unpacked(value, tensors)
-
-
-def _provenance(parts: Mapping[Any, Any], wall_s: float) -> dict[str, Any]:
-    """Of a kept value: its first model, and what else it depends on as short text."""
-    params = {str(name): getattr(part, "name", None) or repr(part)[:200] for name, part in parts.items()}
-    lm = next((part for part in parts.values() if is_model(part)), None)
-    made = {} if lm is None else {"revision": lm.revision, "device": str(lm.device)}
-    return files.provenance("" if lm is None else lm.name, params=params, wall_s=wall_s, **made)
+        params = {str(name): getattr(part, "name", None) or repr(part)[:200] for name, part in parts.items()}
+        lm = next((part for part in parts.values() if is_model(part)), None)
+        made = {} if lm is None else {"revision": lm.revision, "device": str(lm.device)}
+        seconds = round(time.time() - began, 2)
+        about = files.provenance("" if lm is None else lm.name, params=params, wall_s=seconds, **made)
+        _write(file, {"key": whole, "value": value, "provenance": about})
+        return _read(file, whole)
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-def _packed(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """A value as JSON; arrays and tensors go into ``tensors``."""
-    import torch
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a value as JSON, after what JSON doesn't know: arrays and tensors, in a file beside it."""
+    tensors: dict[str, torch.Tensor] = {}
 
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, np.generic):
-        return value.item()
-    if isinstance(value, Mapping):
-        return {str(name): _packed(item, tensors) for name, item in value.items()}
-    if _is_list(value):
-        return [_packed(item, tensors) for item in value]
-    if isinstance(value, range):
-        return {"kept as": "range", "of": [value.start, value.stop, value.step]}
-    if dataclasses.is_dataclass(value) and type(value).__module__.startswith("harmlens."):
-        entries = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        tuples = [name for name, item in entries.items() if isinstance(item, tuple)]
-        kind = f"{type(value).__module__}:{type(value).__qualname__}"
-        return {"kept as": kind, "fields": _packed(entries, tensors), "tuples": tuples}
-    if not isinstance(value, np.ndarray | torch.Tensor):
-        kind = type(value).__name__
-        raise TypeError(f"a result of type {kind} can't be kept; return numbers, text, arrays")
-    array, name = isinstance(value, np.ndarray), str(len(tensors))
-    if value.dtype.kind not in "fiub" if array else value.is_complex():
-        raise TypeError(f"an array of {value.dtype} can't be kept; return numbers")
-    tensors[name] = torch.from_numpy(value.copy()) if array else value.detach().cpu().clone()
-    return {"kept as": "array" if array else "tensor", "entry": name}
+    def known(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, range):
+            return {"kept as": "range", "of": [value.start, value.stop, value.step]}
+        if dataclasses.is_dataclass(value) and type(value).__module__.startswith("harmlens."):
+            entries = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            tuples = [name for name, item in entries.items() if isinstance(item, tuple)]
+            kind = f"{type(value).__module__}:{type(value).__qualname__}"
+            return {"kept as": kind, "fields": entries, "tuples": tuples}
+        import torch
+
+        array, name = isinstance(value, np.ndarray), str(len(tensors))
+        if not isinstance(value, np.ndarray | torch.Tensor):
+            kind = type(value).__name__
+            raise TypeError(f"a result of type {kind} can't be kept; return numbers, text, arrays")
+        if value.dtype.kind not in "fiub" if array else value.is_complex():
+            raise TypeError(f"an array of {value.dtype} can't be kept; return numbers")
+        tensors[name] = torch.from_numpy(value.copy()) if array else value.detach().cpu().clone()
+        return {"kept as": "array" if array else "tensor", "entry": name}
+
+    text = json.dumps(content, default=known, ensure_ascii=False, indent=1)
+    if tensors:
+        files.write_tensors(file.with_suffix(".safetensors"), tensors, {"key": content["key"]})
+    files.write_whole(file, lambda part: part.write_text(text + "\n", encoding="utf-8"))
 
 
-def _unpacked(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unpacked(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if "kept as" not in value:
-        return {name: _unpacked(item, tensors) for name, item in value.items()}
-    if value["kept as"] == "range":
-        return range(*value["of"])
-    if "fields" in value:
-        module, _, kind = value["kept as"].partition(":")
+def _read(file: Path, key: str) -> Any:
+    """The value that :func:`_write` wrote; an error for another or a damaged file."""
+    beside = file.with_suffix(".safetensors")
+    about, tensors = files.read_tensors(beside) if beside.is_file() else ({"key": key}, {})
+
+    def made(entry: dict[str, Any]) -> Any:
+        kind = entry.get("kept as", "")
+        if kind == "range":
+            return range(*entry["of"])
+        if "entry" in entry and kind:
+            found = tensors[entry["entry"]]
+            return found.numpy() if kind == "array" else found
+        if not kind:
+            return entry
+        module, _, kind = kind.partition(":")
         if not module.startswith("harmlens."):
             raise ValueError(f"it holds a {kind} of {module}")
-        entries = _unpacked(value["fields"], tensors)
-        entries |= {name: tuple(entries[name]) for name in value["tuples"]}
-        return getattr(import_module(module), kind)(**entries)
-    found = tensors[value["entry"]]
-    return found.numpy() if value["kept as"] == "array" else found
+        tuples = {name: tuple(entry["fields"][name]) for name in entry["tuples"]}
+        return getattr(import_module(module), kind)(**entry["fields"] | tuples)
+
+    content = json.loads(file.read_text(encoding="utf-8"), object_hook=made)
+    if not content["key"] == about["key"] == key:
+        raise ValueError("it belongs to another key")
+    return content["value"]

@@ -64,17 +64,15 @@ def data_dir() -> Path:
     """
     named, root = folder_from("HARMLENS_DATA"), repo_root()
     folder = named or (root or _PACKAGE) / "data"
-    if (folder / _MARKER).is_file():
-        return folder
-    if named:
+    if not (folder / _MARKER).is_file():
         raise FileNotFoundError(
-            f"HARMLENS_DATA is set to {os.environ['HARMLENS_DATA']!r}, but there is no {_MARKER} in that "
-            "folder. Set HARMLENS_DATA to the data folder of a clone, or unset it."
+            f"HARMLENS_DATA is set to {str(named)!r}, but there is no {_MARKER} in that folder. Set it to "
+            "the data folder of a clone, or unset it."
+            if named
+            else f"harmlens' data folder was not found (no {_MARKER} beside the package). Reinstall harmlens "
+            "from the repository, or set HARMLENS_DATA to the data folder of a clone."
         )
-    raise FileNotFoundError(
-        f"harmlens' data folder was not found (no {_MARKER} beside the package). Reinstall harmlens "
-        "from the repository, or set HARMLENS_DATA to the data folder of a clone."
-    )
+    return folder
 
 
 def build_dir() -> Path:
@@ -129,16 +127,15 @@ def writable(folder: Path) -> Path:
     """The folder, made if need be; PermissionError, with the remedy, if nothing can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
-        reason = "no permission"
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError("no permission")
     except OSError as error:
-        reason = error.strerror or type(error).__name__
-    raise PermissionError(
-        f"nothing can be written in {str(folder)!r} ({reason}). Give another folder, or set HARMLENS_CACHE "
-        "(answers and downloads), HARMLENS_BUILD (runs) or HARMLENS_RESULTS (result files) to one where you "
-        "may write"
-    )
+        raise PermissionError(
+            f"nothing can be written in {str(folder)!r} ({error.strerror or error}). Give another folder, or "
+            "set HARMLENS_CACHE (answers and downloads), HARMLENS_BUILD (runs) or HARMLENS_RESULTS (result "
+            "files) to one where you may write"
+        ) from error
+    return folder
 
 
 def write_whole(file: Path, write: Callable[[Path], object]) -> None:
@@ -155,29 +152,27 @@ def write_whole(file: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
-def write_json(path: Path, content: Any, *, allow_nan: bool = False) -> None:
-    """Write JSON in one step."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n"
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON in one step; infinite and missing numbers are a ValueError."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def write_tensors(
-    file: Path, tensors: Mapping[str, torch.Tensor], key: str, about: Mapping[str, Any]
-) -> None:
-    """Write tensors as safetensors, with what is known of them as JSON under one entry of the metadata."""
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> None:
+    """Write tensors as safetensors, with what is known of them as JSON in one entry of the metadata."""
     from safetensors.torch import save_file
 
     # One entry: several would be written in an order that changes from run to run.
     kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(file, lambda part: save_file(kept, part, {key: json.dumps(about)}))
+    write_whole(file, lambda part: save_file(kept, part, {"about": json.dumps(about)}))
 
 
-def read_tensors(file: Path | str, key: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """What :func:`write_tensors` wrote; for another or a damaged file, whatever its parser raises."""
     from safetensors import safe_open
 
     with safe_open(file, "pt") as stored:
-        about = json.loads(stored.metadata()[key])
+        about = json.loads(stored.metadata()["about"])
         return about, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
 
 
@@ -196,14 +191,12 @@ def locked(file: Path) -> Iterator[None]:
         yield  # nobody can change it here, and it may be all there
         return
     try:
-        lock.acquire(blocking=False)
+        held = lock.acquire(blocking=False)
     except Timeout:
         warnings.warn(f"another process writes {file.name!r}; waiting until it has done so", stacklevel=3)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         yield
-    finally:
-        lock.release()
 
 
 class _Loader(yaml.SafeLoader):
@@ -244,13 +237,9 @@ def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Add lines, and see them onto the disk; a half-written last line makes way."""
     if not rows:
         return
-    with locked(file), open(file, "r+b" if file.exists() else "w+b") as out:
-        if end := out.seek(0, os.SEEK_END):
-            out.seek(end - 1)
-            if out.read(1) != b"\n":
-                out.seek(0)
-                out.truncate(out.read().rfind(b"\n") + 1)
-        out.seek(0, os.SEEK_END)
+    with locked(file), open(file, "a+b") as out:
+        out.seek(0)
+        out.truncate(out.read().rfind(b"\n") + 1)
         out.write(_as_lines(rows))
         out.flush()
         os.fsync(out.fileno())
@@ -275,11 +264,11 @@ def settle(file: Path, settings: Mapping[str, Any], begun: bool) -> None:
     beside = file.with_name(file.name + ".meta.json")
     settings = json.loads(json.dumps(portable(settings)))
     if not begun:
-        model = str(settings.get("model") or settings.get("id") or "")
-        about = provenance(
-            model, revision=settings.get("revision"), dtype=str(settings.get("dtype") or "none"),
-            params=settings,
-        )  # fmt: skip
+        model, how = (
+            str(settings.get("model") or settings.get("id") or ""),
+            str(settings.get("dtype", "none")),
+        )
+        about = provenance(model, revision=settings.get("revision"), dtype=how, params=settings)
         return write_json(beside, {"settings": settings, "provenance": about})
     remedy = "Give another file, or remove it together with its .meta.json to begin anew."
     try:
@@ -319,8 +308,7 @@ def portable(value: Any) -> Any:
 
 
 def _shortened(path: str) -> str:
-    root = repo_root()
-    plain = Path(path.removeprefix("file://"))
+    root, plain = repo_root(), Path(path.removeprefix("file://"))
     if root is not None and plain.is_relative_to(root) and plain != root:
         return plain.relative_to(root).as_posix()
     return PureWindowsPath(plain).name or "/"  # takes both kinds of slashes
@@ -376,17 +364,16 @@ def model_name(model: str) -> str:
     return str(portable(model)) + ("" if weights is None else f"@{weights[:8]}")
 
 
-def _git() -> dict[str, Any]:
-    """Commit and state of the clone; nothing when the package is installed or git is missing."""
-    root, found = repo_root(), {"git_commit": None, "dirty": None}
-    if root is not None and (root / ".git").exists():
-        git = ["git", "--no-optional-locks", "-C", str(root)]
-        told = {"capture_output": True, "text": True, "timeout": 20, "check": True}
-        with suppress(OSError, subprocess.SubprocessError):
-            found["git_commit"] = subprocess.run([*git, "rev-parse", "HEAD"], **told).stdout.strip()
-            status = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **told).stdout
-            found["dirty"] = bool(status.strip())
-    return found
+def _git(*words: str) -> str | None:
+    """What git says of the clone; None when the package is installed or git is missing."""
+    root = repo_root()
+    if root is None or not (root / ".git").exists():
+        return None
+    command = ["git", "--no-optional-locks", "-C", str(root), *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def versions() -> dict[str, str]:
@@ -396,33 +383,6 @@ def versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def _checkpoints(model: str, seeds: Sequence[int]) -> dict[str, str]:
-    """Checksums of the organism's checkpoints behind "organism/<stage>" (or all of "organism") and seeds."""
-    kind, _, stage = model.partition("/")
-    if kind != "organism":
-        return {}
-    found = {}
-    for path in sorted((data_dir() / "organisms").glob("*/*.safetensors")):
-        of, _, seed = path.parent.name.rpartition("-")
-        if path.parent.name == stage or (stage in ("", of) and seed in map(str, seeds)):
-            found[f"{path.parent.name}/{path.name}"] = sha256(path)
-    return found
-
-
-def _machine(device: str) -> tuple[str, dict[str, float]]:
-    """The device by name, and the largest memory of this process and of the GPU so far."""
-    torch, peaks, name = sys.modules.get("torch"), {}, str(device)
-    with suppress(ImportError):  # Windows
-        import resource
-
-        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
-        peaks["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
-    if torch is not None and name.startswith("cuda") and torch.cuda.is_available():
-        peaks["gpu"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-        name = f"{name} ({torch.cuda.get_device_name(device)})"
-    return name, peaks
 
 
 def provenance(
@@ -436,20 +396,35 @@ def provenance(
     wall_s: float | None = None,
 ) -> dict[str, Any]:
     """The provenance block of a result file."""
-    device, peak_gb = _machine(device)
+    kind, _, stage = model.partition("/")
+    checkpoints: dict[str, str] = {}  # those of the organism behind "organism/<stage>", or behind all of it
+    for path in sorted((data_dir() / "organisms").glob("*/*.safetensors")) if kind == "organism" else ():
+        of, _, seed = path.parent.name.rpartition("-")
+        if path.parent.name == stage or (stage in ("", of) and seed in map(str, seeds)):
+            checkpoints[f"{path.parent.name}/{path.name}"] = sha256(path)
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    device, peak_gb, torch = str(device), {}, sys.modules.get("torch")
+    with suppress(ImportError):  # Windows
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes elsewhere
+        peak_gb["process"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+    if torch is not None and device.startswith("cuda") and torch.cuda.is_available():
+        peak_gb["gpu"] = round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+        device = f"{device} ({torch.cuda.get_device_name(device)})"
     return {
         "created_utc": datetime.now(UTC).isoformat(timespec="microseconds"),
-        **_git(),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
         "lib_version": sys.modules["harmlens"].__version__,  # above every room
         "python": platform.python_version(),
         "packages": versions(),
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "model": {
-            "id": model_name(model), "revision": revision or _weights(model),
-            "checkpoints": _checkpoints(model, seeds),
+            "id": model_name(model), "revision": revision or _weights(model), "checkpoints": checkpoints,
         },
-        "dataset": {"id": "world", "seed": WORLD_SEED} if model.partition("/")[0] == "organism" else None,
+        "dataset": {"id": "world", "seed": WORLD_SEED} if kind == "organism" else None,
         "seeds": list(seeds),
         "params": portable(params or {}),
         "inputs": {},  # files that were read: none by the results of the book

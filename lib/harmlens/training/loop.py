@@ -285,7 +285,7 @@ def _write(
         for place, state in optimizer.state_dict()["state"].items():
             for name, value in state.items():
                 tensors[f"optimizer/{number}/{place}/{name}"] = torch.as_tensor(value)
-    files.write_tensors(to.file, tensors, "run", {**about, "notes": to.notes})
+    files.write_tensors(to.file, tensors, {**about, "notes": to.notes})
 
 
 def _resume(
@@ -298,7 +298,7 @@ def _resume(
     if not at.file.is_file():
         return None
     try:
-        about, tensors = files.read_tensors(at.file, "run")
+        about, tensors = files.read_tensors(at.file)
     except Exception as error:  # a spoilt file raises whatever its parser raises
         warnings.warn(f"{at.file.name!r} is damaged ({error}); the run starts anew", stacklevel=3)
         return None
