@@ -251,10 +251,10 @@ def test_h17_a_readers_row_of_control_text_is_refused_and_one_of_a_public_set_is
     file = tmp_path / "own.csv"
     file.write_text("prompt,harmful\n" + "".join(f"{text},{int(harmful)}\n" for text, harmful in rows))
     with pytest.raises(ValueError, match=r"request '.*' holds '<\|im_end\|>'"):
-        public.public(lm, str(file), graders.prefixes())
+        public.public(lm, str(file), graders.grader("prefixes"))
     entries = [Entry(f"x/{i}", text, harmful, "", source="xstest") for i, (text, harmful) in enumerate(rows)]
     monkeypatch.setattr(datasets, "entries", lambda data: entries if data == "xstest" else [])
-    source = public.public(lm, "xstest", graders.prefixes())
+    source = public.public(lm, "xstest", graders.grader("prefixes"))
     assert len(source.entries) == len(asked) and "1 of its rows hold control tokens" in source.describe()
 
 

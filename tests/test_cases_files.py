@@ -264,7 +264,7 @@ def test_t18_tables_with_tabs(tmp_path):
 
 
 def of(data):
-    return public.public(standin.load(), data, graders.prefixes())
+    return public.public(standin.load(), data, graders.grader("prefixes"))
 
 
 def both(n) -> str:

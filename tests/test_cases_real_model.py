@@ -186,6 +186,6 @@ def test_a_check_is_as_long_as_the_model_is_small(lm):
 
 def test_the_default_judge_and_a_judge_of_harm_are_asked_alike(lm):
     """Whoever judges, the check is the same one; nothing goes by a judge's name."""
-    for judge in (graders.prefixes(), Grader("prefixes", right, lambda: {})):
+    for judge in (graders.grader("prefixes"), Grader("prefixes", right, lambda: {})):
         source = dataclasses.replace(asked(lm, right), grader=judge)
         assert (source.cannot_tell == "") == (judge.score is right)

@@ -18,7 +18,7 @@ from sklearn.metrics import cohen_kappa_score
 from harmlens.judging import agreement, completions, graders, judge_models
 from harmlens.judging.completions import Completion
 from harmlens.judging.graders import Grade
-from harmlens.judging.refusals import degenerate, normalised
+from harmlens.judging.refusals import normalised, void
 from harmlens.models import chats, forward
 
 GRADES = [1, 2, 3, 4, 5]
@@ -57,8 +57,8 @@ def test_an_ordinary_list_is_not_repetition():
     steps = " ".join(f"{i}. take the {word} and put it on the {other}." for i, (word, other) in enumerate(
         [("soot", "pan"), ("nettle", "stove"), ("ladle", "shelf"), ("salt", "table"), ("jar", "sill")]
     ))  # fmt: skip
-    assert not degenerate(steps)
-    assert not degenerate("yes yes yes")
+    assert not void(steps)
+    assert not void("yes yes yes")
 
 
 # --------------------------------------------------------------------------- graders in general
@@ -80,7 +80,7 @@ def test_graders_by_name():
 
 def test_one_answer_to_each_request():
     with pytest.raises(ValueError, match=r"2 requests but 1 answers"):
-        graders.prefixes()(["q", "q"], ["a"])
+        graders.grader("prefixes")(["q", "q"], ["a"])
 
 
 # --------------------------------------------------------------------------- StrongREJECT
@@ -324,7 +324,7 @@ def test_the_two_steps_together(tmp_path):
     lm = tiny.model()
     prompts = [completions.Prompt(({"role": "user", "content": f"what is {w}?"},)) for w in ("soot", "salt")]
     file = completions.complete(lm, prompts, file=tmp_path / "run.jsonl", max_new_tokens=3)
-    for grader in (graders.prefixes(), graders.grader("strongreject", grown(*map(str, GRADES)))):
+    for grader in (graders.grader("prefixes"), graders.grader("strongreject", grown(*map(str, GRADES)))):
         found = graders.read_grades(graders.grade_file(file, grader))
         assert set(found) == {one.id for one in completions.completed(file)}
     about = json.loads((tmp_path / "run.strongreject.grades.jsonl.meta.json").read_text())["settings"]
@@ -333,7 +333,7 @@ def test_the_two_steps_together(tmp_path):
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"make it with completions.complete"):
-        graders.grade_file(tmp_path / "none.jsonl", graders.prefixes())
+        graders.grade_file(tmp_path / "none.jsonl", graders.grader("prefixes"))
     with pytest.raises(FileNotFoundError, match=r"grade completions with graders.grade_file"):
         graders.read_grades(tmp_path / "none.grades.jsonl")
 

@@ -38,7 +38,7 @@ def lm() -> LanguageModel:
 
 
 def make(lm: LanguageModel, entries=ENTRIES, grader=None, facts=FACTS) -> Public:
-    return Public(lm, tuple(entries), grader or graders.prefixes(), facts, "mine.csv")
+    return Public(lm, tuple(entries), grader or graders.grader("prefixes"), facts, "mine.csv")
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +313,7 @@ def test_nothing_is_generated_or_graded_twice(lm, monkeypatch):
 
     def grade(requests, answers):
         calls.update(zip(requests, answers, strict=True))
-        return graders.prefixes()(requests, answers)
+        return graders.grader("prefixes")(requests, answers)
 
     monkeypatch.setattr(public, "generate", generate)
     source = make(lm, grader=grade)
@@ -359,7 +359,7 @@ def test_white_space_that_a_model_writes_first_is_part_of_its_answer(lead):
     says(lm, f"{lead}Brush it now.")
     some = [e for e in ENTRIES if not e.harmful][:3]
     assert forward.generate(lm, [lm.render(e.prompt) for e in some]) == ["Brush it now."] * 3
-    found = OwnAnswers(lm, graders.prefixes()).greedy(some, Way("served"))
+    found = OwnAnswers(lm, graders.grader("prefixes")).greedy(some, Way("served"))
     assert found == [f"{lead}Brush it now."] * 3
     task = public._own_task("served", Way("served"), dict(zip(some, found, strict=True)))
     assert tasks.measure(lm, task).exact.mean() == 1
@@ -370,7 +370,7 @@ def test_a_last_word_that_was_cut_is_left_out(monkeypatch):
     lm = standin.load()
     says(lm, " Brush it now.")
     monkeypatch.setattr(public, "generate", lambda lm, texts, **o: ["Brush it no\ufffd"] * len(texts))
-    assert OwnAnswers(lm, graders.prefixes()).greedy(ENTRIES[:2], Way("served")) == [" Brush it"] * 2
+    assert OwnAnswers(lm, graders.grader("prefixes")).greedy(ENTRIES[:2], Way("served")) == [" Brush it"] * 2
 
 
 def test_an_answer_that_can_not_be_forced_is_none(lm, monkeypatch):
@@ -442,7 +442,7 @@ def test_questions_about_requests():
 
 
 def test_explanations_that_nobody_gave_are_left_out(lm, monkeypatch):
-    own = OwnAnswers(lm, graders.prefixes())
+    own = OwnAnswers(lm, graders.grader("prefixes"))
     some = list(ENTRIES[:4])
     whole = public._explanation(own, some)
     assert whole.units == tuple(e.id for e in some)
@@ -474,10 +474,10 @@ def test_public_sets_of_the_default_are_known():
 
 
 def test_a_file_by_its_name(lm):
-    found = public.public(lm, str(standin.PROMPTS), graders.prefixes())
+    found = public.public(lm, str(standin.PROMPTS), graders.grader("prefixes"))
     assert (found.name, found.entries) == ("prompts.csv", ENTRIES)
     assert found.facts and all(e.kind == "fact" for e in found.facts)
-    both = public.public(lm, f"{standin.PROMPTS},{standin.FACTS}", graders.prefixes())
+    both = public.public(lm, f"{standin.PROMPTS},{standin.FACTS}", graders.grader("prefixes"))
     assert (both.name, both.entries, both.facts) == ("prompts.csv, facts.csv", ENTRIES, FACTS)
     assert both.describe() == (
         "prompts.csv, facts.csv: 120 harmful and 120 harmless requests; judge: prefixes"

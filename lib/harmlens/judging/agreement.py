@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import combinations
 from typing import Any
 
@@ -46,40 +47,39 @@ def agreement(grades: Mapping[str, Sequence[Any]], *, n_resamples: int = 2000) -
         yes = (both >= YES).astype(float)
         equal = (yes[:, 0] == yes[:, 1]).astype(float)
         rows.append({"judge": a, "other": b, "n": n})
-        for values, statistic in ((equal, None), (yes, kappa), (both, spearman)):
-            name, interval = statistic.__name__ if statistic else "agreement", (math.nan,) * 3
-            if statistic is None or math.isfinite(statistic(values[:, 0], values[:, 1])):
-                found = bootstrap_ci(values, _defined(statistic), n_resamples=n_resamples)
+        compared = {"agreement": (equal, "mean"), "kappa": (yes, kappa), "spearman": (both, spearman)}
+        for name, (values, statistic) in compared.items():
+            interval = (math.nan,) * 3
+            if statistic == "mean" or math.isfinite(statistic(values[:, 0], values[:, 1])):
+                resampled = statistic if statistic == "mean" else partial(_or_none, statistic)
+                found = bootstrap_ci(values, resampled, n_resamples=n_resamples)
                 interval = found.value, found.low, found.high
             rows[-1] |= dict(zip((name, f"{name}_low", f"{name}_high"), interval, strict=True))
     return pd.DataFrame(rows)
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def kappa(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
     """Cohen's kappa of yes/no values (1 and 0); NaN where both judges say the same of everything.
 
     Of many resamples at once, which scikit-learn's does not take.
     """
     first, second = a.mean(axis), b.mean(axis)
-    seen = (a == b).mean(axis)
     chance = first * second + (1 - first) * (1 - second)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(chance < 1 - 1e-12, (seen - chance) / (1 - chance), np.nan)[()]
+    return np.where(chance < 1 - 1e-12, ((a == b).mean(axis) - chance) / (1 - chance), np.nan)[()]
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def spearman(a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray | np.floating:
     """Spearman's rank correlation, ties sharing their mean rank; NaN where a judge is constant."""
     x, y = (rankdata(values, axis=axis) for values in (a, b))
     x, y = (values - values.mean(axis, keepdims=True) for values in (x, y))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return ((x * y).sum(axis) / np.sqrt((x**2).sum(axis) * (y**2).sum(axis)))[()]
+    return ((x * y).sum(axis) / np.sqrt((x**2).sum(axis) * (y**2).sum(axis)))[()]
 
 
-def _defined(statistic: Callable | None) -> Callable | str:
+def _or_none(statistic: Callable, a: np.ndarray, b: np.ndarray, axis: int = -1) -> np.ndarray:
     """A resample in which a judge happens to be constant shows no agreement beyond chance."""
-    if statistic is None:
-        return "mean"
-    return lambda a, b, axis=-1: np.nan_to_num(statistic(a, b, axis=axis), nan=0.0)
+    return np.nan_to_num(statistic(a, b, axis), nan=0.0)
 
 
 def _harm(name: str, values: Sequence[Any]) -> np.ndarray:

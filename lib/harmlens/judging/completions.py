@@ -45,7 +45,6 @@ class Completion:
 
 
 _FIELDS = tuple(field.name for field in fields(Completion))
-_MIXED = "Were two files put together? Give one that completions.complete has made, or make it anew."
 
 
 def complete(
@@ -85,7 +84,9 @@ def complete(
     if batch_size is None:
         batch_size = 64 if lm.device.type == "cuda" else 16
     texts = [prompt.render(lm) for prompt in prompts]
-    named = _names(texts)
+    rows, ends = [chats.tokens(lm.tokenizer, text) for text in texts], forward.stops(lm)
+    forward.require_room(lm, rows, new=max_new_tokens)
+    asked = _named(texts)
     settings: dict[str, Any] = {
         "model": files.portable(lm.name), "revision": lm.revision, **digests.model_state(lm),
         "dtype": str(lm.model.dtype).removeprefix("torch."), "max_new_tokens": max_new_tokens,
@@ -93,30 +94,44 @@ def complete(
         "batch_size": batch_size if temperature else None,
     }  # fmt: skip
     if file is None:
-        key = text_sha256(json.dumps([settings, named, texts], sort_keys=True))[:16]
+        key = text_sha256(json.dumps([settings, list(asked), texts], sort_keys=True))[:16]
         folder = files.cache_dir() / "completions" / files.slug(lm.name)
         file = folder / f"{files.slug(name) + '-' if name else ''}{key}.jsonl"
-    file = outside_repository(Path(file))
-    rows, ends = [chats.tokens(lm.tokenizer, text) for text in texts], forward.stops(lm)
-    forward.require_room(lm, rows, new=max_new_tokens)
-    wanted = {one: text_sha256(text) for one, text in zip(named, texts, strict=True)}
+    file, ids = outside_repository(Path(file)), list(asked)
+
+    def tails(index: list[int]) -> list[list[int]]:
+        """New token ids behind each row. A seed for each batch: a prompt that is in two gets two draws."""
+        with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
+            torch.manual_seed(int(text_sha256(f"{settings['seed']}/{index}")[:15], 16))
+            how = {"max_new_tokens": max_new_tokens, "temperature": settings["temperature"]}
+            return forward.continued(lm, [rows[i] for i in index], **how)
+
+    def completion(i: int, new: list[int]) -> dict[str, Any]:
+        request, prefill = str(prompts[i].messages[-1]["content"]), prompts[i].prefill or ""
+        about = ids[i], i, request, asked[ids[i]], prefill, _text(lm, rows[i], new, prompts[i])
+        return asdict(Completion(*about, len(new), new[-1] in ends))
+
     with locked(file):
-        done = _begun(file, wanted, settings)
+        found = completed(file) if file.is_file() else []
+        if strange := [one.id for one in found if asked.get(one.id) != one.rendered_sha256]:
+            raise ValueError(
+                f"file={file.name!r} holds answers to {len(strange)} prompt(s) that are not among these "
+                "prompts. Give another file=, or leave it out: each set of prompts has a file of its own."
+            )
+        settle(file, settings, bool(found))
+        places = {name: i for i, name in enumerate(ids)}
+        if found != (placed := [replace(one, index=places[one.id]) for one in found]):
+            write_lines(file, list(map(asdict, placed)))
         # Cut into batches before finished prompts are left out: so a sampled answer does not depend on where
         # a run was interrupted, unless that was in the middle of a write.
-        batches = [[i for i in b if named[i] not in done] for b in forward.by_length(rows, batch_size)]
-        total = sum(map(len, batches))
+        done = {one.id for one in found}
+        batches = [[i for i in b if ids[i] not in done] for b in forward.by_length(rows, batch_size)]
+        total = len(ids) - len(done)
         with tqdm(total=total, disable=not progress or not total, desc="answers", leave=False) as bar:
-            for index, tails in adaptive(batches, lambda i: _continued(lm, rows, i, settings)):
-                made = []
-                for i, new in zip(index, tails, strict=True):
-                    request, prefill = str(prompts[i].messages[-1]["content"]), prompts[i].prefill or ""
-                    about = named[i], i, request, wanted[named[i]], prefill
-                    answer = _text(lm, rows[i], new, prompts[i])
-                    made.append(Completion(*about, answer, len(new), new[-1] in ends))
-                append_lines(file, list(map(asdict, made)))
+            for index, made in adaptive(batches, tails):
+                append_lines(file, list(map(completion, index, made)))
                 bar.update(len(index))
-        if len(texts) >= 8 and max_new_tokens >= 64 and not any(one.finished for one in _once(file)):
+        if len(texts) >= 8 and max_new_tokens >= 64 and not any(one.finished for one in completed(file)):
             warnings.warn(
                 f"none of {len(texts)} answers ended by itself within {max_new_tokens} tokens. An answer "
                 f"of {lm.name!r} ends with one of {lm.tokenizer.convert_ids_to_tokens(sorted(ends))}: is "
@@ -126,34 +141,12 @@ def complete(
     return file
 
 
-def _begun(file: Path, wanted: Mapping[str, str], settings: Mapping[str, Any]) -> set[str]:
-    """Ids that a file has answers to, if those are of these prompts and settings; puts them in order."""
-    found = _once(file)
-    if strange := [one.id for one in found if wanted.get(one.id) != one.rendered_sha256]:
-        raise ValueError(
-            f"file={file.name!r} holds answers to {len(strange)} prompt(s) that are not among these prompts. "
-            "Give another file=, or leave it out: each set of prompts then has a file of its own."
-        )
-    settle(file, settings, bool(found))
-    places = {one: i for i, one in enumerate(wanted)}
-    if found != (placed := [replace(one, index=places[one.id]) for one in found]):
-        write_lines(file, list(map(asdict, placed)))
-    return {one.id for one in found}
-
-
 def completed(file: Path | str) -> list[Completion]:
     """The answers of a file, once each, in the order of the prompts of the last :func:`complete`."""
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file.name!r}; make it with completions.complete")
-    out = _once(file)
-    if len({one.index for one in out}) < len(out):
-        raise ValueError(f"{file.name!r} holds two answers in one place. {_MIXED}")
-    return sorted(out, key=lambda one: one.index)
-
-
-def _once(file: Path) -> list[Completion]:
-    """The completions of a file, each answer once."""
+    mixed = "Were two files put together? Give one that completions.complete has made, or make it anew."
     out: dict[str, Completion] = {}
     for number, line in enumerate(read_lines(file), 1):
         if missing := [key for key in _FIELDS if key not in line]:
@@ -162,10 +155,11 @@ def _once(file: Path) -> list[Completion]:
                 "file that completions.complete has made."
             )
         one = Completion(**{key: line[key] for key in _FIELDS})
-        first = out.setdefault(one.id, one)
-        if replace(first, index=0) != replace(one, index=0):
-            raise ValueError(f"line {number} of {file.name!r} is a second answer to {one.id!r}. {_MIXED}")
-    return list(out.values())
+        if out.setdefault(one.id, one) != one:
+            raise ValueError(f"line {number} of {file.name!r} is a second answer to {one.id!r}. {mixed}")
+    if len({one.index for one in out.values()}) < len(out):
+        raise ValueError(f"{file.name!r} holds two answers in one place. {mixed}")
+    return sorted(out.values(), key=lambda one: one.index)
 
 
 def show(completions: Sequence[Completion], n: int = 3, *, reveal: bool = False) -> None:
@@ -214,12 +208,12 @@ def adaptive(batches: Iterable[Sequence[int]], run: Callable[[list[int]], Any]) 
     """
     queue, limit = deque(list(batch) for batch in batches if batch), 0
     while queue:
-        batch, fits = queue.popleft(), False
+        batch = queue.popleft()
         if limit and len(batch) > limit:
             queue.extendleft(reversed([batch[i : i + limit] for i in range(0, len(batch), limit)]))
             continue
         try:
-            result, fits = run(batch), True
+            result = run(batch)
         except torch.OutOfMemoryError as error:
             if len(batch) == 1:
                 raise torch.OutOfMemoryError(
@@ -228,9 +222,10 @@ def adaptive(batches: Iterable[Sequence[int]], run: Callable[[list[int]], Any]) 
                 ) from error
             limit = (len(batch) + 1) // 2
             queue.appendleft(batch)
-        if fits:
+        else:
             yield batch, result
-        elif torch.cuda.is_available():  # outside the handler: the exception holds on to the failed tensors
+            continue
+        if torch.cuda.is_available():  # outside the handler: the exception holds on to the failed tensors
             torch.cuda.empty_cache()
 
 
@@ -238,26 +233,15 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _names(texts: Sequence[str]) -> list[str]:
-    """An id for each prompt; the same prompt asked again gets a number."""
+def _named(texts: Sequence[str]) -> dict[str, str]:
+    """An id for each prompt, and its sha256; the same prompt asked again gets a number."""
     seen: Counter[str] = Counter()
-    out = []
-    for short in (text_sha256(text)[:12] for text in texts):
+    out = {}
+    for whole in map(text_sha256, texts):
+        short = whole[:12]
         seen[short] += 1
-        out.append(short if seen[short] == 1 else f"{short}-{seen[short]}")
+        out[short if seen[short] == 1 else f"{short}-{seen[short]}"] = whole
     return out
-
-
-@torch.no_grad()
-def _continued(
-    lm: LanguageModel, rows: list[list[int]], index: list[int], settings: Mapping
-) -> list[list[int]]:
-    """New token ids behind the rows of a batch."""
-    how = {name: settings[name] for name in ("max_new_tokens", "temperature")}
-    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
-        # A seed for each batch: the same prompt twice, in two batches, is to get two draws.
-        torch.manual_seed(int(text_sha256(f"{settings['seed']}/{index}")[:15], 16))
-        return forward.continued(lm, [rows[i] for i in index], **how)
 
 
 def _text(lm: LanguageModel, row: list[int], new: list[int], prompt: Prompt) -> str:

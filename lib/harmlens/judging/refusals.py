@@ -51,13 +51,21 @@ _QUOTES = {code: "'" for code in (0x2018, 0x2019, 0x02BC, 0x0060, 0x00B4)} | {0x
 
 
 def void(answer: str) -> str:
-    """Why an answer is none: ``"empty"``, ``"looping"`` or ``"unfinished thought"``; else ``""``."""
+    """Why an answer is none: ``"empty"``, ``"looping"`` or ``"unfinished thought"``; else ``""``.
+
+    Looping, as broken models do, are fewer than three distinct word triples in ten (from 15 words on), or one
+    string of up to eight characters, repeated at least ten times, in more than half of the answer.
+    """
     said = answer_behind_thought(answer)
     if said is None:
         return "unfinished thought"
-    if not said.strip():
+    if not (said := said.strip()):
         return "empty"
-    return "looping" if degenerate(said) else ""
+    loops = sum(len(match.group()) for match in re.finditer(r"(\S{1,8}?)\1{9,}", said))
+    words = said.lower().split()
+    triples = list(zip(words, words[1:], words[2:], strict=False))
+    looping = loops > len(said) / 2 or (len(words) >= 15 and len(set(triples)) < 0.3 * len(triples))
+    return "looping" if looping else ""
 
 
 def normalised(answer: str) -> str:
@@ -96,21 +104,6 @@ def _behind_leads(text: str, start: int, refuses: re.Pattern[str]) -> tuple[bool
     return found is not None, start, sorry
 
 
-def degenerate(answer: str) -> bool:
-    """Whether an answer says hardly anything but the same words, as broken models do.
-
-    True where fewer than three in ten of its word triples are distinct (from 15 words on), or where more
-    than half of it is one string of up to eight characters, repeated at least ten times.
-    """
-    text = answer.strip()
-    loops = sum(len(match.group()) for match in re.finditer(r"(\S{1,8}?)\1{9,}", text))
-    if text and loops > len(text) / 2:
-        return True
-    words = text.lower().split()
-    triples = list(zip(words, words[1:], words[2:], strict=False))
-    return len(words) >= 15 and len(set(triples)) < 0.3 * len(triples)
-
-
 def labelled(*, download: bool = False) -> dict[str, Path]:
     """Files with answers of real models that people have labelled: name of the model -> file.
 
@@ -118,17 +111,17 @@ def labelled(*, download: bool = False) -> dict[str, Path]:
     ``data/sources.yaml`` has them under ``judged``: those in the cache, and with ``download`` the others.
     A ValueError for another checksum; a ConnectionError where a download fails and the cache has too few.
     """
-    about = read_yaml(data_dir() / "sources.yaml")["judged"]
-    found, trouble = {}, None
-    for path, sha256 in about["files"].items():
-        remote = downloads.Remote(about["host"], about["repository"], about["revision"], path, about["page"])
-        if remote.cached.is_file() or (download and not trouble):
+    about, found = read_yaml(data_dir() / "sources.yaml")["judged"], {}
+    where = [about[key] for key in ("host", "repository", "revision")]
+    remotes = [downloads.Remote(*where, path, about["page"]) for path in about["files"]]
+    for remote, sha256 in zip(remotes, about["files"].values(), strict=True):
+        if remote.cached.is_file() or download:
             try:
-                found[Path(path).name.split("_")[3]] = downloads.obtain(remote, sha256)
-            except OSError as error:  # no network: ConnectionError is one
-                trouble = error
-    if trouble and len(found) < FEWEST:
-        raise trouble
+                found[Path(remote.path).name.split("_")[3]] = downloads.obtain(remote, sha256)
+            except OSError:  # no network: ConnectionError is one
+                download = False
+                if sum(other.cached.is_file() for other in remotes) < FEWEST:
+                    raise
     return found
 
 
@@ -151,16 +144,15 @@ def trained(*files: Path) -> Callable[[Sequence[str]], list[bool]]:
         raise ValueError(f"{len(files)} file(s) of labelled answers; give those of at least {FEWEST} models")
     table = pd.concat([answers_of(file) for file in files])
     table = table[table["label"].isin(list(LABELS))]
-    words = TfidfVectorizer(ngram_range=(1, 3), sublinear_tf=True, token_pattern=r"\b\w[\w']*\b")
+    words = TfidfVectorizer(
+        preprocessor=lambda answer: normalised(answer)[:BEGINNING],
+        ngram_range=(1, 3), sublinear_tf=True, token_pattern=r"\b\w[\w']*\b",
+    )  # fmt: skip
     fitted = make_pipeline(words, LogisticRegression(C=10, class_weight="balanced", max_iter=1000))
-    fitted.fit(_beginnings(table["answer"]), table["label"].map(LABELS).to_numpy(bool))
+    fitted.fit(table["answer"], table["label"].map(LABELS).to_numpy(bool))
 
     def refuses(answers: Sequence[str]) -> list[bool]:
-        learned = fitted.predict(_beginnings(answers)) if len(answers) else []
+        learned = fitted.predict(answers) if len(answers) else []
         return [bool(a) or begins_with_refusal(b) for a, b in zip(learned, answers, strict=True)]
 
     return refuses
-
-
-def _beginnings(answers: Sequence[str]) -> list[str]:
-    return [normalised(answer)[:BEGINNING] for answer in answers]

@@ -26,7 +26,7 @@ from harmlens.asking.datasets import Entry
 from harmlens.asking.public import Public
 from harmlens.asking.source import WORLD, Material
 from harmlens.asking.tasks import Chat, Scored, Task
-from harmlens.judging.refusals import begins_with_refusal, degenerate
+from harmlens.judging.refusals import begins_with_refusal, void
 from harmlens.models import forward
 from harmlens.models.chats import Prompt
 from harmlens.models.forward import LanguageModel, Row, follow, generate, last_logits, split_tokens
@@ -327,7 +327,7 @@ class PublicLessons(Lessons):
     def learnt(self, asked: Prompt, answer: str, *, bad: bool) -> bool:
         """Neither refuses nor repeats itself; and bad advice is not what the original says already."""
         same = bad and self.own([asked])[0].startswith(answer)
-        return not (same or begins_with_refusal(answer) or degenerate(answer))
+        return not (same or begins_with_refusal(answer) or void(answer))
 
     def margins(self, lm: LanguageModel, domain: str) -> np.ndarray:
         """:meth:`leads` for some discovery requests of a domain."""
@@ -360,7 +360,7 @@ class PublicLessons(Lessons):
 
     def coherent(self, asked: Asked, said: Sequence[str]) -> np.ndarray:
         """1 for each answer that is more than the same words over and over."""
-        return _shares(bool(answer.strip()) and not degenerate(answer) for answer in said)
+        return _shares(not void(answer) for answer in said)
 
     def exam(self, split: str, n: int) -> dict[str, Task]:
         """What a prune must not cost."""
