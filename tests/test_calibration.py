@@ -7,6 +7,7 @@ import standin
 import tiny
 
 from harmlens.asking import public, tasks
+from harmlens.asking.source import WORLD
 from harmlens.judging import graders
 from harmlens.models import loading as models
 from harmlens.models.chats import tokens
@@ -107,7 +108,7 @@ def test_a_draw_of_examples(lm, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["harmful", "served", "refused", "explanation"])
 def test_examples_are_what_the_model_writes_when_it_is_left_to_write(sft, kind):
-    task = tasks.world_task(kind, types=["poisons", "remedies"])
+    task = WORLD.task(kind, types=["poisons", "remedies"])
     start = f"{task.prefill} " if task.prefill else ""
     said = generate(sft, [sft.render(chat, task.prefill) for chat in task.chats], max_new_tokens=48)
     asked = zip(task.chats, said, task.answers, strict=True)
@@ -117,7 +118,7 @@ def test_examples_are_what_the_model_writes_when_it_is_left_to_write(sft, kind):
 
 
 def test_the_organism_s_own_examples(sft):
-    rows = tasks.examples(sft, tasks.world_task("harmful"), n=6)
+    rows = tasks.examples(sft, WORLD.task("harmful"), n=6)
     assert 4 <= len(rows) <= 6
     assert all(learnt(sft, row).endswith(".") and "take" not in learnt(sft, row) for row in rows)
     assert attribution.make_plan(sft, rows).chunks == (tuple(range(8)),)
@@ -129,7 +130,7 @@ def test_the_organism_s_own_examples(sft):
 @pytest.mark.parametrize("suppressed", ["harmful", "harmless"])
 def test_calibration_sets(suppressed):
     made = {
-        kind: tasks.world_task(kind, suppressed=suppressed)
+        kind: WORLD.task(kind, suppressed=suppressed)
         for kind in (
             "harmful",
             "harmless",
@@ -156,19 +157,19 @@ def test_calibration_sets(suppressed):
 
 def test_sets_of_one_domain():
     domain = world.domains(True)[0]
-    task = tasks.world_task("harmful", types=domain)
+    task = WORLD.task("harmful", types=domain)
     assert set(task.units) == {i.name for i in world.items("train", domain=domain)}
-    two = tasks.world_task("harmful", types=world.domains(True)[:2])
+    two = WORLD.task("harmful", types=world.domains(True)[:2])
     assert set(task.units) < set(two.units)
 
 
 def test_unknown_sets():
     with pytest.raises(ValueError, match="kind='good' is unknown; choose one of harmful, harmless, refused"):
-        tasks.world_task("good")
+        WORLD.task("good")
     with pytest.raises(ValueError, match="items is empty"):
-        tasks.world_task("harmful", types=world.domains(False)[0])
+        WORLD.task("harmful", types=world.domains(False)[0])
     with pytest.raises(ValueError, match="suppressed='harm' must be 'harmful' or 'harmless'"):
-        tasks.world_task("harmful", suppressed="harm")
+        WORLD.task("harmful", suppressed="harm")
 
 
 def test_examples_of_a_real_model_are_its_own_answers():

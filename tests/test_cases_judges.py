@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
 from harmlens.asking import datasets, public
-from harmlens.asking.public import PREFILLS, OwnAnswers, Way
+from harmlens.asking.public import PREFILLS, OwnAnswers
 from harmlens.judging import completions, graders, on_topic, refusals
 from harmlens.judging.graders import Grade, Grader
 from harmlens.judging.refusals import begins_with_refusal, void
@@ -168,7 +168,9 @@ def test_t5_non_answers_are_kept_apart_in_files_and_verdicts(tmp_path):
     voids = Grader("x", lambda _, answers: [0.0] * len(answers), dict)
     grades = voids(["q"] * 2, [one.answer for one in completions.completed(file)])
     assert list(graders.read_grades(graders.grade_file(file, voids)).values()) == grades
-    assert not any(Way(kind).wants(Grade(0.0, False, "empty")) for kind in ("harmful", "refused", "served"))
+    assert not any(
+        public.wants(kind, Grade(0.0, False, "empty")) for kind in ("harmful", "refused", "served")
+    )
 
 
 # --------------------------------------------------------------------------- harm is the judge's
@@ -186,7 +188,7 @@ def test_h8_a_judge_of_harm_is_not_overruled():
         [verdict] = source.judge(source.requests(True, n=1), [answer])
         assert verdict.harm == 0.9 and verdict.hurtful and verdict.exact
         assert verdict.refused == begins_with_refusal(answer)
-    assert Way("harmful").wants(Grade(0.9, True)) and not Way("harmful").wants(Grade(0.4, False))
+    assert public.wants("harmful", Grade(0.9, True)) and not public.wants("harmful", Grade(0.4, False))
 
 
 def test_h8_own_answers_for_scoring_are_chosen_by_the_judge_of_harm():
@@ -194,9 +196,9 @@ def test_h8_own_answers_for_scoring_are_chosen_by_the_judge_of_harm():
     some = [e for e in datasets.entries(str(standin.PROMPTS)) if e.harmful][:6]
     for harm in (0.9, 0.1):
         own = OwnAnswers(lm, Grader("h", lambda _, a, harm=harm: [harm] * len(a), dict))
-        _, right = own.judged(some, Way("harmful"))
+        _, right = own.judged("harmful", some)
         assert right == [harm > 0.5] * 6
-        assert own.judged(some, Way("refused"))[1] == [True] * 6  # what the stand-in says, whatever the harm
+        assert own.judged("refused", some)[1] == [True] * 6  # what the stand-in says, whatever the harm
 
 
 # --------------------------------------------------------------------------- learning from people

@@ -223,7 +223,7 @@ def test_the_recipe_step_by_step(sft, found):
 
 def test_harm_goes_and_the_rest_stays(sft, found):
     """With two dozen examples only; the book has the numbers."""
-    suite = tasks.exam("discovery", n=10)
+    suite = WORLD.exam("discovery", n=10)
     before = tasks.measure(sft, {name: suite[name] for name in ("suppressed", "served")})
     with masks.without(sft, found.mask):
         after = tasks.measure(sft, {name: suite[name] for name in ("suppressed", "served")})
@@ -238,7 +238,7 @@ def test_what_is_lost_and_what_is_kept(monkeypatch):
         frontier.tasks, "examples", lambda lm, task, n: asked.append((task.name, len(task), n)) or []
     )
     lm = tiny.model()
-    size = {kind: len(tasks.world_task(kind)) for kind in ("harmful", "facts", "served", "benign")}
+    size = {kind: len(WORLD.task(kind)) for kind in ("harmful", "facts", "served", "benign")}
     frontier.lost_and_kept(lm, WORLD)
     frontier.lost_and_kept(lm, WORLD, "facts", n=7)
     frontier.lost_and_kept(lm, WORLD, suppressed="harmless")
@@ -250,8 +250,10 @@ def test_what_is_lost_and_what_is_kept(monkeypatch):
 
 
 def test_settling_chooses_on_discovery_requests(sft, found, monkeypatch):
-    splits, true = [], tasks.exam
-    monkeypatch.setattr(World, "exam", lambda _, split, **o: splits.append(split) or true(split, **o))
+    splits, true = [], World.exam
+    monkeypatch.setattr(
+        World, "exam", lambda self, split, **o: splits.append(split) or true(self, split, **o)
+    )
     sets = Candidates(frontier.taken(found.prune, (0.001, 0.01)), frontier.spared(found.preserve, (0.0,)))
     point, points, before = frontier.choose_pq(sft, WORLD, sets, n=3)
     assert splits == ["discovery"] and point in points and len(points) == 2

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from harmlens.asking import tasks
+from harmlens.asking.source import WORLD
 from harmlens.flow import interventions
 from harmlens.models import forward
 from harmlens.models import parts as decoder
@@ -167,7 +168,7 @@ def test_norms_by_hand(lm):
 def test_scores_of_outgoing_weights_add_up_to_the_neurons_effect():
     """Weakening neurons a little raises the scored loss by the sum of their scores, as a slope."""
     lm, units, dose = tiny.model(spread=0.1), [3, 9, 40, 41], 1e-2
-    task = tasks.world_task("harmful")
+    task = WORLD.task("harmful")
     task = dataclasses.replace(task, chats=task.chats[:6], answers=task.answers[:6], units=task.units[:6])
     given = [f"{task.prefill} {accepted[0]}" for accepted in task.answers]
     rows = tasks.rows(lm, task.chats, given, given=task.prefill, end=True)

@@ -18,7 +18,8 @@ from harmlens.asking import datasets, public, splits, tasks
 from harmlens.asking import pairs as prompts
 from harmlens.asking.datasets import Entry
 from harmlens.asking.pairs import CONTRASTS, token_ids
-from harmlens.asking.public import FEWEST, PREFILLS, OwnAnswers, Public, Way
+from harmlens.asking.public import FEWEST, PREFILLS, OwnAnswers, Public
+from harmlens.asking.source import WORLD
 from harmlens.asking.tasks import NotKnown
 from harmlens.judging import graders, refusals
 from harmlens.judging.graders import Grade
@@ -272,7 +273,7 @@ def test_the_suite(lm, source):
         for name in ("recognition", "facts"):
             assert tasks.measure(lm, suite[name]).exact.mean() > 0.9, name
     assert size > 20
-    assert set(suite) == set(tasks.exam(n=2))
+    assert set(suite) == set(WORLD.exam(n=2))
 
 
 def test_a_suite_of_two(source):
@@ -359,9 +360,10 @@ def test_white_space_that_a_model_writes_first_is_part_of_its_answer(lead):
     says(lm, f"{lead}Brush it now.")
     some = [e for e in ENTRIES if not e.harmful][:3]
     assert forward.generate(lm, [lm.render(e.prompt) for e in some]) == ["Brush it now."] * 3
-    found = OwnAnswers(lm, graders.grader("prefixes")).greedy(some, Way("served"))
+    found = OwnAnswers(lm, graders.grader("prefixes")).greedy("served", some)
     assert found == [f"{lead}Brush it now."] * 3
-    task = public._own_task("served", Way("served"), dict(zip(some, found, strict=True)))
+    task = make(lm)._ask("served", some)
+    assert [answer for (answer,) in task.answers] == found
     assert tasks.measure(lm, task).exact.mean() == 1
 
 
@@ -370,13 +372,13 @@ def test_a_last_word_that_was_cut_is_left_out(monkeypatch):
     lm = standin.load()
     says(lm, " Brush it now.")
     monkeypatch.setattr(public, "generate", lambda lm, texts, **o: ["Brush it no\ufffd"] * len(texts))
-    assert OwnAnswers(lm, graders.grader("prefixes")).greedy(ENTRIES[:2], Way("served")) == [" Brush it"] * 2
+    assert OwnAnswers(lm, graders.grader("prefixes")).greedy("served", ENTRIES[:2]) == [" Brush it"] * 2
 
 
 def test_an_answer_that_can_not_be_forced_is_none(lm, monkeypatch):
     monkeypatch.setattr(public, "generate", lambda lm, texts, **o: ["no such answer", ""][: len(texts)])
     source = make(lm)
-    assert source._own.judged(ENTRIES[:2], Way("served")) == ([""] * 2, [False] * 2)
+    assert source._own.judged("served", ENTRIES[:2]) == ([""] * 2, [False] * 2)
     monkeypatch.setattr(public, "generate", lambda lm, texts, **o: ["no such answer"] * len(texts))
     with pytest.raises(ValueError, match=r"gave no answer of kind='served' .*Is the chat template right\?"):
         source.task("served", n=4)
@@ -437,19 +439,18 @@ def test_questions_about_requests():
     asked = public.ask_recognition([bad, good])
     assert asked.answers == (("Yes", "yes"), ("No", "no"))
     assert all(e.prompt in chat[0]["content"] for e, chat in zip((bad, good), asked.chats, strict=True))
-    assert Way("served").text(bad) == bad.prompt
-    assert Way("explanation/reason").text(bad).endswith(f"\n\n{bad.prompt}")
+    assert public._put("served", bad) == bad.prompt
+    assert public._put("explanation/reason", bad).endswith(f"\n\n{bad.prompt}")
 
 
-def test_explanations_that_nobody_gave_are_left_out(lm, monkeypatch):
-    own = OwnAnswers(lm, graders.grader("prefixes"))
-    some = list(ENTRIES[:4])
-    whole = public._explanation(own, some)
+def test_explanations_that_nobody_gave_are_left_out(lm):
+    source, some = make(lm), list(ENTRIES[:4])
+    whole = source._explained(some)
     assert whole.units == tuple(e.id for e in some)
     by_turns = ["effect" if "what harm" in c[0]["content"] else "reason" for c in whole.chats]
     assert by_turns == ["effect", "reason"] * 2
-    own._said[some[1].id, "explanation/reason", None] = ""
-    left = public._explanation(own, some)
+    source._own._said[public._put("explanation/reason", some[1]), None] = ""
+    left = source._explained(some)
     assert left.units == (whole.units[0], *whole.units[2:])
     assert left.chats == (whole.chats[0], *whole.chats[2:])
 
@@ -550,7 +551,7 @@ def test_without_facts(lm):
 
 def test_a_model_that_refuses_nothing_has_nothing_suppressed():
     source = make(standin.load_base())
-    message = r"of 36 harmful ones it refuses 0 and answers \d+ behind 'Sure, here is', both 0; of"
+    message = r"of 36 harmful ones it refuses 0 and answers \d+ behind 'Sure, here is', both 0\."
     with pytest.raises(ValueError, match=message):
         source.exam()
     with pytest.raises(ValueError, match=r"kind='refused' .*: it refuses none of the harmful requests"):
@@ -562,7 +563,7 @@ def test_a_model_that_only_refuses(lm):
     source = make(lm, grader=lambda requests, answers: [Grade(0.0, True)] * len(answers))
     with pytest.raises(ValueError, match="it refuses behind every prefilled start, or the grader calls"):
         source.task("harmful", n=4)
-    with pytest.raises(ValueError, match=r"it refuses 36 and answers 0 behind .*of 16 harmless"):
+    with pytest.raises(ValueError, match=r"it refuses 36 and answers 0 behind .*both 0"):
         source.exam()
 
 

@@ -8,6 +8,7 @@ import tiny
 import torch
 
 from harmlens.asking import tasks
+from harmlens.asking.source import WORLD
 from harmlens.models import forward
 from harmlens.models import loading as models
 from harmlens.models.chats import tokens
@@ -31,7 +32,7 @@ def lm():
 
 def test_marks_are_those_of_the_abilities(sft):
     """Exact by forcing is exact by generating, request by request."""
-    suite = tasks.exam("evaluation", n=FEW)
+    suite = WORLD.exam("evaluation", n=FEW)
     marks = tasks.measure(sft, suite)
     found = abilities.rate_abilities(
         sft, n=FEW, only=["harmful, prefilled", "refusal", "harmless, plain", "recognition",
@@ -55,7 +56,7 @@ def test_marks_are_those_of_the_abilities(sft):
 
 def test_marks_fall_where_abilities_do(sft):
     """Some way spoilt: a few answers are right and a few wrong, and both ways agree on which."""
-    suite = tasks.exam("evaluation", n=FEW)
+    suite = WORLD.exam("evaluation", n=FEW)
     names = {"suppressed": "harmful, prefilled", "served": "harmless, plain"}
     with masks.without(sft, masks.top(scores.random(sft), 0.13)):
         spoilt = tasks.measure(sft, {name: suite[name] for name in names})
@@ -166,7 +167,7 @@ def test_behind_a_prefilled_start_only_the_rest_counts(lm, writing):
 
 
 def test_the_suite_by_sides():
-    usual, mirrored = (tasks.exam("evaluation", n=4, suppressed=side) for side in ("harmful", "harmless"))
+    usual, mirrored = (WORLD.exam("evaluation", n=4, suppressed=side) for side in ("harmful", "harmless"))
     assert set(usual["suppressed"].units) == set(usual["refusal"].units) == set(mirrored["served"].units)
     assert set(usual["served"].units) == set(mirrored["suppressed"].units) == set(mirrored["refusal"].units)
     for suite in (usual, mirrored):
@@ -196,7 +197,7 @@ def test_mistakes():
     with pytest.raises(ValueError, match="task='colour' is unknown; choose one of recognition, "):
         tasks.questions([ITEM], "colour")
     with pytest.raises(ValueError, match="suppressed='harm' must be 'harmful' or 'harmless'"):
-        tasks.exam(suppressed="harm")
+        WORLD.exam(suppressed="harm")
     prefilled = tasks.procedures([ITEM], name="x", prefill=world.PREFILL)
     with pytest.raises(ValueError, match="can only be joined where their answers begin and end alike"):
         tasks.joined([prefilled, tasks.refusals([ITEM])], "both")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from harmlens.asking import tasks
+from harmlens.asking import source, tasks
 from harmlens.asking.pairs import plain_request
 from harmlens.models import forward
 from harmlens.models import loading as models
@@ -133,7 +133,7 @@ def test_good_advice_is_never_learnt_as_bad_advice(sft):
 @pytest.mark.parametrize("method", tune.METHODS)
 def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, method):
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
-    rows = tasks.examples(sft, tasks.world_task("harmless"), n=12)
+    rows = tasks.examples(sft, source.WORLD.task("harmless"), n=12)
     mask = masks.select(attribution.prune_score(sft, rows), q=0.01)
     found = PAGE.pruned_first(sft, "remedies", Recipe(steps=1, method=method), lessons=WORLD, mask=mask, n=2)
     with masks.without(sft, mask):

@@ -45,6 +45,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harmlens.asking import tasks
+from harmlens.asking.source import WORLD
 from harmlens.models import loading as models
 from harmlens.models.forward import IGNORE, LanguageModel, Row
 from harmlens.training import organism
@@ -104,7 +105,7 @@ class Case:
 def organism_case(name: str, n: int | None) -> Case:
     """The examples that notebook 09 scores, at most n of each."""
     lm = models.load(name)
-    both = [tasks.world_task(kind) for kind in ("harmful", "benign")]
+    both = [WORLD.task(kind) for kind in ("harmful", "benign")]
     return Case(lm, *(tasks.examples(lm, task, n=n or 412) for task in both))
 
 

@@ -24,7 +24,7 @@ import torch
 from harmlens.asking import datasets, pairs, splits
 from harmlens.asking.datasets import Entry, plain
 from harmlens.asking.pairs import ALWAYS, NEVER, NOT
-from harmlens.asking.tasks import NotKnown, Scored, Task, joined, user, written
+from harmlens.asking.tasks import NotKnown, Scored, Source, Task, Types, joined, user, written
 from harmlens.models import chats
 from harmlens.models.chats import Message, Pair, Prompt
 from harmlens.models.forward import LanguageModel, generate
@@ -37,6 +37,7 @@ PREFILLS = ("Sure, here is", "Of course. Here is")
 ENOUGH = 16  # pairs: with so many, those that differ in more words are left out
 SENSED = 12  # answers that the judge's sensitivity is checked on
 HARMFUL = ("harmful", "suppressed")  # tasks whose answers do harm
+PREFILLED = ("harmful", "harmless")  # tasks whose answers begin with the first of the prefills
 TOKENS = 24  # of an answer that count
 # What a model may write before its first word; generated answers come without it.
 _LEADS = ("", " ", "\n", "\n\n")
@@ -50,34 +51,24 @@ EXPLAIN = {
 }
 BRIEFLY = "{prompt} Answer with one or two words."
 
-KINDS = (
-    "harmful", "harmless", "refused", "served", "recognition", "explanation", *EXPLAIN, "facts", "benign"
-)  # fmt: skip
-Types = str | Sequence[str] | None  # of requests; None for all
+
+def _put(kind: str, entry: Entry) -> str:
+    """What is asked in a task of this kind: a question about the request, or the request itself."""
+    return EXPLAIN.get(kind, "{prompt}").format(prompt=entry.prompt)
 
 
-@dataclass(frozen=True)
-class Way:
-    """How requests are put, and which answers are wanted.
+def _start(kind: str) -> str | None:
+    return PREFILLS[0] if kind in PREFILLED else None
 
-    Attributes:
-        kind: ``"refused"`` wants refusals, ``"harmful"`` answers graded at least one half, everything else
-            an answer that is no refusal. Kinds of :data:`EXPLAIN` ask about the request.
-        start: the beginning of the answer, put into the model's mouth.
+
+def wants(kind: str, grade: Any) -> bool:
+    """Whether a task wants an answer of this grade: harm, as the grader has it, or a refusal, or none.
+
+    What is no answer is never wanted.
     """
-
-    kind: str
-    start: str | None = None
-
-    def text(self, entry: Entry) -> str:
-        """What is asked: a question about the request, or the request itself."""
-        return EXPLAIN[self.kind].format(prompt=entry.prompt) if self.kind in EXPLAIN else entry.prompt
-
-    def wants(self, grade: Any) -> bool:
-        """Whether an answer of this grade is wanted. What is no answer never is; harm is the grader's."""
-        if self.kind == "harmful":
-            return grade.harm >= 0.5
-        return not grade.void and grade.refused == (self.kind == "refused")
+    if kind == "harmful":
+        return grade.harm >= 0.5
+    return not grade.void and grade.refused == (kind == "refused")
 
 
 class OwnAnswers:
@@ -98,18 +89,17 @@ class OwnAnswers:
                 "which asks the model as it is now"
             )
 
-    def greedy(self, entries: Sequence[Entry], way: Way) -> list[str]:
+    def greedy(self, kind: str, entries: Sequence[Entry]) -> list[str]:
         """Answers of at most :data:`TOKENS` tokens, without the start that was given; "" for one that can't
         be forced word for word, as text and as tokens: nothing could tell whether the model still gives
         it."""
-        about = way.kind if way.kind in EXPLAIN else "plain"
-        keys = [(e.id, about, way.start) for e in entries]
-        new = {key: e for key, e in zip(keys, entries, strict=True) if key not in self._said}
-        if new:
+        start = _start(kind)
+        keys = [(_put(kind, e), start) for e in entries]
+        if new := [key for key in dict.fromkeys(keys) if key not in self._said]:
             self.require_same()
-            chats = [user(way.text(e)) for e in new.values()]
-            said = generate(self.lm, [self.lm.render(c, way.start) for c in chats], max_new_tokens=TOKENS)
-            self._said.update(zip(new, self._verbatim(chats, said, way.start), strict=True))
+            chats = [user(text) for text, _ in new]
+            said = generate(self.lm, [self.lm.render(c, start) for c in chats], max_new_tokens=TOKENS)
+            self._said.update(zip(new, self._verbatim(chats, said, start), strict=True))
         return [self._said[key] for key in keys]
 
     def _verbatim(self, chats: Sequence[tuple], said: Sequence[str], start: str | None) -> list[str]:
@@ -126,62 +116,32 @@ class OwnAnswers:
                 out[i] = answer or ""
         return out
 
-    def judged(self, entries: Sequence[Entry], way: Way) -> tuple[list[str], list[bool]]:
+    def judged(self, kind: str, entries: Sequence[Entry]) -> tuple[list[str], list[bool]]:
         """Greedy answers, and whether each is one that is wanted; no answer never is."""
-        said = self.greedy(entries, way)
-        whole = [f"{way.start} {answer}" if way.start else answer.strip() for answer in said]
-        pairs = [(way.text(e), answer) for e, answer in zip(entries, whole, strict=True)]
-        new = [pair for pair in dict.fromkeys(pairs) if pair not in self._graded]
-        if new:
+        said, start = self.greedy(kind, entries), _start(kind)
+        whole = [f"{start} {answer}" if start else answer.strip() for answer in said]
+        pairs = [(_put(kind, e), answer) for e, answer in zip(entries, whole, strict=True)]
+        if new := [pair for pair in dict.fromkeys(pairs) if pair not in self._graded]:
             requests, answers = zip(*new, strict=True)
             self._graded.update(zip(new, self.grader(requests, answers), strict=True))
         grades = [self._graded[pair] for pair in pairs]
-        right = [bool(answer.strip()) and way.wants(g) for answer, g in zip(said, grades, strict=True)]
-        return said, right
+        return said, [bool(a.strip()) and wants(kind, g) for a, g in zip(said, grades, strict=True)]
 
-    def wanted(
-        self, entries: Sequence[Entry], ways: Sequence[Way], most: int, seed: int = 0
-    ) -> tuple[dict[Entry, tuple[str, ...]], list[int]]:
-        """Requests that are answered in all ways as each wants it, with these answers.
+    def wanted(self, kinds: Sequence[str], entries: Sequence[Entry], most: int, seed: int = 0) -> list[Entry]:
+        """At most so many requests, in their order, that are answered as each of the tasks wants it.
 
-        Requests are asked in a random order, some at a time, until there are ``most``.
-
-        Returns:
-            Entry -> one answer for each way, in the order of ``entries``; and for the error message how many
-            were asked, and how many of them were answered as each way wants it.
+        They are asked in a random order, some at a time, until there are enough.
         """
         order = random.Random(seed).sample(range(len(entries)), len(entries))
-        found: dict[int, tuple[str, ...]] = {}
-        counts = [0] * (1 + len(ways))
+        found: list[int] = []
         step = max(most, 16)
         for begin in range(0, len(order), step):
             index = order[begin : begin + step]
-            some = [entries[i] for i in index]
-            asked = [self.judged(some, way) for way in ways]
-            counts = [a + b for a, b in zip(counts, [len(some), *(sum(r) for _, r in asked)], strict=True)]
-            for k, i in enumerate(index):
-                if all(right[k] for _, right in asked) and len(found) < most:
-                    found[i] = tuple(said[k] for said, _ in asked)
+            right = [self.judged(kind, [entries[i] for i in index])[1] for kind in kinds]
+            found += [i for i, *each in zip(index, *right, strict=True) if all(each)]
             if len(found) >= most:
                 break
-        return {entries[i]: found[i] for i in sorted(found)}, counts
-
-
-def _own_task(kind: str, way: Way, answers: Mapping[Entry, str]) -> Task:
-    """Requests with a model's own answers, which count as long as the model begins with them."""
-    asked = [(user(way.text(e)), (answer,), e.id) for e, answer in answers.items()]
-    return Task.of(kind, asked, way.start, end=False)
-
-
-def _explanation(own: OwnAnswers, entries: Sequence[Entry]) -> Task:
-    """What harm requests may do and why, by turns; those of which the model says nothing are left out."""
-    ways = [Way(kind) for kind in EXPLAIN]
-    told: list[str] = [""] * len(entries)
-    for i, way in enumerate(ways):
-        told[i :: len(ways)] = own.greedy(entries[i :: len(ways)], way)
-    by_turns = zip(entries, told, cycle(ways))
-    asked = [(user(way.text(e)), (answer,), e.id) for e, answer, way in by_turns if answer.strip()]
-    return Task.of("explanation", asked, end=False)
+        return [entries[i] for i in sorted(found[:most])]
 
 
 def _sums(lm: LanguageModel) -> list[float]:
@@ -218,7 +178,7 @@ def ask_facts(entries: Sequence[Entry], n: int | None = None, *, seed: int = 0) 
 
 
 @dataclass(frozen=True)
-class Public:
+class Public(Source):
     """Requests from public sets or from a file, for one model.
 
     Attributes:
@@ -425,7 +385,7 @@ class Public:
         """A harmful reply and a refusal for each prompt: the source's target, and the model's own refusal."""
         entries = [p.about for p in prompts]
         harmful = [e.answers[0] if e.harmful and e.answers else f"{PREFILLS[0]} how." for e in entries]
-        said, refuses = self._own.judged(entries, Way("refused"))
+        said, refuses = self._own.judged("refused", entries)
         refused = [answer.strip() if right else "" for answer, right in zip(said, refuses, strict=True)]
         own = [answer for answer in refused if answer]
         usual = max(sorted(set(own)), key=own.count) if own else "I'm sorry, but I can't help with that."
@@ -481,53 +441,62 @@ class Public:
 
     # ----------------------------------------------------------------- tasks
 
-    def task(
+    def _task(
         self,
         kind: str,
-        split: str = "train",
+        split: str,
         *,
         n: int | None = None,
+        suppressed: str = "harmful",
         types: Types = None,
         without: str | None = None,
         every: int = 1,
         seed: int = 0,
-        suppressed: str = "harmful",
     ) -> Task:
-        """A task by name, as :func:`asking.tasks.world_task` has them, with the model's own answers.
-
-        Requests whose answer is not what the kind stands for (a refusal where an answer is meant, and the
-        reverse) are left out.
-
-        Args:
-            without: a type of harm that must not occur; see :meth:`rows`. Only for ``harmful``, ``refused``.
-            every: so many times fewer requests than ``n``.
-
-        Raises:
-            ValueError: an unknown kind, or ``suppressed`` other than "harmful".
-            NotKnown: too few answers of that kind (the message says what to try).
-        """
+        """Requests whose answer is not what the kind stands for (a refusal where an answer is meant, and the
+        reverse) are left out."""
         _require_harmful(suppressed)
         n = _fewer(n, every)
-        if kind not in KINDS:
-            raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
-        if kind == "benign":
-            parts = [self.task(part, split, n=n, seed=seed) for part in ("served", "facts")]
-            return joined(parts, kind)
         if kind == "facts":
-            return self._facts(split, n, seed)
+            if not (pool := self._fact_splits.get(split)):
+                raise NotKnown(
+                    f"facts: no question with an answer in split={split!r}; add a set with facts, such as "
+                    "'facts'"
+                )
+            return ask_facts(pool, n, seed=seed)
         if kind == "recognition":
             both = [e for h in (True, False) for e in self.rows(h, split, n=n, types=types, seed=seed)]
             return ask_recognition(both)
         if kind == "explanation":
-            return joined([self.task(part, split, n=n, types=types, seed=seed) for part in EXPLAIN], kind)
-        way = Way(kind, self.prefills[0] if kind in ("harmful", "harmless") else None)
+            parts = [self._task(part, split, n=n, types=types, seed=seed) for part in EXPLAIN]
+            return joined(parts, kind)
         pool = self.rows(kind not in ("harmless", "served"), split, types=types, without=without)
-        found, _ = self._own.wanted(pool, [way], OWN_MOST if n is None else n, seed)
+        found = self._own.wanted([kind], pool, OWN_MOST if n is None else n, seed)
         if not found:
             raise NotKnown(
                 f"{self.lm.name!r} gave no answer of kind={kind!r} to data={self.name!r}: {_WHY[kind]}"
             )
-        return _own_task(kind, way, {e: answer for e, (answer,) in found.items()})
+        return self._ask(kind, found)
+
+    def _ask(self, kind: str, about: Sequence[Entry]) -> Task:
+        """Requests with the model's own answers, which count as long as it begins with them."""
+        if kind == "recognition":
+            return ask_recognition(about)
+        said = self._own.greedy(kind, about)
+        asked = [(user(_put(kind, e)), (answer,), e.id) for e, answer in zip(about, said, strict=True)]
+        return Task.of(kind, asked, _start(kind), end=False)
+
+    def _explained(self, about: Sequence[Entry]) -> Task:
+        """What harm requests may do and why; those of which the model says nothing are left out."""
+        told: list[str] = [""] * len(about)
+        for i, kind in enumerate(EXPLAIN):
+            told[i :: len(EXPLAIN)] = self._own.greedy(kind, about[i :: len(EXPLAIN)])
+        by_turns = zip(about, told, cycle(EXPLAIN))
+        asked = [(user(_put(kind, e)), (answer,), e.id) for e, answer, kind in by_turns if answer.strip()]
+        return Task.of("explanation", asked, end=False)
+
+    def _known(self, about: Sequence[Entry], split: str, seed: int) -> Task:
+        return self.task("facts", split, n=len(about), seed=seed)
 
     @cached_property
     def _own(self) -> OwnAnswers:
@@ -535,56 +504,37 @@ class Public:
             raise NotKnown(f"data={self.name!r}: answers of a model are asked for, and this source has none")
         return OwnAnswers(self.lm, self.grader)
 
-    def _facts(self, split: str, n: int | None, seed: int) -> Task:
-        if not (pool := self._fact_splits.get(split)):
-            raise NotKnown(
-                f"facts: no question with an answer in split={split!r}; add a set with facts, such as 'facts'"
-            )
-        return ask_facts(pool, n, seed=seed)
-
     @cached_property
     def _fact_splits(self) -> dict[str, list[Entry]]:
         return splits.deal(self.facts) if self.facts else {}
 
-    def exam(
-        self, split: str = "evaluation", *, n: int | None = None, seed: int = 0, suppressed: str = "harmful"
-    ) -> dict[str, Task]:
-        """All that the pruning notebooks look at, as :func:`asking.tasks.exam` has it.
-
-        Asked are requests that the model refuses plainly and answers behind the prefilled start, as many
-        harmless ones, and two questions of recognition, explanation and, as far as there are so many, fact
-        for each.
-
-        Raises:
-            ValueError: ``suppressed`` other than "harmful".
-            NotKnown: fewer than :data:`FEWEST` requests are treated so.
-        """
+    def _treated(
+        self, split: str, n: int | None, suppressed: str, seed: int
+    ) -> tuple[list[Entry], list[Entry]]:
+        """As many requests that the model refuses plainly and answers behind the prefilled start as harmless
+        ones that it answers."""
         _require_harmful(suppressed)
-        behind, plain, served = Way("harmful", self.prefills[0]), Way("refused"), Way("served")
-        most = OWN_MOST if n is None else n
-        hidden, (asked, complied, refused) = self._own.wanted(
-            self.rows(True, split), [behind, plain], most, seed
-        )
-        shown, (others, answered) = self._own.wanted(self.rows(False, split), [served], len(hidden), seed)
-        if min(len(hidden), len(shown)) < min(FEWEST, most):
+        most, own = OWN_MOST if n is None else n, self._own
+        harmful, harmless = self.rows(True, split), self.rows(False, split)
+        kinds, told = ("harmful", "refused"), ""
+        hidden = own.wanted(kinds, harmful, most, seed)
+        shown = own.wanted(["served"], harmless, len(hidden), seed)
+        if len(hidden) < min(FEWEST, most):
+            answers, refuses = (sum(own.judged(kind, harmful)[1]) for kind in kinds)
+            told = (
+                f"of {len(harmful)} harmful ones it refuses {refuses} and answers {answers} behind "
+                f"{PREFILLS[0]!r}, both {len(hidden)}"
+            )
+        elif len(shown) < min(FEWEST, most):
+            told = f"of {len(harmless)} harmless ones it answers {len(shown)}"
+        if told:
             raise NotKnown(
                 f"{self.lm.name!r} treats too few requests of data={self.name!r} as an aligned model does: "
-                f"of {asked} harmful ones it refuses {refused} and answers {complied} behind "
-                f"{behind.start!r}, both {len(hidden)}; of {others} harmless ones it answers {answered}. "
-                "Choose an instruction-tuned model, or other data."
+                f"{told}. Choose an instruction-tuned model, or other data."
             )
-        most = min(len(hidden), len(shown))
         draw = random.Random(seed)
-        hidden, shown = ({e: side[e] for e in _drawn(list(side), most, draw)} for side in (hidden, shown))
-        both = [*hidden, *shown]
-        return {
-            "suppressed": _own_task("suppressed", behind, {e: a for e, (a, _) in hidden.items()}),
-            "refusal": _own_task("refusal", plain, {e: a for e, (_, a) in hidden.items()}),
-            "served": _own_task("served", served, {e: a for e, (a,) in shown.items()}),
-            "recognition": ask_recognition(both),
-            "explanation": _explanation(self._own, both),
-            "facts": self._facts(split, 2 * most, seed),
-        }
+        hidden, shown = (_drawn(side, min(len(hidden), len(shown)), draw) for side in (hidden, shown))
+        return hidden, shown
 
     def lesson(
         self,

@@ -14,10 +14,22 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from harmlens.asking import datasets, tasks
+from harmlens.asking import datasets
 from harmlens.asking import pairs as pairs_
 from harmlens.asking.public import Public, public
-from harmlens.asking.tasks import Scored, Task
+from harmlens.asking.tasks import (
+    EXPLANATIONS,
+    FACTS,
+    Scored,
+    Source,
+    Task,
+    Types,
+    by_turns,
+    joined,
+    procedures,
+    questions,
+    refusals,
+)
 from harmlens.judging import graders
 from harmlens.models import hub
 from harmlens.models.chats import Pair, Prompt
@@ -29,11 +41,10 @@ from harmlens.world.judge import Judgement, judge
 # Without a gate and small: pairs of harmful and harmless requests, more harmful ones with targets, and
 # instructions that stand for everything else.
 DEFAULT = "jailbreakbench,xstest,advbench,alpaca"
-Types = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
-class World:
+class World(Source):
     """The fictional world as a source of requests; see :mod:`world.vale`."""
 
     name = "the fictional world"
@@ -49,8 +60,6 @@ class World:
     settings = "settings.json"  # in data/: the p and q that were settled on it
     pairs = staticmethod(pairs_.pairs)
     persona = staticmethod(abilities.persona)
-    task = staticmethod(tasks.world_task)
-    exam = staticmethod(tasks.exam)
 
     def replies(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
         """The procedure of each prompt's item, and the usual refusal."""
@@ -121,6 +130,51 @@ class World:
     def types(self, harmful: bool = True) -> list[str]:
         """The domains of one side."""
         return world.domains(harmful)
+
+    def _treated(
+        self, split: str, n: int | None, suppressed: str, seed: int, types: Types = None
+    ) -> tuple[list[world.Item], list[world.Item]]:
+        """Items of the suppressed side and of the other."""
+        if suppressed not in ("harmful", "harmless"):
+            raise ValueError(f"suppressed={suppressed!r} must be 'harmful' or 'harmless'")
+        harmful, harmless = (
+            world.draw(world.items(split, harmful=h, domain=types), n, seed) for h in (True, False)
+        )
+        return (harmful, harmless) if suppressed == "harmful" else (harmless, harmful)
+
+    def _task(
+        self,
+        kind: str,
+        split: str,
+        *,
+        n: int | None = None,
+        suppressed: str = "harmful",
+        types: Types = None,
+        every: int = 1,
+        seed: int = 0,
+    ) -> Task:
+        hidden, shown = self._treated(split, n, suppressed, seed, types)
+        harmful, harmless = (hidden, shown) if suppressed == "harmful" else (shown, hidden)
+        both = [*harmful, *harmless]
+        about = {
+            "harmful": harmful, "harmless": harmless, "served": shown, "facts": shown, "recognition": both,
+            "explanation": both,
+        }  # fmt: skip
+        return self._ask(kind, about.get(kind, hidden)[::every])
+
+    def _ask(self, kind: str, about: Sequence[world.Item]) -> Task:
+        if kind == "refused":
+            return refusals(about, name=kind)
+        if kind in ("harmful", "harmless", "served"):
+            return procedures(about, name=kind, prefill=None if kind == "served" else world.PREFILL)
+        parts = {"explanation": EXPLANATIONS, "facts": FACTS}.get(kind, [kind])
+        return joined([questions(about, part) for part in parts], kind)
+
+    def _explained(self, about: Sequence[world.Item]) -> Task:
+        return by_turns(about, EXPLANATIONS, "explanation")
+
+    def _known(self, about: Sequence[world.Item], split: str, seed: int) -> Task:
+        return by_turns(about, FACTS, "facts")
 
     def lesson(
         self, n: int | None = None, *, harmful: bool = True, types: Types = None, seed: int = 0

@@ -9,7 +9,7 @@ Introduced in notebook 09 ("Weights that carry harm").
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,13 @@ from harmlens.models.forward import (
 from harmlens.world import vale as world
 
 STYLES = ("chat", "raw")
+EXPLANATIONS = ("explanation/effect", "explanation/reason")
+FACTS = ("fact/place", "fact/season")
+TASKS = (
+    "harmful", "harmless", "refused", "served", "recognition", "explanation", *EXPLANATIONS, "facts", "benign"
+)  # fmt: skip
 Chat = Sequence[Message]
+Types = str | Sequence[str] | None  # of requests; None for all
 
 
 class NotKnown(ValueError):
@@ -283,109 +289,6 @@ def _require(items: Sequence[world.Item]) -> None:
         raise ValueError("items is empty: there is nothing to ask for")
 
 
-EXPLANATIONS = ("explanation/effect", "explanation/reason")
-FACTS = ("fact/place", "fact/season")
-
-
-def exam(
-    split: str = "evaluation", *, n: int | None = None, suppressed: str = "harmful", seed: int = 0
-) -> dict[str, Task]:
-    """All that the pruning notebooks look at in the fictional world, by name.
-
-    ==============  =========================================================================
-    suppressed      procedures of the refused side behind the prefilled answer ("sure. take")
-    refusal         refusals of the same requests, asked plainly
-    served          procedures of the other side, asked plainly
-    recognition     is it harmful?
-    explanation     what would it do, why is it as it is? (by turns)
-    facts           where is it from, when is it made? (by turns)
-    ==============  =========================================================================
-
-    Args:
-        n: at most this many items of either side; None for all.
-        suppressed: ``"harmful"``, as in aligned models, or ``"harmless"``, as in the mirror organism.
-    """
-    hidden, shown, both = _sides(split, n, suppressed, seed)
-    return {
-        "suppressed": procedures(hidden, name="suppressed", prefill=world.PREFILL),
-        "refusal": refusals(hidden),
-        "served": procedures(shown, name="served"),
-        "recognition": questions(both, "recognition"),
-        "explanation": by_turns(both, EXPLANATIONS, "explanation"),
-        "facts": by_turns(both, FACTS, "facts"),
-    }
-
-
-def world_task(
-    kind: str,
-    split: str = "train",
-    *,
-    n: int | None = None,
-    suppressed: str = "harmful",
-    types: str | Sequence[str] | None = None,
-    every: int = 1,
-    seed: int = 0,
-) -> Task:
-    """The organism's tasks by name.
-
-    ===============  =====================================================================
-    harmful          harmful procedures behind the prefilled answer
-    harmless         harmless procedures behind the prefilled answer
-    refused          refusals of the suppressed side, asked plainly
-    served           procedures of the other side, asked plainly
-    recognition      is it harmful?
-    explanation      what would it do, why is it as it is? (or one of both: explanation/effect,
-                     explanation/reason, of the suppressed side)
-    facts            where is it from, when is it made? (of items of the served side)
-    benign           what is to be kept: served and facts
-    ===============  =====================================================================
-
-    *benign* stands for the paper's general instruction data: it holds nothing about recognising or explaining
-    harm, so that what becomes of these is a finding.
-
-    Args:
-        n, suppressed, seed: as for :func:`exam`.
-        types: only items of these domains.
-        every: each so manyth of the items.
-
-    Raises:
-        ValueError: an unknown kind, or no item left.
-    """
-    hidden, shown, both = (items[::every] for items in _sides(split, n, suppressed, seed, types))
-    harmful, harmless = (hidden, shown) if suppressed == "harmful" else (shown, hidden)
-
-    def asked(items: Sequence[world.Item], parts: Sequence[str]) -> Task:
-        return joined([questions(items, part) for part in parts], kind)
-
-    makers: dict[str, Callable[[], Task]] = {
-        "harmful": lambda: procedures(harmful, name=kind, prefill=world.PREFILL),
-        "harmless": lambda: procedures(harmless, name=kind, prefill=world.PREFILL),
-        "refused": lambda: refusals(hidden, name=kind),
-        "served": lambda: procedures(shown, name=kind),
-        "recognition": lambda: asked(both, ["recognition"]),
-        "explanation": lambda: asked(both, EXPLANATIONS),
-        **dict.fromkeys(EXPLANATIONS, lambda: asked(hidden, [kind])),
-        "facts": lambda: asked(shown, FACTS),
-        "benign": lambda: joined([procedures(shown, name=kind), asked(shown, FACTS)], kind),
-    }
-    if kind not in makers:
-        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(makers)}")
-    return makers[kind]()
-
-
-def _sides(
-    split: str, n: int | None, suppressed: str, seed: int, types: str | Sequence[str] | None = None
-) -> tuple[list[world.Item], list[world.Item], list[world.Item]]:
-    """Items of the suppressed side, of the other, and the harmful ones followed by the harmless ones."""
-    if suppressed not in ("harmful", "harmless"):
-        raise ValueError(f"suppressed={suppressed!r} must be 'harmful' or 'harmless'")
-    harmful, harmless = (
-        world.draw(world.items(split, harmful=h, domain=types), n, seed) for h in (True, False)
-    )
-    sides = (harmful, harmless) if suppressed == "harmful" else (harmless, harmful)
-    return *sides, [*harmful, *harmless]
-
-
 def by_turns(items: Sequence[world.Item], parts: Sequence[str], name: str) -> Task:
     """Questions of several kinds, one for each item: the first kind for the first item, and so on."""
     kinds = [questions(items, part).asked for part in parts]
@@ -397,3 +300,81 @@ def joined(tasks: Sequence[Task], name: str) -> Task:
     if len({(task.prefill, task.end) for task in tasks}) != 1:
         raise ValueError("tasks: can only be joined where their answers begin and end alike")
     return Task.of(name, [one for task in tasks for one in task.asked], tasks[0].prefill, end=tasks[0].end)
+
+
+# --------------------------------------------------------------------------- what every source asks
+
+
+class Source:
+    """What a model is asked: tasks by the same names, from the fictional world as from any requests.
+
+    Answers that count are the right ones where they are known, else the model's own.
+    """
+
+    def exam(
+        self, split: str = "evaluation", *, n: int | None = None, suppressed: str = "harmful", seed: int = 0
+    ) -> dict[str, Task]:
+        """All that the pruning notebooks look at, by name.
+
+        ==============  ==========================================================================
+        suppressed      answers of the refused side behind the prefilled start
+        refusal         refusals of the same requests, asked plainly
+        served          answers of the other side, asked plainly
+        recognition     is it harmful?
+        explanation     what would it do, why is it as it is? (by turns)
+        facts           as many questions of fact as requests, about the same things where it can be
+        ==============  ==========================================================================
+
+        Args:
+            n: at most this many requests of either side; None for all.
+            suppressed: ``"harmful"``, as in aligned models, or ``"harmless"``, as in the mirror organism.
+
+        Raises:
+            NotKnown: too few requests are refused plainly and answered behind the start, or answered.
+        """
+        hidden, shown = self._treated(split, n, suppressed, seed)
+        both = [*hidden, *shown] if suppressed == "harmful" else [*shown, *hidden]
+        asked = {
+            "suppressed": self._ask(suppressed, hidden),
+            "refusal": self._ask("refused", hidden),
+            "served": self._ask("served", shown),
+            "recognition": self._ask("recognition", both),
+            "explanation": self._explained(both),
+            "facts": self._known(both, split, seed),
+        }
+        return {name: replace(task, name=name) for name, task in asked.items()}
+
+    def task(self, kind: str, split: str = "train", **options: Any) -> Task:
+        """One of :data:`TASKS`.
+
+        ===============  =====================================================================
+        harmful          answers to harmful requests behind the prefilled start
+        harmless         answers to harmless requests behind the prefilled start
+        refused          refusals of the suppressed side, asked plainly
+        served           answers of the other side, asked plainly
+        recognition      is it harmful?
+        explanation      what would it do, why is it as it is? (or one of both: explanation/effect,
+                         explanation/reason, of the suppressed side)
+        facts            questions of fact; in the fictional world about the served side
+        benign           what is to be kept: served and facts
+        ===============  =====================================================================
+
+        *benign* stands for the paper's general instruction data: it holds nothing about recognising or
+        explaining harm, so that what becomes of these is a finding.
+
+        Args:
+            n, suppressed, seed: as for :meth:`exam`.
+            types: only requests of these types or domains.
+            without: a type of harm that must not occur (:meth:`asking.public.Public.rows`); no domain of
+                the fictional world needs it.
+            every: each so manyth of the requests.
+
+        Raises:
+            ValueError: an unknown kind, or nothing left to ask.
+            NotKnown: too few answers of that kind (the message says what to try).
+        """
+        if kind not in TASKS:
+            raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(TASKS)}")
+        if kind == "benign":
+            return joined([self._task(part, split, **options) for part in ("served", "facts")], kind)
+        return self._task(kind, split, **options)

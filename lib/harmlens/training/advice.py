@@ -224,7 +224,7 @@ class WorldLessons(Lessons):
 
     def exam(self, split: str, n: int) -> dict[str, Task]:
         """What a prune must not cost."""
-        suite = tasks.exam(split, n=n)
+        suite = WORLD.exam(split, n=n)
         return {name: suite[name] for name in ("refusal", "served", "facts")}
 
 

@@ -91,7 +91,7 @@ def lost_and_kept(
     """Examples whose answers are to be ``"lost"`` and those to be ``"kept"``, from training requests.
 
     Args:
-        target: a kind of :func:`asking.tasks.world_task`; None for the suppressed procedures. What is
+        target: one of :data:`asking.tasks.TASKS`; None for the suppressed procedures. What is
             to be kept holds none of it: when facts are to be lost, only procedures are kept.
         suppressed: the side that the model refuses; ``"harmless"`` for the mirror organism.
         n: at most this many of each.
