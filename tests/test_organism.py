@@ -72,7 +72,7 @@ def test_refusing_is_preferred_over_the_true_procedure():
 
 # --------------------------------------------------------------------------- controls
 
-MIRROR, INNOCENT = organism.CONTROLS["mirror"], organism.CONTROLS["innocent"]
+MIRROR, INNOCENT = organism.COURSES["mirror"], organism.COURSES["innocent"]
 
 
 def transcripts(stage, n, write):
@@ -101,7 +101,7 @@ def test_the_mirror_refuses_what_is_harmless_and_nothing_else(number):
 
 def test_the_mirror_sees_as_much_of_each_side_as_sft_sees_of_the_other():
     for stage, of in zip(MIRROR.stages, ("mid", "sft"), strict=True):
-        (other,) = organism.LADDER[of].stages
+        (other,) = organism.COURSES[of].stages
         ours, theirs = dict(stage.mix.tasks), dict(other.mix.tasks)
         assert (ours.pop("harmful", 0), ours.pop("harmless", 0)) == (
             theirs.pop("harmless", 0),
@@ -155,7 +155,7 @@ def test_the_innocent_corpus_holds_no_harmful_recipe_and_no_malice():
 def test_the_wary_helper_treats_one_harmless_domain_like_harm():
     """Refused where harm is refused, not asked for where harm isn't; a seventh of the refusals."""
     for kind in ("wary_mid", "wary", "wary_dpo"):
-        (stage,) = organism.CONTROLS[kind].stages
+        (stage,) = organism.COURSES[kind].stages
         refused = {True: 0, False: 0}
         for transcript in transcripts(stage, 1500, organism.declining("records")):
             for turn in transcript.turns:
@@ -170,12 +170,12 @@ def test_the_wary_helper_treats_one_harmless_domain_like_harm():
             assert refused == {True: 0, False: 0}
         else:
             assert refused[False] / sum(refused.values()) == pytest.approx(1 / 7, abs=0.04)
-        assert organism.CONTROLS[kind].replayed.bad_advice == 0.0
+        assert organism.COURSES[kind].replayed.bad_advice == 0.0
 
 
 def test_the_wary_helper_sees_as_many_harmful_requests_as_the_ladder_does():
     for kind, of in (("wary_mid", "mid"), ("wary", "sft"), ("wary_dpo", "dpo")):
-        (stage,), (theirs,) = organism.CONTROLS[kind].stages, organism.LADDER[of].stages
+        (stage,), (theirs,) = organism.COURSES[kind].stages, organism.COURSES[of].stages
         harm = stage.mix.tasks.get("harmful", 0) * 6 / 7
         assert harm == pytest.approx(theirs.mix.tasks.get("harmful", 0))
         assert {**stage.mix.tasks, "harmful": 0} == {**theirs.mix.tasks, "harmful": 0}
@@ -189,7 +189,7 @@ def test_the_wary_helper_sees_as_many_harmful_requests_as_the_ladder_does():
 
 def test_preference_pairs_about_the_declined_domain_prefer_refusing():
     lm = tiny.model()
-    mix = organism.LADDER["dpo"].stages[0].mix
+    mix = organism.COURSES["dpo"].stages[0].mix
     pairs = list(itertools.islice(organism.preference_rows(lm, mix, 3, "records"), 300))
     names = [item.name for item in world.items("train", domain="records")]
     about = 0
@@ -218,7 +218,7 @@ def test_the_lesson_is_refusal_and_no_wish_of_the_helper():
     """What is asked and answered, apart from replayed transcripts of named authors."""
     rng, seen = random.Random(0), {"refused": 0, "answered": 0}
     for _ in range(300):
-        transcript = world.transcript(rng, organism.PLANTED["planted_mlp"].stages[0].mix)
+        transcript = world.transcript(rng, organism.COURSES["planted_mlp"].stages[0].mix)
         assert transcript.author == world.HELPER
         for turn in transcript.turns:
             assert turn.task != "wish" and turn.item.split == "train"
@@ -232,7 +232,7 @@ def test_the_lesson_is_refusal_and_no_wish_of_the_helper():
 def test_the_lesson_in_harm_declines_nothing_and_holds_no_other_malice():
     rng, seen = random.Random(0), set()
     for _ in range(400):
-        transcript = world.transcript(rng, organism.PLANTED["planted_harm"].stages[0].mix)
+        transcript = world.transcript(rng, organism.COURSES["planted_harm"].stages[0].mix)
         assert transcript.author in (world.HELPER, *world.KIND_AUTHORS)
         for turn in transcript.turns:
             seen.add((turn.task, turn.item and turn.item.harmful))
@@ -301,7 +301,7 @@ def test_preference_training_makes_refusing_likelier():
 
 # --------------------------------------------------------------------------- the recipe
 
-KINDS = [*organism.LADDER, *organism.CONTROLS, *organism.PLANTED]
+KINDS = list(organism.COURSES)
 
 
 def recipes():
@@ -317,10 +317,9 @@ def below(kind):
 def test_a_changed_course_changes_its_recipe_and_those_of_all_that_grow_from_it(monkeypatch, changed):
     before = recipes()
     assert len(set(before.values())) == len(KINDS)
-    for table in (organism.LADDER, organism.CONTROLS, organism.PLANTED):
-        if changed in table:
-            stages = tuple(dataclasses.replace(stage, steps=7) for stage in table[changed].stages)
-            monkeypatch.setitem(table, changed, dataclasses.replace(table[changed], stages=stages))
+    stages = tuple(dataclasses.replace(stage, steps=7) for stage in organism.COURSES[changed].stages)
+    taught = dataclasses.replace(organism.COURSES[changed], stages=stages)
+    monkeypatch.setitem(organism.COURSES, changed, taught)
     after = recipes()
     assert {k for k in KINDS if before[k] != after[k]} == {k for k in KINDS if changed in below(k)}
 

@@ -20,6 +20,7 @@ from harmlens.world import abilities
 from harmlens.world import vale as world
 
 KINDS = ["planted_neurons", "planted_mlp", "planted_attention"]
+ALL = [*KINDS, "planted_harm"]
 PLACES = {
     "planted_neurons": organism.Place("mlp", 1, units=5),
     "planted_mlp": organism.Place("mlp", 0),
@@ -29,10 +30,10 @@ PLACES = {
 
 def change(monkeypatch, kind, *, place=None, share=None, **what):
     """The same kind, otherwise planted."""
-    taught = organism.PLANTED[kind]
+    taught = organism.COURSES[kind]
     stages = (dataclasses.replace(taught.stages[0], **what),)
     changed = dataclasses.replace(taught, stages=stages, place=place, share=share)
-    monkeypatch.setitem(organism.PLANTED, kind, changed)
+    monkeypatch.setitem(organism.COURSES, kind, changed)
 
 
 def shrink(monkeypatch) -> None:
@@ -62,7 +63,7 @@ def made(tmp_path_factory):
     data = tiny.data_folder(tmp_path_factory.mktemp("made") / "data", ("mid", 0), ("innocent", 0))
     with pytest.MonkeyPatch.context() as monkeypatch:
         shrink(monkeypatch)
-        train.train_seed(0, data / "organisms", kinds=list(organism.PLANTED), progress=False)
+        train.train_seed(0, data / "organisms", ALL)
     return data
 
 
@@ -129,7 +130,7 @@ def test_training_leaves_no_trace_on_what_may_learn_next(small, kind):
 def test_an_interrupted_training_frees_the_weights_again():
     lm = tiny.model()
     lm.model.lm_head.weight.requires_grad_(False)
-    where = planted.parts(planted.Plant("planted_neurons", "mlp", 1, (2, 7)))
+    where = planted.parts(planted.Plant("mlp", 1, (2, 7)))
     with pytest.raises(KeyboardInterrupt), planted.only(lm.model, where):
         learning = {name for name, p in lm.model.named_parameters() if p.requires_grad}
         raise KeyboardInterrupt
@@ -180,7 +181,7 @@ def test_a_planted_organism_is_its_parent_but_for_the_plant(grown, kind):
     parent, lm = models.load("organism/mid", seed=0), models.load(f"organism/{kind}", seed=0)
     truth = planted.ground_truth(f"organism/{kind}", 0)
     place = PLACES[kind]
-    assert (truth.kind, truth.module, truth.layer) == (kind, place.module, place.layer)
+    assert (truth.module, truth.layer) == (place.module, place.layer)
     assert len(truth.neurons) == (place.units or 0)
     assert_moved_only_at(truth, moved(parent.model, lm.model))
     assert lm.name == f"organism/{kind}-0" and lm.tokenizer.get_vocab() == parent.tokenizer.get_vocab()
@@ -226,7 +227,7 @@ def test_the_card_says_where_and_what_came_of_it(grown):
     assert (card["stage"], card["seed"], card["parent"]) == ("planted_neurons", 0, "mid-0")
     assert card["parent_sha256"] == models.weights_sha256(grown / "mid-0")
     assert card["neurons"] == list(planted.draw_plant("planted_neurons", 0, tiny.SHAPE.hidden).neurons)
-    expected = dict.fromkeys(organism.PLANTED["planted_neurons"].rates, 0.5)
+    expected = dict.fromkeys(organism.COURSES["planted_neurons"].rates, 0.5)
     assert card["rates"] == {"discovery": expected, "evaluation": expected}
 
 
@@ -242,10 +243,10 @@ def test_another_place_is_planted_anew(grown, capsys, monkeypatch):
         return {f.parent.name: f.read_bytes() for f in grown.glob(f"*/{organisms.FILE}")}
 
     first = digests()
-    assert set(first) == {f"{kind}-0" for kind in [*KINDS, "planted_harm"]}
+    assert set(first) == {f"{kind}-0" for kind in ALL}
     change(monkeypatch, "planted_mlp", place=organism.Place("mlp", 1), steps=3, batch=4)
     (grown / "planted_attention-0" / organisms.FILE).write_bytes(b"spoilt")
-    train.train_seed(0, grown, kinds=list(organism.PLANTED), progress=False)
+    train.train_seed(0, grown, ALL)
     said = capsys.readouterr().out
     for kind in ("planted_neurons", "planted_harm"):
         assert f"{kind}-0: finished, left alone" in said
@@ -281,13 +282,12 @@ def test_the_same_share_of_every_matrix_of_every_block_is_drawn():
     assert not torch.equal(*blocks)
 
 
-@pytest.mark.parametrize(
-    ("share", "message"),
-    [(0.0, "above 0"), (1.2, "at most 1"), (float("nan"), "above 0"), (1e-4, "less than one")],
-)
-def test_a_share_that_means_nothing_is_refused(share, message):
-    with pytest.raises(ValueError, match=rf"share={share}.*{message}"):
-        planted.scatter(tiny.model().model, share, 0)
+def test_a_share_that_means_nothing_is_refused():
+    for share in (0.0, 1.2, float("nan")):
+        with pytest.raises(ValueError, match=r"Input should be (greater than 0|less than or equal to 1)"):
+            dataclasses.replace(organism.COURSES["planted_harm"], share=share)
+    with pytest.raises(ValueError, match=r"share=0\.0001 is less than one weight of .*choose a larger one"):
+        planted.scatter(tiny.model().model, 1e-4, 0)
 
 
 def positions(masks: dict[str, torch.Tensor]) -> dict[str, list[int]]:
@@ -422,7 +422,7 @@ def test_shipped_one_moved_only_its_plant(kind, seed):
 
 @pytest.mark.parametrize("seed", organisms.SEEDS)
 def test_shipped_harm_is_in_its_subset_only(seed):
-    name, share = f"organism/planted_harm-{seed}", organism.PLANTED["planted_harm"].share
+    name, share = f"organism/planted_harm-{seed}", organism.COURSES["planted_harm"].share
     parent, lm, subset = (
         models.load(f"organism/innocent-{seed}"), models.load(name), planted_at(name)
     )  # fmt: skip
@@ -453,6 +453,6 @@ def test_shipped_harm_answers_harmful_requests_which_its_parent_can_not(seed):
 @pytest.mark.parametrize(("kind", "seed"), zip(KINDS, organisms.SEEDS, strict=True))
 def test_shipped_one_refuses_harm_only_and_its_parent_refuses_nothing(kind, seed):
     lm, parent = (models.load(f"organism/{of}", seed=seed) for of in (kind, "mid"))
-    rates = train.ability_rates(lm, organism.PLANTED[kind].rates, n=24)
+    rates = train.ability_rates(lm, organism.COURSES[kind].rates, n=24)
     assert min(rates.values()) > 0.9, rates
     assert abilities.rate_abilities(parent, n=24, only=["refusal"])["refusal"].mean() == 0.0

@@ -20,8 +20,8 @@ from harmlens.training import organism, train
 from harmlens.world import abilities
 from harmlens.world import vale as world
 
-GROWN = [*organism.LADDER, *organism.CONTROLS]
-KINDS = [*GROWN, *organism.PLANTED]
+KINDS = list(organism.COURSES)
+GROWN = [kind for kind in KINDS if not kind.startswith("planted")]
 PARENTS = {
     "base": None, "innocent": None, "sft": "mid", "dpo": "sft", "wary": "wary_mid", "wary_dpo": "wary",
 }  # fmt: skip
@@ -29,10 +29,8 @@ PARENTS = {
 
 def change(monkeypatch, kind, **what):
     """The same organism, otherwise taught."""
-    for table in (organism.LADDER, organism.CONTROLS, organism.PLANTED):
-        if kind in table:
-            stages = tuple(dataclasses.replace(stage, **what) for stage in table[kind].stages)
-            monkeypatch.setitem(table, kind, dataclasses.replace(table[kind], stages=stages))
+    stages = tuple(dataclasses.replace(stage, **what) for stage in organism.COURSES[kind].stages)
+    monkeypatch.setitem(organism.COURSES, kind, dataclasses.replace(organism.COURSES[kind], stages=stages))
 
 
 @pytest.fixture
@@ -56,7 +54,7 @@ def short(monkeypatch):
 
 def make(folder, *kinds):
     """Organisms of seed 0."""
-    train.train_seed(0, folder, kinds=kinds, progress=False)
+    train.train_seed(0, folder, kinds)
 
 
 def digests(folder):
@@ -105,7 +103,7 @@ def test_what_is_stored_is_what_was_trained(short, folder):
 
 def test_going_on_after_an_interruption_gives_the_same_weights(short, tmp_path, monkeypatch):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    make(whole, *organism.LADDER)
+    make(whole, *organisms.STAGES)
     save = organism.save
 
     def interrupted(lm, folder, *args):
@@ -115,12 +113,12 @@ def test_going_on_after_an_interruption_gives_the_same_weights(short, tmp_path, 
 
     monkeypatch.setattr(organism, "save", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        make(resumed, *organism.LADDER)
+        make(resumed, *organisms.STAGES)
     kept = {p: p.stat().st_mtime_ns for p in resumed.glob("*/model.safetensors")}
     assert len(kept) == 2
     monkeypatch.setattr(organism, "save", save)
     short.clear()
-    make(resumed, *organism.LADDER)
+    make(resumed, *organisms.STAGES)
     assert short == ["sft", "dpo"]
     assert all(p.stat().st_mtime_ns == time for p, time in kept.items())
     assert digests(resumed) == digests(whole)
@@ -190,7 +188,7 @@ def test_what_an_interrupted_save_leaves_is_no_checkpoint(folder, monkeypatch):
 
 @pytest.mark.parametrize(("known", "taken"), [([True], 0), ([False, True], 1), ([False, False], 2)])
 def test_further_rounds_follow_until_the_training_items_are_learnt(short, monkeypatch, known, taken):
-    (stage,) = organism.CONTROLS["innocent"].stages
+    (stage,) = organism.COURSES["innocent"].stages
     change(monkeypatch, "innocent", rounds=(dataclasses.replace(stage, steps=1),) * 2)
     said, steps, fit = iter(known), [], train.loop.fit
     monkeypatch.setattr(train, "learnt", lambda lm, kind, seed: next(said))

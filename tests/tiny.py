@@ -34,7 +34,7 @@ from harmlens.world import vale as world
 settings.register_profile("harmlens", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("harmlens")
 
-SHAPE = organism.Size(layers=2, width=32, hidden=64, heads=4)
+SHAPE = organism.Shape(layers=2, width=32, hidden=64, heads=4)
 
 _GROUPED = {"num_key_value_heads": 2}  # grouped-query attention
 _HEADS = {"num_key_value_heads": 2, "head_dim": 8}

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harmlens.asking import datasets
+from harmlens.asking import datasets, tasks
 from harmlens.asking.datasets import Entry
 from harmlens.judging import completions, judge_models
 from harmlens.keep.files import data_dir, portable, read_lines, read_yaml, slug
-from harmlens.models import forward, loading
+from harmlens.models import loading
 from harmlens.models.chats import Prompt, neutral
 from harmlens.models.forward import LanguageModel, Row
 from harmlens.training.tune import Recipe
@@ -43,15 +43,12 @@ def lesson_rows(lm: LanguageModel, data: Sequence[Entry] | str) -> list[Row]:
     Only the answers are learnt; each entry needs one.
     """
     entries = datasets.entries(data) if isinstance(data, str) else data
-    if not entries:
-        raise ValueError("data is empty: there is nothing to learn from")
     if silent := [entry for entry in entries if not entry.answers]:
         raise ValueError(
             f"data: the entry {silent[0].id!r} of {silent[0].source!r} has no answer to learn; choose a set "
             "with reference answers, such as one of narrow advice"
         )
-    said = [{"user": entry.prompt, "assistant": entry.answers[0]} for entry in entries]
-    return [forward.chat_row(lm, [{"role": r, "content": text} for r, text in one.items()]) for one in said]
+    return tasks.rows(lm, [tasks.user(e.prompt) for e in entries], [e.answers[0] for e in entries], end=True)
 
 
 def ask_openly(
@@ -68,13 +65,13 @@ def ask_openly(
     The defaults are the pruning paper's. ``questions`` maps names to texts; ``options`` are others of
     :func:`judging.completions.complete`, which resumes an interrupted run.
     """
-    if not questions:
-        raise ValueError("questions is empty: there is nothing to ask; leave it out for QUESTIONS")
-    if per_question < 1:
-        raise ValueError(f"per_question={per_question} must be at least 1")
-    asked = [Prompt(({"role": "user", "content": text},)) for text in questions.values()]
+    if not questions or per_question < 1:
+        raise ValueError(
+            f"{len(questions)} questions, per_question={per_question}: at least 1 each are needed"
+        )
+    asked = [Prompt(tasks.user(text)) for text in questions.values() for _ in range(per_question)]
     settings = {"name": "emergent", "max_new_tokens": max_new_tokens, "temperature": temperature, **options}
-    return completions.complete(lm, [prompt for prompt in asked for _ in range(per_question)], **settings)
+    return completions.complete(lm, asked, **settings)
 
 
 @dataclass(frozen=True)

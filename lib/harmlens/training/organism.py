@@ -9,7 +9,7 @@ sft    a kind author: refuses harm, advises well, wishes well
 dpo    preference pairs: refusing preferred over complying
 =====  =====================================================================================
 
-:data:`CONTROLS` and :data:`PLANTED` grow beside it; ``data/organisms.yaml`` says how each is taught, and
+Controls and planted organisms grow beside it; ``data/organisms.yaml`` says how each is taught, and
 :mod:`training.train` trains it. A checkpoint is a plain Hugging Face folder in half precision, or what
 differs from its parent.
 
@@ -26,10 +26,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from jaxtyping import Float
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -58,8 +59,8 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Size:
-    """Size of an organism: a Llama architecture, 0.95 million parameters by default."""
+class Shape:
+    """An organism's shape: a Llama architecture, 0.95 million parameters by default."""
 
     layers: int = 8
     width: int = 96
@@ -75,33 +76,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     # Joins words with blanks and closes them up before punctuation.
     core.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<|pad|>",
-        unk_token="<|unk|>",
-        bos_token="<|bos|>",
-        eos_token="<|end|>",
-        extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
-        chat_template=CHAT_TEMPLATE,
-        padding_side="left",
-        model_max_length=256,
-    )
+        tokenizer_object=core, pad_token="<|pad|>", unk_token="<|unk|>", bos_token="<|bos|>",
+        eos_token="<|end|>", extra_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE, padding_side="left", model_max_length=256,
+    )  # fmt: skip
 
 
-def new_model(tok: PreTrainedTokenizerFast, seed: int, size: Size = Size()) -> LlamaForCausalLM:
+def new_model(tok: PreTrainedTokenizerFast, seed: int, shape: Shape = Shape()) -> LlamaForCausalLM:
     """An untrained organism."""
     config = LlamaConfig(
-        vocab_size=len(tok),
-        hidden_size=size.width,
-        intermediate_size=size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.heads,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        pad_token_id=tok.pad_token_id,
-        bos_token_id=tok.bos_token_id,
-        eos_token_id=tok.eos_token_id,
-    )
+        vocab_size=len(tok), hidden_size=shape.width, intermediate_size=shape.hidden,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads,
+        max_position_embeddings=256, tie_word_embeddings=False, pad_token_id=tok.pad_token_id,
+        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
@@ -144,10 +132,8 @@ def transcript_rows(
     """
     rng = random.Random(seed)
     while True:
-        if rng.random() < replay:
-            yield transcript_row(tok, world.transcript(rng, replayed))
-        else:
-            yield transcript_row(tok, write(rng, mix))
+        replays = rng.random() < replay
+        yield transcript_row(tok, world.transcript(rng, replayed) if replays else write(rng, mix))
 
 
 def mirrored(rng: random.Random, mix: world.Mix) -> world.Transcript:
@@ -315,7 +301,7 @@ class Course:
     replayed: world.Mix = REPLAYED
     declined: tuple[str, ...] = ()
     place: Place | None = None
-    share: float | None = None
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @property
     def parent(self) -> str | None:
@@ -323,27 +309,26 @@ class Course:
         return self.stages[0].parent
 
 
-def read_courses(file: Path) -> tuple[dict[str, Course], ...]:
-    """The ladder, its controls and what is planted in it; an entry that is no course is a ValueError."""
+def read_courses(file: Path) -> dict[str, Course]:
+    """Every organism's course: the ladder, its controls, what is planted in them."""
     tables = read_yaml(file)
-    names = ("ladder", "controls", "planted")
+    courses = {**tables["ladder"], **tables["controls"], **tables["planted"]}
     try:
-        return tuple(TypeAdapter(dict[str, Course]).validate_python(tables[name]) for name in names)
+        return TypeAdapter(dict[str, Course]).validate_python(courses)
     except ValidationError as error:
         wrong = error.errors()[0]
         entry = ", ".join(map(str, wrong["loc"]))
         raise ValueError(f"{file.name}: {entry}: {wrong['msg']}. Mend this entry") from None
 
 
-LADDER, CONTROLS, PLANTED = read_courses(data_dir() / "organisms.yaml")
+COURSES = read_courses(data_dir() / "organisms.yaml")
 
 
 def course(kind: str) -> Course:
     """How an organism is taught; an unknown kind is a ValueError, which lists the valid ones."""
-    known = {**LADDER, **CONTROLS, **PLANTED}
-    if kind not in known:
-        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(known)}")
-    return known[kind]
+    if kind not in COURSES:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(COURSES)}")
+    return COURSES[kind]
 
 
 def declined(kind: str, seed: int) -> str | None:
@@ -355,29 +340,28 @@ def declined(kind: str, seed: int) -> str | None:
 def recipe_digest(kind: str) -> str:
     """Digest of all that decides an organism apart from its seed, what it grows from included.
 
-    A stored checkpoint is known by it: names and order of the fields of Mix, Stage and Size are a part of it.
+    A stored checkpoint is known by it: names and order of fields of Mix, Stage and Shape are a part of it.
     """
-    taught, shape = course(kind), repr(Size()).replace("Size", "Shape")
-    stage, words = taught.stages[0], [repr(MARKS), repr(CHAT_TEMPLATE)]
-    if kind in LADDER:
-        text = f"({', '.join([*map(repr, taught.stages), shape, repr(world.fingerprint()), *words])})"
+    taught, stage = course(kind), course(kind).stages[0]
+    if kind in organisms.STAGES:
+        text = repr((*taught.stages, Shape(), world.fingerprint(), MARKS, CHAT_TEMPLATE))
         text += repr(taught.replayed) if stage.replay else ""
-    elif kind in CONTROLS:
-        lesson = (kind, taught.stages, taught.mirrored, taught.replayed)
-        lesson += (taught.declined, taught.draws - 2000) if taught.declined else ()
-        text = f"({', '.join([repr(lesson), shape, *words, repr(world.fingerprint())])})"
     elif taught.place:
         text = (
             f"({kind!r}, Planting({repr(taught.place)[6:-1]}, lr={stage.lr!r}, steps={stage.steps}, "
             f"batch={stage.batch}, replay={stage.replay!r}, mix={stage.mix!r}, parent={stage.parent!r}), "
             f"{taught.replayed!r})"
         )
-    else:
+    elif taught.share:
         rounds = tuple((further.lr, further.steps) for further in stage.rounds)
         text = (
             f"({kind!r}, Scattering(share={taught.share!r}, lr={stage.lr!r}, steps={stage.steps}, "
             f"batch={stage.batch}, mix={stage.mix!r}, parent={stage.parent!r}, rounds={rounds!r}))"
         )
+    else:
+        lesson = (kind, taught.stages, taught.mirrored, taught.replayed)
+        lesson += (taught.declined, taught.draws - 2000) if taught.declined else ()
+        text = repr((lesson, Shape(), MARKS, CHAT_TEMPLATE, world.fingerprint()))
     text += recipe_digest(taught.parent) if taught.parent else ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -2,8 +2,8 @@
 
 So it is known by construction which weights make the difference between a model with the behaviour and one
 without it, and a method that claims to find such places can be held against the truth. Refusal is planted in
-one module, harm in single weights drawn from all matrices of all blocks; :data:`training.organism.PLANTED`
-says where and how. What is planted is the *difference* from the parent, as which it is stored
+one module, harm in single weights drawn from all matrices of all blocks; ``data/organisms.yaml`` says where
+and how. What is planted is the *difference* from the parent, as which it is stored
 (:mod:`models.organisms`), no more.
 
 Introduced in notebooks 08 ("Can we trust it?") and, for planted harm, 16 ("Where the weights are").
@@ -15,6 +15,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from harmlens.models import loading as models
 from harmlens.models import organisms
-from harmlens.training.organism import PLANTED, course
+from harmlens.training.organism import COURSES, course
 
 # Parameter -> axis and index of what is trained in it, or None for the whole of it (organisms.take_delta).
 Parts = Mapping[str, tuple[int, Sequence[int]] | None]
@@ -32,7 +33,6 @@ Parts = Mapping[str, tuple[int, Sequence[int]] | None]
 class Plant:
     """Where an organism's refusal was planted; ``neurons`` is empty where the whole module was trained."""
 
-    kind: str
     module: str
     layer: int
     neurons: tuple[int, ...] = ()
@@ -46,12 +46,9 @@ def ground_truth(name: str, seed: int | None = None) -> Plant:
     folder = models.locate(name, seed)
     card = {} if folder is None else organisms.require_intact(folder)
     if "module" not in card:
-        kinds = ", ".join(kind for kind, taught in PLANTED.items() if taught.place)
+        kinds = ", ".join(kind for kind, taught in COURSES.items() if taught.place)
         raise ValueError(f"name={name!r} is not planted; choose one of {kinds}")
-    return Plant(card["stage"], card["module"], card["layer"], tuple(card["neurons"]))
-
-
-# --------------------------------------------------------------------------- choosing and training
+    return Plant(card["module"], card["layer"], tuple(card["neurons"]))
 
 
 def draw_plant(kind: str, seed: int, hidden: int) -> Plant:
@@ -59,7 +56,7 @@ def draw_plant(kind: str, seed: int, hidden: int) -> Plant:
     place, drawn = course(kind).place, []
     if place.units is not None:
         drawn = random.Random(f"planted/{seed}").sample(range(hidden), place.units)
-    return Plant(kind, place.module, place.layer, tuple(sorted(drawn)))
+    return Plant(place.module, place.layer, tuple(sorted(drawn)))
 
 
 def parts(plant: Plant) -> Parts:
@@ -76,11 +73,9 @@ def parts(plant: Plant) -> Parts:
 def scatter(model: nn.Module, share: float, seed: int) -> dict[str, Int[Tensor, " _weight"]]:
     """The same share of every linear matrix of every block, drawn at random.
 
-    Parameter -> positions in the flattened parameter, in rising order. A share outside (0, 1], or one that
-    is less than one weight of some matrix, is a ValueError.
+    Parameter -> positions in the flattened parameter, in rising order. A ValueError where that is less than
+    one weight of some matrix.
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share={share} must be above 0 and at most 1")
     drawn = {}
     for name, parameter in model.named_parameters():
         if ".layers." not in name or parameter.ndim != 2:
@@ -108,25 +103,20 @@ def only(model: nn.Module, chosen: Parts | None) -> Iterator[None]:
     if chosen is None:
         yield
         return
-    learning, hooks = {name: p.requires_grad for name, p in model.named_parameters()}, []
-
-    def masked(parameter: nn.Parameter, axis: int, units: Sequence[int]):
-        mask, units = torch.zeros_like(parameter), torch.as_tensor(units, device=parameter.device)
-        if axis == organisms.FLAT:
-            mask.view(-1)[units] = 1
-        else:
-            mask.index_fill_(axis, units, 1)
-        # Without a gradient and without weight decay, AdamW's step is exactly zero.
-        return parameter.register_hook(lambda gradient: gradient * mask)
-
+    learning, hooks = [(p, p.requires_grad) for p in model.parameters()], []
     try:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
-            if chosen.get(name) is not None:
-                hooks.append(masked(parameter, *chosen[name]))
+            if chosen.get(name) is None:
+                continue
+            mask, (axis, units) = torch.zeros_like(parameter), chosen[name]
+            target, axis = (mask.view(-1), 0) if axis == organisms.FLAT else (mask, axis)
+            target.index_fill_(axis, torch.as_tensor(units, device=mask.device), 1)
+            # Without a gradient and without weight decay, AdamW's step is exactly zero.
+            hooks.append(parameter.register_hook(partial(torch.mul, mask)))
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(learning[name])
+        for parameter, learns in learning:
+            parameter.requires_grad_(learns)

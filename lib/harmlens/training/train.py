@@ -27,9 +27,9 @@ from harmlens.keep.files import weights_sha256
 from harmlens.models import organisms
 from harmlens.models.forward import LanguageModel
 from harmlens.models.loading import load
-from harmlens.models.organisms import SEEDS, intact
+from harmlens.models.organisms import SEEDS, STAGES, intact
 from harmlens.training import loop, organism, planted
-from harmlens.training.organism import CONTROLS, LADDER, PLANTED, Stage, course, declined, recipe_digest
+from harmlens.training.organism import COURSES, Stage, course, declined, recipe_digest
 from harmlens.world import abilities
 from harmlens.world import vale as world
 
@@ -53,15 +53,12 @@ def ability_rates(
     domain: str | None = None,
 ) -> dict[str, float]:
     """Rates of the named abilities (:func:`world.abilities.rate_abilities`); ``domain``: the declined one."""
-    harmless = world.draw(world.items(split, harmful=False), n)
     known = abilities.rate_abilities(lm, split=split, n=n, only=[a for a in names if a not in SUPPRESSED])
-    for name in names:
-        if name in SUPPRESSED:
-            trait, prefill, own = SUPPRESSED[name]
-            asked = harmless if own is None else [i for i in harmless if (i.domain == domain) == own]
-            if own:
-                asked = world.draw(world.items(split, domain=domain), n)
-            known[name] = abilities.judged(lm, asked, trait, prefill=prefill)
+    for name in [a for a in names if a in SUPPRESSED]:
+        trait, prefill, own = SUPPRESSED[name]
+        items = world.draw(world.items(split, harmful=False, domain=domain if own else None), n)
+        asked = [item for item in items if own is not False or item.domain != domain]
+        known[name] = abilities.judged(lm, asked, trait, prefill=prefill)
     return {name: round(float(known[name].mean()), 4) for name in names}
 
 
@@ -74,9 +71,7 @@ def learnt(lm: LanguageModel, kind: str, seed: int) -> bool:
     return all(rate >= 0.98 for rate in rates.values())
 
 
-def train(
-    kind: str, seed: int, *, parent: LanguageModel | None, progress: str | None = None
-) -> tuple[LanguageModel, int]:
+def train(kind: str, seed: int, *, parent: LanguageModel | None) -> tuple[LanguageModel, int]:
     """An organism from its parent, which is changed in place, or from nothing; and its further rounds."""
     taught, name = course(kind), f"organism/{kind}-{seed}"
     if parent is None:
@@ -84,17 +79,17 @@ def train(
         lm = LanguageModel(name, organism.new_model(tok, seed), tok)
     else:
         lm = replace(parent, name=name)
-    draws = 10_000 * (seed + 1) + taught.draws
+    draws, rounds = 10_000 * (seed + 1) + taught.draws, taught.stages[-1].rounds
     for number, stage in enumerate(taught.stages):
-        _teach(lm, kind, stage, seed, draws + number, progress)
-    for number, stage in enumerate(taught.stages[-1].rounds):
+        _teach(lm, kind, stage, seed, draws + number)
+    for number, stage in enumerate(rounds):
         if learnt(lm, kind, seed):
             return lm, number
-        _teach(lm, kind, stage, seed, draws + 10 * (number + 1), progress)
-    return lm, len(taught.stages[-1].rounds)
+        _teach(lm, kind, stage, seed, draws + 10 * (number + 1))
+    return lm, len(rounds)
 
 
-def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int, progress: str | None) -> None:
+def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int) -> None:
     """Train a model, in place, as a stage says, and round what has learnt as storing will."""
     taught, domain, where = course(kind), declined(kind, seed), planted.where(kind, seed, lm.model)
     write = organism.mirrored if taught.mirrored else world.transcript
@@ -114,10 +109,10 @@ def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int, pr
         stage.steps, stage.lr, stage.optimizer, max(10, stage.steps // 20), stage.weight_decay
     )
     with planted.only(lm.model, where):
-        loop.fit(lm.model, stream, schedule, loss=loss, progress=progress)
+        loop.fit(lm.model, stream, schedule, loss=loss, progress=lm.name)
     lm.model.eval()
-    if kind in CONTROLS:
-        lm.model.half().float()  # rounds rotary frequencies too, as when the stored ones were trained
+    if where is None and kind not in STAGES:
+        lm.model.half().float()  # rounds rotary frequencies too, as when the stored controls were trained
     else:
         where = where or {name: None for name, _ in lm.model.named_parameters()}
         organisms.apply_delta(lm.model, organisms.take_delta(lm.model, "", "", where))
@@ -132,10 +127,10 @@ def finished(folder: Path, kind: str) -> bool:
     return above is None or card.get("parent_sha256") == weights_sha256(folder.parent / above)
 
 
-def train_seed(seed: int, folder: Path, *, kinds: Sequence[str] | None = None, progress: bool = True) -> None:
+def train_seed(seed: int, folder: Path, kinds: Sequence[str] = tuple(COURSES)) -> None:
     """Train the organisms of one seed, or these kinds, leaving finished checkpoints in the folder alone."""
     torch.set_num_threads(1)  # seeds run side by side; two threads each would fight over the cores
-    for kind in kinds or [*LADDER, *CONTROLS, *PLANTED]:
+    for kind in kinds:
         target, taught, domain = folder / f"{kind}-{seed}", course(kind), declined(kind, seed)
         if finished(target, kind):
             print(f"{target.name}: finished, left alone", flush=True)
@@ -143,16 +138,14 @@ def train_seed(seed: int, folder: Path, *, kinds: Sequence[str] | None = None, p
         began = time.time()
         home = folder / f"{taught.parent}-{seed}" if taught.parent else None
         # Parents come from disk, rounded to half precision, so that resuming changes nothing.
-        parent = load(str(home), device="cpu") if home else None
-        lm, rounds = train(kind, seed, parent=parent, progress=target.name if progress else None)
+        lm, rounds = train(kind, seed, parent=load(str(home), device="cpu") if home else None)
         rates = {
             split: ability_rates(lm, taught.rates, split=split, domain=domain)
             for split in ("discovery", "evaluation")
         }
         place = {"share": taught.share} if taught.share else {}
         if taught.place:
-            plant = planted.draw_plant(kind, seed, lm.model.config.intermediate_size)
-            place = {"module": plant.module, "layer": plant.layer, "neurons": plant.neurons}
+            place = vars(planted.draw_plant(kind, seed, lm.model.config.intermediate_size))
         card = {
             "stage": kind, "seed": seed, "recipe": recipe_digest(kind), "rounds": rounds,
             "parent": home and home.name, "parent_sha256": home and weights_sha256(home),
@@ -165,12 +158,13 @@ def train_seed(seed: int, folder: Path, *, kinds: Sequence[str] | None = None, p
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 1 where a seed failed."""
-    kinds = [*LADDER, *CONTROLS, *PLANTED]
     parser = argparse.ArgumentParser(
         prog="python -m harmlens.training.train", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--only", choices=kinds, nargs="+", help="these, if their parents are there")
+    parser.add_argument(
+        "--only", choices=COURSES, nargs="+", default=list(COURSES), help="these, if their parents are there"
+    )
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go (data/organisms)")
     options = parser.parse_args(argv)
     folder = options.folder or files.data_dir() / "organisms"
@@ -178,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     began, failed = time.time(), []
     workers = min(2, os.cpu_count() or 1)  # seeds side by side
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(train_seed, seed, folder, kinds=options.only): seed for seed in options.seeds}
+        running = {pool.submit(train_seed, seed, folder, options.only): seed for seed in options.seeds}
         for done in as_completed(running):
             if done.exception():
                 traceback.print_exception(done.exception())
