@@ -23,19 +23,12 @@ from harmlens.models.chats import Message, Pair, frame, require_spoken, tokens
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model with what is needed to talk to it.
+    """A causal language model with what is needed to talk to it."""
 
-    Attributes:
-        name: how it was asked for, e.g. ``"organism/sft-0"`` or ``"allenai/OLMo-2-0425-1B-Instruct"``.
-        model: the plain Hugging Face model, in evaluation mode.
-        tokenizer: pads on the left.
-        revision: commit of the Hub repository, or sha256 of the weights of a local folder.
-    """
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    revision: str = ""
+    name: str  # how it was asked for, e.g. "organism/sft-0" or "allenai/OLMo-2-0425-1B-Instruct"
+    model: PreTrainedModel  # plain, in evaluation mode
+    tokenizer: PreTrainedTokenizerBase  # pads on the left
+    revision: str = ""  # commit of the Hub repository, or sha256 of the weights of a local folder
 
     @property
     def device(self) -> torch.device:
@@ -150,13 +143,12 @@ def last_logits(
     if not texts:
         raise ValueError("texts is empty: there is nothing to run")
     rows = [tokens(lm.tokenizer, text) for text in texts]
-    out: list[Tensor | None] = [None] * len(rows)
+    out: dict[int, Tensor] = {}
     for index, inputs in padded(lm, rows, batch_size):
         logits = lm.model(**inputs, logits_to_keep=1).logits[:, -1].float().cpu()
         require_finite(lm, logits)
-        for i, row in zip(index, logits, strict=True):
-            out[i] = row
-    return torch.stack(out)
+        out |= zip(index, logits, strict=True)
+    return torch.stack([out[i] for i in range(len(rows))])
 
 
 def own_stops(lm: LanguageModel) -> set[int]:
@@ -182,27 +174,23 @@ def continued(
     """New token ids behind each row of a batch, up to and with the one that ends the answer.
 
     Of the settings that a model brings for its generation (a penalty, tokens it may not say, ...) only the
-    end marks are taken over, so that what is generated agrees with the logits.
-
-    Args:
-        processors: of logits, before a word is chosen.
+    end marks are taken over, so that what is generated agrees with the logits. ``processors`` change the
+    logits before a word is chosen.
     """
     ends, inputs = stops(lm), inputs_of(lm, rows)
     del inputs["position_ids"]  # generate() counts them itself
     length = inputs["input_ids"].shape[1]
 
     def check(ids: Tensor, logits: Tensor) -> Tensor:
-        """Refuses logits that overflow at the first new token."""
-        if ids.shape[1] == length:
+        if ids.shape[1] == length:  # at the first new token
             require_finite(lm, logits)
         return logits
 
+    sampled = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, pad_token_id=lm.tokenizer.pad_token_id,
-        eos_token_id=sorted(ends) or None, do_sample=temperature > 0, num_beams=1,
+        eos_token_id=sorted(ends) or None, do_sample=temperature > 0, num_beams=1, **sampled,
     )  # fmt: skip
-    if temperature > 0:
-        settings.update(temperature=temperature, top_k=0, top_p=1.0)
     brought = lm.model.generation_config
     lm.model.generation_config = GenerationConfig()  # generate() fills what is not set from the model's own
     try:
@@ -218,8 +206,7 @@ def continued(
 def words(lm: LanguageModel, new: Sequence[int], prompt: str = "") -> str:
     """Generated ids as text, without end mark, header and mark-up; marks of thoughts stay.
 
-    Where the template of the rendered prompt opens a thought, the answer begins with that mark, so that
-    :func:`models.chats.answer_behind_thought` can tell.
+    Also that of the thought which the template of the rendered prompt opens.
     """
     around = frame(lm.tokenizer)
     new = list(new[:-1]) if new and new[-1] in stops(lm) else list(new)
@@ -248,9 +235,8 @@ def generate(
 ) -> list[str]:
     """Continue each rendered text; only the new words are returned, markup left out (:func:`words`).
 
-    Args:
-        temperature: 0 for greedy decoding; above that, seeded sampling from the full distribution.
-        seed: of the sampling. The draw depends on the batch, so keep ``batch_size`` as well.
+    Greedy at ``temperature`` 0; above, seeded sampling from the full distribution. The draw depends on the
+    batch, so keep ``batch_size`` as well.
     """
     if temperature < 0:
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or positive")
@@ -301,12 +287,9 @@ def chat_row(
 ) -> Row:
     """One chat as a row, as the template writes it: only the last message, the assistant's, is learnt.
 
-    Args:
-        prefill: the start of the answer that is given, not learnt.
-        end: learn what the template writes behind an answer too: the mark that ends the turn.
-
-    Raises:
-        ValueError: nothing to learn at the end of the chat, a control token, or a thought that is opened.
+    ``prefill`` is the start of the answer that is given, not learnt; with ``end``, what the template writes
+    behind an answer is learnt too. A ValueError where nothing is left to learn, for a control token, and
+    where the template opens a thought.
     """
     *context, last = messages
     answer = last["content"]
@@ -336,14 +319,9 @@ def follow(
 ) -> tuple[Float[Tensor, " prompt"], Bool[Tensor, " prompt"]]:
     """Force given answers: mean log-probability per token, in nats, and whether greedy decoding gives them.
 
-    Greedy decoding writes an answer of which every token is the most probable one, so one pass tells.
-
-    Args:
-        skip: leave out this many first tokens of the answer.
-        end: count what the template writes behind an answer, its end mark, as part of the answer.
-
-    Raises:
-        ValueError: as many answers as prompts are needed, and each must have a token left.
+    Greedy decoding writes an answer of which every token is the most probable one, so one pass tells. The
+    first ``skip`` tokens of an answer are left out; ``end`` counts what the template writes behind it too.
+    A ValueError where there are not as many answers as prompts, or an answer has no token left.
     """
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; give one answer to each")
@@ -374,10 +352,7 @@ def split_tokens(
 
     Tokenised together where the prompt's ids are a prefix of the whole, as in training; apart
     otherwise (a tokenizer that merges across the seam). A ValueError where the template opens a thought.
-
-    Args:
-        end: with what the template writes behind an answer, up to the mark that ends the turn; the
-            tokenizer's end token where it writes none.
+    With ``end``, up to the mark with which the template ends the turn; the tokenizer's where it has none.
     """
     around = frame(lm.tokenizer)
     require_spoken(lm.tokenizer, prompt)

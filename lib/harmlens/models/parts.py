@@ -49,11 +49,7 @@ class Stack:
 
 
 def stack(lm: LanguageModel) -> Stack:
-    """Find the decoder stack of a model.
-
-    A ValueError for one without a list of blocks, as an encoder or a recurrent model, and for an attention
-    implementation that takes no full mask.
-    """
+    """The decoder stack of a model; a ValueError where it has no list of blocks, or takes no full mask."""
     kind = getattr(lm.model.config, "_attn_implementation", None)
     if kind not in (None, "sdpa", "eager"):
         raise ValueError(
@@ -95,11 +91,8 @@ def blocks(lm: LanguageModel) -> tuple[nn.Module, ...]:
 
 def hooks(model: nn.Module) -> list[str]:
     """Names of the modules on which hooks stand, such as those that steer a model."""
-    return [
-        name or type(model).__name__
-        for name, module in model.named_modules()
-        if module._forward_hooks or module._forward_pre_hooks
-    ]
+    found = model.named_modules()
+    return [name or "the model" for name, m in found if m._forward_hooks or m._forward_pre_hooks]
 
 
 class Unpatchable(ValueError):
@@ -143,10 +136,10 @@ def some_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
 
 
 def _child(block: nn.Module, names: Sequence[str], what: str) -> nn.Module:
-    for name in names:
-        if isinstance(getattr(block, name, None), nn.Module):
-            return getattr(block, name)
-    raise ValueError(f"{type(block).__name__} has no {what} module; its parts are: {_names(block)}")
+    found = [m for name in names if isinstance(m := getattr(block, name, None), nn.Module)]
+    if not found:
+        raise ValueError(f"{type(block).__name__} has no {what} module; its parts are: {_names(block)}")
+    return found[0]
 
 
 def attention(block: nn.Module) -> nn.Module:
