@@ -478,7 +478,7 @@ class _Call:
         elif not isinstance(mask, Tensor) or mask.ndim != 4:
             raise ValueError(
                 "this attention implementation takes no full mask, so blocks can't be run in part; "
-                "load the model with attn_implementation='sdpa' or 'eager'"
+                "call lm.model.set_attn_implementation('sdpa')"
             )
         else:
             mask = mask[:1, :, at : at + count]  # no padding: all rows have the same

@@ -218,7 +218,7 @@ def adaptive(batches: Iterable[Sequence[int]], run: Callable[[list[int]], Any]) 
             if len(batch) == 1:
                 raise torch.OutOfMemoryError(
                     "one text at a time does not fit into the GPU's memory. Choose a smaller model, "
-                    "dtype='bfloat16', device_map='auto' over several GPUs, or fewer new tokens."
+                    "dtype='bfloat16', device='auto' over several GPUs, or fewer new tokens."
                 ) from error
             limit = (len(batch) + 1) // 2
             queue.appendleft(batch)

@@ -92,16 +92,12 @@ def render(
     A system message goes to the head of the user message after it where the template refuses or drops the
     system role (Gemma, early Mistral). A template's own default system prompt stays. Where a template can
     leave out thinking, or close a thought at once, it does; a date that it writes is always the same. The
-    text begins with a BOS where the tokenizer puts one before plain text.
-
-    Args:
-        chat: one user message, or messages with ``role`` and ``content``.
-        prefill: words put into the model's mouth, with which the text ends. End them with a word, not with a
-            space: most tokenizers join a space to the word after it.
+    text begins with a BOS where the tokenizer puts one before plain text, and ends with the ``prefill``: end
+    that with a word, not with a space, since most tokenizers join a space to the word after it.
 
     Raises:
-        ValueError: the tokenizer has no chat template, the chat does not end with the user, a message holds
-            a control token of this model, or words are prefilled where the template opens a thought.
+        ValueError: no chat template, a chat that does not end with the user, a control token in a message,
+            or a prefill where the template opens a thought.
         jinja2.TemplateError: the template refuses the chat for another reason than its system role.
     """
     messages = [{"role": "user", "content": chat}] if isinstance(chat, str) else list(chat)
@@ -113,10 +109,9 @@ def render(
             "model, or set tokenizer.chat_template to the template of the model's aligned partner: "
             "load(name, template_from=partner) does that."
         )
-    around = frame(tokenizer)
     for message in messages:
         require_plain(tokenizer, message["content"], f"a message of the {message['role']}")
-    text = _opened(tokenizer, messages)
+    around, text = frame(tokenizer), _opened(tokenizer, messages)
     text += around.closing if text.endswith(around.opening) else ""
     if prefill:
         require_plain(tokenizer, prefill, "prefill")
@@ -176,10 +171,9 @@ def require_spoken(tokenizer: PreTrainedTokenizerBase, prompt: str) -> None:
 
 
 def answer_behind_thought(text: str) -> str | None:
-    """What an answer says once its thoughts are over; None where a thought never ends: that is no answer.
+    """What an answer says once the thoughts at its beginning are over; None where one never ends.
 
-    Thoughts at the beginning count, also where only the mark that closes one is there, since some templates
-    open it in the prompt.
+    Only the mark that closes a thought may be there, since some templates open it in the prompt.
 
     >>> answer_behind_thought("<think>Hm.</think>\\n\\nYes."), answer_behind_thought("Hm. </think> Yes.")
     ('Yes.', 'Yes.')

@@ -21,12 +21,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import (
-    find_adapter_config_file,
-    is_flash_attn_2_available,
-    is_flash_attn_3_available,
-    is_torch_flex_attn_available,
-)
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
 from harmlens.keep import files
@@ -49,19 +44,6 @@ def known() -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     return read["models"], read["ladders"] + two
 
 
-def ladder(name: str) -> dict[str, str]:
-    """The published stages of a model's training, first to last; nothing for one that is not on the list.
-
-    Neither a revision after ``@`` nor the case of letters matters.
-
-    >>> ladder("Qwen/Qwen2.5-1.5B-Instruct")
-    {'base': 'Qwen/Qwen2.5-1.5B', 'aligned': 'Qwen/Qwen2.5-1.5B-Instruct'}
-    """
-    wanted = name.split("@")[0].lower()
-    found = (rungs for rungs in known()[1] if wanted in {r.split("@")[0].lower() for r in rungs.values()})
-    return dict(next(found, {}))
-
-
 def smaller(room: int) -> str:
     """What to choose for so many bytes: the largest models of the list that leave a sixth of them free."""
     found = [m for m in known()[0] if not m.get("gated") and 2 * m["parameters"] * 6 // 5 <= room]
@@ -69,18 +51,14 @@ def smaller(room: int) -> str:
     return "a smaller model" + (f", such as {' or '.join(m['id'] for m in found[:2])}" if found else "")
 
 
-def split(name: str, revision: str | None = None) -> tuple[str, str | None]:
+def split(name: str) -> tuple[str, str | None]:
     """A name and the revision after its ``@``, if there is one; a folder's name is left alone.
 
     >>> split("owner/model@stage1-step1000")
     ('owner/model', 'stage1-step1000')
     """
-    if "@" not in name or Path(name).expanduser().is_dir():
-        return name, revision
-    plain, _, named = name.partition("@")
-    if revision is not None and revision != named:
-        raise ValueError(f"name={name!r} and revision={revision!r} disagree; give the revision once")
-    return plain, named
+    plain, at, revision = name.partition("@")
+    return (plain, revision) if at and not Path(name).expanduser().is_dir() else (name, None)
 
 
 def precision(dtype: torch.dtype | str) -> torch.dtype | str:
@@ -98,28 +76,13 @@ def precision(dtype: torch.dtype | str) -> torch.dtype | str:
 # --------------------------------------------------------------------------- before weights are fetched
 
 
-def require_there(device: Any, device_map: Any, attn_implementation: str | None) -> None:
-    """Refuse devices that are not there, and an attention implementation that is not installed."""
+def require_there(device: str | None) -> None:
+    """Refuse a device that is not there; ``"auto"`` stands for all GPUs."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    there = ["cpu", *(["cuda", "auto"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
     there += ["mps"] if torch.backends.mps.is_available() else []
-    asked = [] if device is None else [("device", device)]
-    if isinstance(device_map, Mapping):
-        asked += [("device_map", place) for place in device_map.values() if place != "disk"]
-    for argument, place in asked:
-        if (f"cuda:{place}" if isinstance(place, int) else str(place)) not in there:
-            raise ValueError(
-                f"{argument}={place!r} is not to be had on this machine; choose {', '.join(there)}"
-            )
-    installed = {
-        None: True, "eager": True, "sdpa": True, "flash_attention_2": is_flash_attn_2_available(),
-        "flash_attention_3": is_flash_attn_3_available(), "flex_attention": is_torch_flex_attn_available(),
-    }  # fmt: skip
-    if not installed.get(attn_implementation):
-        raise ValueError(
-            f"attn_implementation={attn_implementation!r} is unknown or not installed here; choose "
-            f"{', '.join(name for name, is_there in installed.items() if name and is_there)}"
-        )
+    if device not in (None, *there):
+        raise ValueError(f"device={device!r} is not to be had on this machine; choose {', '.join(there)}")
 
 
 GGUF = (

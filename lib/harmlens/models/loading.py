@@ -36,25 +36,22 @@ def load(
     seed: int | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | None = None,
-    device_map: str | dict | None = None,
-    revision: str | None = None,
-    attn_implementation: str | None = None,
     template_from: str | None = None,
 ) -> LanguageModel:
     """Load a model by name, and test it once.
 
     The test: all of its tensors are there and finite, the tokenizer fits it, and a short text gives finite
-    logits in this precision, the same alone and in a padded batch. ``device_map``, ``revision`` and
-    ``attn_implementation`` are transformers' own (``"eager"`` for parity with TransformerLens).
+    logits in this precision, the same alone and in a padded batch.
 
     Args:
         name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"``; a local folder, which may hold what
-            differs from a parent beside it only; or a Hugging Face id, which may end with ``@revision``.
+            differs from a parent beside it only; or a Hugging Face id, which may end with ``@`` and a commit,
+            tag or branch.
         seed: training seed of an organism (default 0); must be left out for other models.
         dtype: weights' precision, as torch names it or for short (``"bf16"``); ``"auto"`` for that of the
             file. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that does not know bfloat16.
-        device: default: a GPU where there is one, all of them if the model needs them; for organisms the CPU
-            (they are too small to gain from anything else).
+        device: ``"auto"`` for all GPUs together. Default: a GPU where there is one, all if the model needs
+            them; for organisms the CPU (they are too small to gain from anything else).
         template_from: a model whose chat template is used, such as the aligned partner of a base model.
 
     Raises:
@@ -63,16 +60,15 @@ def load(
         MemoryError: a model that is too big; the message names smaller ones.
     """
     dtype = None if dtype is None else hub.precision(dtype)
-    hub.require_there(device, device_map, attn_implementation)
+    device = None if device is None else str(device)
+    hub.require_there(device)
     folder, organism, delta = locate(name, seed), _is_organism(name), None
-    if folder is None:
-        source, revision = hub.split(name, revision)
-    else:
+    local, (source, revision) = folder is not None, hub.split(name)
+    if local:
         name = f"organism/{folder.name}" if organism else name
         source, delta = organisms.opened(folder, organism)
-    local = folder is not None
     hub.require_files(name, source, revision, local)
-    chosen = device is not None or device_map is not None
+    chosen = device is not None
     if not chosen:
         device = "cuda" if torch.cuda.is_available() and not organism else "cpu"
     if dtype is None:
@@ -83,25 +79,26 @@ def load(
         hub.require_causal(name, config)
         with hub.explained(name, local):
             weights = hub.weights_size(source, revision, dtype)
-        if not chosen and device == "cuda":
-            free = [files.free_memory(f"cuda:{i}") for i in range(torch.cuda.device_count())]
-            if len(free) > 1 and weights * 6 // 5 > free[0]:  # a sixth of it is left for work
-                device, device_map = None, "auto"
-                hub.require_memory(name, weights, sum(free), f"{len(free)} GPUs")
-        if device is not None and device_map is None:
-            hub.require_memory(name, weights, files.free_memory(device), device)
-    if device_map is None and device != "cpu" and delta is None and is_accelerate_available():
-        device_map = {"": device}  # straight to the GPU, with no copy in main memory
+        gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        # A sixth of the first GPU is left for work.
+        if not chosen and len(gpus) > 1 and weights * 6 // 5 > files.free_memory(gpus[0]):
+            device = "auto"
+        places = gpus if device == "auto" else [device]
+        hub.require_memory(name, weights, sum(map(files.free_memory, places)), ", ".join(places))
+    device_map = {"": device}  # straight to the GPU, with no copy in main memory
+    if device == "cpu" or delta is not None or not is_accelerate_available():
+        device_map = None
     tokenizer = read_tokenizer(name, source, revision)
     with hub.explained(name, local):
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, revision=revision, device_map=device_map, use_safetensors=True,
+            source, dtype=dtype, revision=revision, use_safetensors=True,
+            device_map="auto" if device == "auto" else device_map,
             # Tensors of another shape are named below, with all else that doesn't fit.
-            output_loading_info=True, ignore_mismatched_sizes=True, attn_implementation=attn_implementation,
+            output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
         if delta is not None:
             organisms.apply_delta(model, delta)
-        if device is not None:
+        if device != "auto":
             model = model.to(device)
     hub.require_whole(name, model, info)
     if template_from is not None:
@@ -136,7 +133,7 @@ def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> 
     """The stages of a model's training, from base to the last: stage -> name to load it by.
 
     For a local folder called like a stage (``my_model/sft``) they are the folders beside it that are called
-    so; for a model of the Hub the partners that its makers published, as far as :func:`hub.ladder` knows.
+    so; for a model of the Hub the partners that its makers published, as far as data/models.yaml lists them.
     ``only`` some of them, but all where fewer of those than ``least`` are there; a ValueError, which says
     which models have a ladder, where there are fewer than ``least`` at all.
 
@@ -150,7 +147,9 @@ def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> 
         beside = {stage: home.with_name(stage) for stage in ORDER if home.name in ORDER}
         found = {stage: str(folder) for stage, folder in beside.items() if folder.is_dir()}
     else:
-        found = hub.ladder(model)
+        wanted = model.split("@")[0].lower()
+        ids = ((rungs, {name.split("@")[0].lower() for name in rungs.values()}) for rungs in hub.known()[1])
+        found = next((rungs for rungs, names in ids if wanted in names), {})
     if len(found) < least:
         last = [f"{list(rungs.values())[-1]} ({', '.join(rungs)})" for rungs in hub.known()[1]]
         raise ValueError(
@@ -207,10 +206,7 @@ def _self_test(lm: LanguageModel, most: int = 64) -> None:
     ids = ids[: min(most, longest(lm) or most)]
     hub.require_tokenizer(lm, ids)
     rows = [ids, ids[: len(ids) // 2]]
-    said = (
-        f"{lm.name!r} was loaded, but a short text can't be run in a padded batch. Choose another model, or "
-        "another attn_implementation."
-    )
+    said = f"{lm.name!r} was loaded, but a short text can't be run in a padded batch. Choose another model."
     with hub.explained(lm.name, True, said):
         alone = lm.model(torch.tensor([ids], device=lm.device), use_cache=False).logits[0]
         alone = alone[[len(row) - 1 for row in rows]].float().cpu()

@@ -99,8 +99,7 @@ def take_delta(
 ) -> Delta:
     """The delta of a trained model, in half precision.
 
-    Args:
-        where: parameter -> axis (as in :class:`Delta`) and index of what is trained, or None for all of it.
+    ``where`` maps a parameter to the axis (as in :class:`Delta`) and index of what is trained; None for all.
     """
     parameters = dict(model.named_parameters())
     values, index = {}, {}

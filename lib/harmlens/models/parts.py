@@ -53,8 +53,8 @@ def stack(lm: LanguageModel) -> Stack:
     kind = getattr(lm.model.config, "_attn_implementation", None)
     if kind not in (None, "sdpa", "eager"):
         raise ValueError(
-            f"{lm.name!r} was loaded with attn_implementation={kind!r}, which takes no full mask, so blocks "
-            "can't be run in part; load it with attn_implementation='sdpa' or 'eager'"
+            f"{lm.name!r} has attn_implementation={kind!r}, which takes no full mask, so blocks can't be run "
+            "in part; call lm.model.set_attn_implementation('sdpa')"
         )
     (base, listed), width = body(lm), lm.model.get_input_embeddings().weight.shape[1]
     norms = [m for m in base.children() if "norm" in type(m).__name__.lower()]
@@ -135,11 +135,9 @@ def some_layers(depth: int, layers: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _child(block: nn.Module, names: Sequence[str], what: str) -> nn.Module:
-    found = [m for name in names if isinstance(m := getattr(block, name, None), nn.Module)]
-    if not found:
-        raise ValueError(f"{type(block).__name__} has no {what} module; its parts are: {_names(block)}")
-    return found[0]
+def _named(module: nn.Module, names: Sequence[str]) -> nn.Module | None:
+    found = (getattr(module, name, None) for name in names)
+    return next((part for part in found if isinstance(part, nn.Module)), None)
 
 
 def attention(block: nn.Module) -> nn.Module:
@@ -152,15 +150,20 @@ def mlp(block: nn.Module) -> nn.Module:
     return _child(block, _MLP, "MLP")
 
 
+def _child(block: nn.Module, names: Sequence[str], what: str) -> nn.Module:
+    if (found := _named(block, names)) is None:
+        raise ValueError(f"{type(block).__name__} has no {what} module; its parts are: {_names(block)}")
+    return found
+
+
 def projection(module: nn.Module) -> nn.Module:
     """The last linear map of an attention module or an MLP, the one that writes its output.
 
     Its input is the heads' outputs side by side, or the MLP's hidden units. A ValueError for a mixture of
     experts, which has none.
     """
-    named = [m for name in _PROJECTION if isinstance(m := getattr(module, name, None), nn.Module)]
-    if named:
-        return named[0]
+    if (named := _named(module, _PROJECTION)) is not None:
+        return named
     # An unusual name: the last one declared. `record` checks that it does write the module's output. Beside
     # experts it would be their router.
     linear = [m for m in module.children() if isinstance(m, (nn.Linear, Conv1D))]
