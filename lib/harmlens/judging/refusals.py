@@ -2,8 +2,7 @@
 
 A list of phrases (``data/refusals.yaml``): quick, and the same everywhere. It reads English; of other
 languages it knows the usual first words of a refusal. :func:`trained` joins it with what people's labels
-teach, on the reader's own machine. The refusals of the fictional world are known exactly by
-:mod:`world.judge`.
+teach, on the reader's own machine.
 
 Introduced in book/judging ("Judging answers").
 """
@@ -30,17 +29,16 @@ BEGINNING = 250  # characters that are learned from; the whole answer does worse
 LABELS = {"1": False, "2": True}  # full compliance, full refusal; 3 is partial, and not learned from
 
 
-def _patterns() -> dict[str, tuple[str, ...]]:
-    """The entries of the list, with the earlier ones put in."""
-    done: dict[str, tuple[str, ...]] = {}
+def _rules() -> tuple[str, ...]:
+    """Patterns of refusals, and of what leads in: the entries of the list, with the earlier ones put in."""
+    done: dict[str, list[str]] = {}
     for name, entry in read_yaml(data_dir() / "refusals.yaml").items():
         lines = [entry] if isinstance(entry, str) else entry
-        done[name] = tuple(re.sub(r"<(\w+)>", lambda m: "|".join(done[m[1]]), line) for line in lines)
-    return done
+        done[name] = [re.sub(r"<(\w+)>", lambda m: "|".join(done[m[1]]), line) for line in lines]
+    return *("|".join(done[name]) for name in ("at_once", "later", "abroad")), *done["leads"]
 
 
-_LIST = _patterns()
-RULES = (*("|".join(_LIST[name]) for name in ("at_once", "later", "abroad")), *_LIST["leads"])
+RULES = _rules()
 _LEAD = re.compile(rf"(?:(?P<sorry>{RULES[3]})|{'|'.join(RULES[4:])})[\s,.!?:;–—\-\"]*")
 _REFUSES, _REFUSES_LATER, _REFUSES_ABROAD = map(re.compile, RULES[:3])
 _SENTENCE = re.compile(r"[.!?:] ")
@@ -107,9 +105,9 @@ def _behind_leads(text: str, start: int, refuses: re.Pattern[str]) -> tuple[bool
 def labelled(*, download: bool = False) -> dict[str, Path]:
     """Files with answers of real models that people have labelled: name of the model -> file.
 
-    Completions to the prompts of XSTest with the labels of two annotators (Röttger et al. 2024), as
-    ``data/sources.yaml`` has them under ``judged``: those in the cache, and with ``download`` the others.
-    A ValueError for another checksum; a ConnectionError where a download fails and the cache has too few.
+    Completions to the prompts of XSTest with the labels of two annotators (Röttger et al. 2024), in
+    ``data/sources.yaml`` under ``judged``: those in the cache, and with ``download`` the others. A ValueError
+    for another checksum; a ConnectionError where a download fails and the cache has too few.
     """
     about, found = read_yaml(data_dir() / "sources.yaml")["judged"], {}
     where = [about[key] for key in ("host", "repository", "revision")]
