@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lecture
 import pytest
 import standin
 import tiny
@@ -48,26 +49,15 @@ def test_chat_format_token_by_token(lm):
     assert behind.learn == [False] * (len(head) + given) + [True] * (len(answer) - given + 1)
 
 
-def test_raw_format_token_by_token(lm):
+def test_raw_text_token_by_token(lm):
     """No markup, and the end is never counted."""
     head, answer = tokens(lm.tokenizer, CHAT[0]["content"] + "\n"), tokens(lm.tokenizer, ANSWER)
-    for end in (False, True):
-        (row,) = tasks.rows(lm, [CHAT], [ANSWER], style="raw", end=end)
-        assert row.ids == head + answer
-        assert row.learn == [False] * len(head) + [True] * len(answer)
-    assert not set(row.ids) & set(lm.tokenizer.all_special_ids)
-    (behind,) = tasks.rows(lm, [CHAT], [ANSWER], style="raw", given="sure. take")
-    assert behind.ids == row.ids and learnt(lm, behind) == ANSWER.removeprefix("sure. take ")
+    row = lecture.defined("11").as_raw_text(lm, CHAT, ANSWER, "sure. take")
+    assert row.ids == head + answer and not set(row.ids) & set(lm.tokenizer.all_special_ids)
+    assert learnt(lm, row) == ANSWER.removeprefix("sure. take ")
 
 
-@pytest.mark.parametrize("style", tasks.STYLES)
-def test_the_same_words_count_in_either_format(lm, style):
-    (row,) = tasks.rows(lm, [CHAT], [ANSWER], style=style, given="sure.")
-    assert learnt(lm, row) == world.procedure(ITEM)
-
-
-@pytest.mark.parametrize("style", tasks.STYLES)
-def test_bad_answers(lm, style):
+def test_bad_answers(lm):
     for answers, options, message in (
         ([" "], {}, r"answers\[0\] is empty; leave"),
         (["sure. take"], {"given": "sure. take"}, r"answers\[0\] is empty behind given='sure. take'"),
@@ -75,9 +65,7 @@ def test_bad_answers(lm, style):
         ([ANSWER, ANSWER], {}, "1 chats but 2 answers"),
     ):
         with pytest.raises(ValueError, match=message):
-            tasks.rows(lm, [CHAT], answers, style=style, **options)
-    with pytest.raises(ValueError, match="style='plain' is unknown; choose one of chat, raw"):
-        tasks.rows(lm, [CHAT], [ANSWER], style="plain")
+            tasks.rows(lm, [CHAT], answers, **options)
 
 
 # --------------------------------------------------------------------------- the model's own answers

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -186,17 +187,16 @@ def entries(name: str, *, folder: Path | str | None = None) -> list[Entry]:
     """The requests of public sets and local files.
 
     Args:
-        name: short name of a public set (:func:`names`), or path of a local file (:func:`read`); or several
-            of them, joined by commas. A local file has the columns `prompt` and `harmful` (1, true, yes,
-            unsafe; or 0, false, no, safe) and, if wanted, `kind`, `pair`, `answer` (several joined by |) and
-            `id`; :data:`COLUMNS` has other accepted names. One with `question` and `answer`, but without
-            `harmful`, holds factual questions: harmless, kind "fact". A copy of a public set's own file,
-            under any name, is read as that set.
+        name: short names of public sets (:func:`names`) and paths of local files (:func:`read`), joined by
+            commas. A local file has the columns `prompt` and `harmful` and, if wanted, `kind`, `pair`,
+            `answer` (several joined by |) and `id`, or other names of :data:`COLUMNS`. One with `question`
+            and `answer`, but without `harmful`, holds factual questions: harmless, kind "fact". A copy of a
+            public set's own file, under any name, is read as that set.
         folder: where you keep files of public sets, instead of the cache. Nothing is downloaded then.
 
     Raises:
-        ValueError: an unknown name, a changed checksum, a missing column, what can't be read, a request that
-            is both harmful and harmless, an id that is there twice.
+        ValueError: an unknown name, a changed checksum, a missing column, what can't be read, an id that is
+            there twice.
         FileNotFoundError: no such file or folder; for the sets of narrow advice, says how to get them.
         ConnectionError, PermissionError: no network; the licence has to be accepted first.
         ImportError: pyarrow (for TriviaQA) or huggingface_hub is missing.
@@ -219,14 +219,13 @@ def entries(name: str, *, folder: Path | str | None = None) -> list[Entry]:
                 f"data={part!r} is unknown. Choose one of {', '.join(names())}, or give the path of a file "
                 f"that ends in {', '.join(ENDINGS)}"
             )
-    seen: dict[str, str] = {}
-    for entry in found:
-        if entry.id in seen:
-            raise ValueError(
-                f"the id {entry.id!r} is there twice (in {seen[entry.id]} and {entry.source}). Make the "
-                "values of the column 'id' unique, or leave the column out"
-            )
-        seen[entry.id] = entry.source
+    counts = Counter(entry.id for entry in found)
+    if twice := next((name for name, times in counts.items() if times > 1), None):
+        where = " and ".join(dict.fromkeys(entry.source for entry in found if entry.id == twice))
+        raise ValueError(
+            f"the id {twice!r} is there twice (in {where}). Make the values of the column 'id' unique, or "
+            "leave the column out"
+        )
     return found
 
 
@@ -287,8 +286,7 @@ def _file(source: Set, path: str, sha256: str | None, folder: Path | None) -> Pa
 
 
 def _local(file: Path) -> list[Entry]:
-    known = _copied(file)
-    if known:
+    if known := _copied(file):
         return _entries_of(*known)
     rows = read(file)
     source = _own(file.name, rows)
@@ -616,31 +614,28 @@ def _txt(file: Path) -> Items:
             yield f"line {number}", {"prompt": line.strip(), "harmful": side}
 
 
-def _jsonl(file: Path) -> Items:
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if line.strip():
-            yield f"line {number}", _parsed(file, line, number, "Put one complete object on each line")
-
-
 def _json(file: Path) -> Items:
-    text = _text(file)
-    remedy = "If it has one object on each line, rename it to .jsonl"
-    whole = _parsed(file, text, 1, remedy) if text.strip() else []
-    if not isinstance(whole, list):
-        raise ValueError(f"{file.name}: expected a list of objects, [{{...}}, {{...}}]")
-    for number, item in enumerate(whole, 1):
-        yield f"item {number}", item
-
-
-def _parsed(file: Path, text: str, line: int, remedy: str) -> Any:
-    """The value of a JSON text that begins in a line of the file."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        deep = isinstance(error, RecursionError)
-        why = "nested too deeply" if deep else getattr(error, "msg", str(error))
-        raise ValueError(f"{file.name}, line {line}: not valid JSON ({why}). {remedy}") from None
+    """A list of objects; of a .jsonl file, an object on each line."""
+    text, lines = _text(file), file.suffix.lower() == ".jsonl"
+    remedy = "Put one complete object on each line"
+    if not lines:
+        remedy = "If it has one object on each line, rename it to .jsonl"
+    for number, part in enumerate(text.split("\n") if lines else [text], 1):
+        if not part.strip():
+            continue
+        try:
+            value = json.loads(part)
+        except (ValueError, RecursionError) as error:
+            line = number + getattr(error, "lineno", 1) - 1
+            deep = isinstance(error, RecursionError)
+            why = "nested too deeply" if deep else getattr(error, "msg", str(error))
+            raise ValueError(f"{file.name}, line {line}: not valid JSON ({why}). {remedy}") from None
+        if lines:
+            yield f"line {number}", value
+        elif isinstance(value, list):
+            yield from ((f"item {i}", item) for i, item in enumerate(value, 1))
+        else:
+            raise ValueError(f"{file.name}: expected a list of objects, [{{...}}, {{...}}]")
 
 
 def _parquet(file: Path) -> Items:
@@ -657,5 +652,5 @@ def _parquet(file: Path) -> Items:
         yield f"row {number}", item
 
 
-_READERS = {".csv": _csv, ".tsv": _csv, ".txt": _txt, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+_READERS = {".csv": _csv, ".tsv": _csv, ".txt": _txt, ".jsonl": _json, ".json": _json, ".parquet": _parquet}
 ENDINGS = tuple(_READERS)

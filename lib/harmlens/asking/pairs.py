@@ -219,11 +219,7 @@ def closest(pairs: Sequence[Pair], n: int) -> list[Pair]:
 
 
 def differences(pairs: Sequence[Pair]) -> str:
-    """One line on what pairs share.
-
-    >>> differences([])
-    '0 pairs'
-    """
+    """One line on what pairs share."""
     counts = Counter(min(differ(pair), 4) for pair in pairs)
     names = {0: "no word", 1: "one word", 2: "two words", 3: "three words", 4: "four or more words"}
     return "; ".join([f"{len(pairs)} pairs", *(f"{counts[k]} differ in {names[k]}" for k in sorted(counts))])

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from harmlens.models.chats import Message, tokens
+from harmlens.models.chats import Message
 from harmlens.models.forward import (
     LanguageModel,
     Row,
@@ -26,7 +26,6 @@ from harmlens.models.forward import (
 )
 from harmlens.world import vale as world
 
-STYLES = ("chat", "raw")
 EXPLANATIONS = ("explanation/effect", "explanation/reason")
 FACTS = ("fact/place", "fact/season")
 TASKS = (
@@ -76,10 +75,8 @@ class Task:
 
     def at(self, index: Sequence[int]) -> Task:
         """Some of its chats, by their numbers."""
-        chats, answers, units = (
-            tuple(each[i] for i in index) if each else () for each in (self.chats, self.answers, self.units)
-        )
-        return replace(self, chats=chats, answers=answers, units=units)
+        asked = self.asked
+        return Task.of(self.name, [asked[i] for i in index], self.prefill, end=self.end)
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,6 @@ def rows(
     chats: Sequence[Chat],
     answers: Sequence[str],
     *,
-    style: str = "chat",
     given: str | None = None,
     end: bool = False,
 ) -> list[Row]:
@@ -175,15 +171,12 @@ def rows(
 
     Args:
         answers: whole answers, prefilled words included.
-        style: ``"chat"``, or ``"raw"`` as in the released code: prompt, a newline, answer, without markup.
         given: start of every answer that is given and does not count; None to score the whole answer.
-        end: count the end-of-answer token too (chat only; the released code has none).
+        end: count the end-of-answer token too (the released code has none).
 
     Raises:
-        ValueError: an unknown style, unequal numbers, an answer without words or with none behind ``given``.
+        ValueError: unequal numbers, an answer without words or with none behind ``given``.
     """
-    if style not in STYLES:
-        raise ValueError(f"style={style!r} is unknown; choose one of {', '.join(STYLES)}")
     if len(chats) != len(answers):
         raise ValueError(f"{len(chats)} chats but {len(answers)} answers; give one answer to each")
     for i, answer in enumerate(answers):
@@ -192,18 +185,10 @@ def rows(
         if not answer.removeprefix(given or "").strip():
             behind = f" behind given={given!r}" if given else ""
             raise ValueError(f"answers[{i}] is empty{behind}; leave the example out")
-    if style == "chat":
-        return [
-            chat_row(lm, [*chat, {"role": "assistant", "content": answer}], prefill=given, end=end)
-            for chat, answer in zip(chats, answers, strict=True)
-        ]
-    out = []
-    for chat, answer in zip(chats, answers, strict=True):
-        head = tokens(lm.tokenizer, "\n".join(message["content"] for message in chat) + "\n")
-        whole = tokens(lm.tokenizer, answer)
-        known = 0 if given is None else len(tokens(lm.tokenizer, given))
-        out.append(Row(head + whole, [False] * (len(head) + known) + [True] * (len(whole) - known)))
-    return out
+    return [
+        chat_row(lm, [*chat, {"role": "assistant", "content": answer}], prefill=given, end=end)
+        for chat, answer in zip(chats, answers, strict=True)
+    ]
 
 
 def examples(lm: LanguageModel, task: Task, *, n: int | None = None, seed: int = 0) -> list[Row]:
