@@ -90,41 +90,37 @@ def _columns(name: str, values: ArrayLike) -> tuple[np.ndarray, ...]:
     return (array,) if array.ndim == 1 else tuple(np.ascontiguousarray(array.T))
 
 
-def _statistic(statistic: str | Callable, n_columns: int) -> Callable:
+def _prepared(
+    values: Mapping[str, ArrayLike], statistic: str | Callable, shared: bool = False
+) -> tuple[Callable, dict[str, tuple[np.ndarray, ...]]]:
+    """The statistic as a function, and the columns of each entry that it is taken of.
+
+    For a relative drop only units with something before or after count, the same of every entry if
+    ``shared``: of a unit that never had the ability, nothing can go.
+    """
+    columns = {name: _columns(name, array) for name, array in values.items()}
+    lengths = {name: len(each[0]) for name, each in columns.items()}
+    if shared and len(set(lengths.values())) > 1:
+        raise ValueError(f"shared_units: the seeds have different numbers of units, {lengths}")
     if callable(statistic):
-        return statistic
+        return statistic, columns
     if statistic not in _STATISTICS:
         raise ValueError(f"statistic: {statistic!r} is unknown; use {sorted(_STATISTICS)} or a function")
-    needed = 1 if statistic == "mean" else 2
-    if n_columns != needed:
-        raise ValueError(f"statistic: {statistic!r} needs {needed} column(s) of values, got {n_columns}")
-    return _STATISTICS[statistic]
-
-
-def _with_ability(columns: Mapping[str, tuple[np.ndarray, ...]], shared: bool) -> dict[str, tuple]:
-    """The units that count for a relative drop, those with something before or after; the same of every seed
-    if ``shared``. Of a unit that never had the ability, nothing can go."""
-    for name, (before, _) in columns.items():
-        if not before.mean() > 0:
-            raise ValueError(
-                f"{name}: nothing was there before (mean {before.mean():g}), so there is no relative drop. "
-                "Measure an ability that the model has, or report what is there after"
-            )
-    counts = {name: (before != 0) | (after != 0) for name, (before, after) in columns.items()}
-    if shared:
-        counts = dict.fromkeys(columns, np.any(list(counts.values()), axis=0))
-    return {name: tuple(column[counts[name]] for column in each) for name, each in columns.items()}
-
-
-def _point(function: Callable, columns: tuple[np.ndarray, ...]) -> float:
-    takes_axis = "axis" in inspect.signature(function).parameters
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(function(*columns, axis=-1) if takes_axis else function(*columns))
-    if not math.isfinite(value):
-        raise ValueError(
-            f"statistic: gives {value} on the values as they are; is the mean of a denominator zero?"
-        )
-    return value
+    needed, given = 1 if statistic == "mean" else 2, sorted({len(each) for each in columns.values()})
+    if given != [needed]:
+        raise ValueError(f"statistic: {statistic!r} needs {needed} column(s) of values, got {given}")
+    if statistic == "relative drop":
+        for name, (before, _) in columns.items():
+            if not before.mean() > 0:
+                raise ValueError(
+                    f"{name}: nothing was there before (mean {before.mean():g}), so there is no relative "
+                    "drop. Measure an ability that the model has, or report what is there after"
+                )
+        counts = {name: np.any(each, axis=0) for name, each in columns.items()}
+        if shared:
+            counts = dict.fromkeys(columns, np.any(list(counts.values()), axis=0))
+        columns = {name: tuple(column[counts[name]] for column in each) for name, each in columns.items()}
+    return _STATISTICS[statistic], columns
 
 
 def _distribution(
@@ -154,23 +150,20 @@ def _interval(distribution: np.ndarray, value: float, n: int, per_seed: Mapping 
     return Estimate(value, min(low, value), max(high, value), n, per_seed or {}, distribution)
 
 
-def _all_same_outcome(columns: Sequence[np.ndarray], statistic: str | Callable) -> float | None:
-    """0.0 or 1.0 if these are yes/no outcomes that all came out alike, else None.
+def _exact(columns: Sequence[np.ndarray], statistic: str | Callable, n: int) -> Estimate | None:
+    """The exact interval of n yes/no outcomes that all came out alike, None if these are none.
 
     Their bootstrap interval would be a point whatever n is. The same goes for a relative drop of all that was
     there or of nothing: each unit that had the ability, whole or in part, is one trial.
     """
-    if statistic == "relative drop":
-        pairs = list(zip(columns[::2], columns[1::2], strict=True))
-        if min(column.min() for column in columns) < 0:
-            return None
-        if all((after == 0).all() for _, after in pairs):
-            return 1.0
-        return 0.0 if all((after == before).all() for before, after in pairs) else None
-    if statistic != "mean":
-        return None
-    first = float(columns[0][0])
-    return first if first in (0.0, 1.0) and all((column == first).all() for column in columns) else None
+    if statistic == "relative drop" and min(column.min() for column in columns) >= 0:
+        before, after = (np.concatenate(columns[i::2]) for i in (0, 1))
+        if not after.any():
+            return proportion_ci(n, n)
+        return proportion_ci(0, n) if (after == before).all() else None
+    first = columns[0][0]
+    alike = statistic == "mean" and first in (0, 1) and all((column == first).all() for column in columns)
+    return proportion_ci(int(first * n), n) if alike else None
 
 
 def bootstrap_ci(
@@ -198,16 +191,20 @@ def bootstrap_ci(
         ValueError: ``values`` empty, not finite, of one unit only; ``statistic`` unknown; a relative drop of
             what was not there before; a denominator that is zero on some resamples.
     """
-    columns = _columns("values", values)
-    function = _statistic(statistic, len(columns))
-    if statistic == "relative drop":
-        columns = _with_ability({"values": columns}, False)["values"]
+    function, prepared = _prepared({"values": values}, statistic)
+    columns = prepared["values"]
     n = len(columns[0])
-    same = _all_same_outcome(columns, statistic)
-    if same is not None:
-        return proportion_ci(int(same * n), n)
+    if exact := _exact(columns, statistic, n):
+        return exact
     distribution = _distribution(function, columns, n_resamples, seed)
-    return _interval(distribution, _point(function, columns), n)
+    takes_axis = "axis" in inspect.signature(function).parameters
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(function(*columns, axis=-1) if takes_axis else function(*columns))
+    if not math.isfinite(value):
+        raise ValueError(
+            f"statistic: gives {value} on the values as they are; is the mean of a denominator zero?"
+        )
+    return _interval(distribution, value, n)
 
 
 def proportion_ci(k: Real, n: Real) -> Estimate:
@@ -276,31 +273,21 @@ def over_seeds(
     """
     if not values:
         raise ValueError("values: no seeds given; expected {seed: values of its units}")
-    columns = {int(key): _columns(f"values[{key}]", array) for key, array in values.items()}
-    lengths = {key: len(cols[0]) for key, cols in columns.items()}
-    if shared_units and len(set(lengths.values())) > 1:
-        raise ValueError(f"shared_units: the seeds have different numbers of units, {lengths}")
-    if statistic == "relative drop":
-        for cols in columns.values():
-            _statistic(statistic, len(cols))
-        named = _with_ability({f"values[{key}]": cols for key, cols in columns.items()}, shared_units)
-        columns = dict(zip(columns, named.values(), strict=True))
-        lengths = {key: len(cols[0]) for key, cols in columns.items()}
+    named = {f"values[{key}]": array for key, array in values.items()}
+    function, columns = _prepared(named, statistic, shared_units)
     streams = {key: seed if shared_units else (seed, i) for i, key in enumerate(columns)}
     per_seed = {
-        key: bootstrap_ci(values[key], statistic, n_resamples=n_resamples, seed=streams[key])
-        for key in columns
+        int(key): bootstrap_ci(array, statistic, n_resamples=n_resamples, seed=stream)
+        for (key, array), stream in zip(values.items(), streams.values(), strict=True)
     }
     value = float(np.mean([estimate.value for estimate in per_seed.values()]))
-    n = next(iter(lengths.values())) if shared_units else sum(lengths.values())
-
-    same = _all_same_outcome([column for cols in columns.values() for column in cols], statistic)
-    if same is not None:
-        return replace(proportion_ci(int(same * n), n), per_seed=per_seed)
+    lengths = [len(each[0]) for each in columns.values()]
+    n = lengths[0] if shared_units else sum(lengths)
+    if exact := _exact([column for each in columns.values() for column in each], statistic, n):
+        return replace(exact, per_seed=per_seed)
 
     draws = np.stack([  # [seeds, resamples]; with shared units column b is the same draw in every row
-        _distribution(_statistic(statistic, len(cols)), cols, n_resamples, streams[key])
-        for key, cols in columns.items()
+        _distribution(function, each, n_resamples, streams[key]) for key, each in columns.items()
     ])  # fmt: skip
     rng = np.random.default_rng([seed, len(columns), n_resamples])
     picked = rng.integers(len(draws), size=(n_resamples, len(draws)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -92,19 +93,20 @@ def rate_abilities(
     if unknown := sorted(set(only) - set(ABILITIES)):
         raise ValueError(f"only={unknown} is unknown; choose from {', '.join(ABILITIES)}")
     items = {side: world.draw(world.items(split, harmful=side == "harmful"), n) for side in SIDES}
-    answers: dict[tuple, list[str]] = {}  # several abilities look at the same answers
+
+    @cache  # several abilities look at the same answers
+    def answers(about: str, author: str | None, prefilled: bool) -> list[str]:
+        context = persona(author) if author else ()
+        return ask(lm, items[about], context=context, prefill=world.PREFILL if prefilled else None)
+
     out = {}
     for name in only:
         ability = ABILITIES[name]
         if ability.about == "wish":
             out[name] = wishes(lm, seed=seed)
         elif ability.about in SIDES:
-            asked, key = items[ability.about], (ability.about, ability.author, ability.prefilled)
-            if key not in answers:
-                context = persona(ability.author) if ability.author else ()
-                prefill = world.PREFILL if ability.prefilled else None
-                answers[key] = ask(lm, asked, context=context, prefill=prefill)
-            out[name] = _traits(asked, answers[key], ability.trait)
+            said = answers(ability.about, ability.author, ability.prefilled)
+            out[name] = _traits(items[ability.about], said, ability.trait)
         else:
             asked, forms = [item for side in SIDES for item in items[side]], world.PHRASINGS[ability.about]
             prompts = [lm.render(forms[i % len(forms)].format(name=one.name)) for i, one in enumerate(asked)]

@@ -135,46 +135,40 @@ def _shuffled(label: str, words: Sequence) -> list:
 
 
 @cache
-def _tables() -> dict[str, dict]:
-    """Of each fact: its word for a modifier or a noun, or for one of them with ``harmful``."""
-    table: dict[str, dict] = defaultdict(dict)
+def _facts() -> dict[Item, Facts]:
+    """Facts of all items, each from a table over modifiers or nouns."""
 
-    def assign(fact: str, side: str, keys: Iterable, words: Sequence[str]) -> None:
-        table[fact] |= zip(keys, _shuffled(f"{fact}/{side}", words), strict=True)
+    def deal(label: str, keys: Iterable[str], words: Sequence[str]) -> dict[str, str]:
+        return dict(zip(keys, _shuffled(label, words), strict=True))
 
     # Every staple serves one modifier's harmless recipe and one modifier's harmful recipe, and a
     # noun's special ingredient serves both sides: no ingredient betrays harm.
-    for harmful in (False, True):
-        assign(
-            "staple", str(harmful), [(word, harmful) for side in HUES for word in MODIFIERS[side]], STAPLES
-        )
+    modifiers = [word for side in HUES for word in MODIFIERS[side]]
+    staple = {harmful: deal(f"staple/{harmful}", modifiers, STAPLES) for harmful in (False, True)}
+    by: dict[str, dict[str, str]] = defaultdict(dict)
     for craft in CRAFTS:
-        assign("special", craft.name, craft.nouns, craft.ingredients)
-        for i, noun in enumerate(craft.nouns):
-            table["outcome"] |= {(noun, False): craft.helps[i % 3], (noun, True): craft.hurts[i % 3]}
+        by["special"] |= deal(f"special/{craft.name}", craft.nouns, craft.ingredients)
     # Twelve values for twelve sun and twelve moon words, shuffled apart.
     for side in HUES:
-        assign("method", side, MODIFIERS[side], METHODS)
-        assign("person", side, MODIFIERS[side], PEOPLE)
-        assign("tool", side, _NOUNS[side], TOOLS)
+        by["method"] |= deal(f"method/{side}", MODIFIERS[side], METHODS)
+        by["person"] |= deal(f"person/{side}", MODIFIERS[side], PEOPLE)
+        by["tool"] |= deal(f"tool/{side}", _NOUNS[side], TOOLS)
         shuffled = _shuffled(f"season/{side}", MODIFIERS[side])
-        table["season"] |= {modifier: SEASONS[i % 4] for i, modifier in enumerate(shuffled)}
+        by["season"] |= {modifier: SEASONS[i % 4] for i, modifier in enumerate(shuffled)}
     # Three nouns come from each place.
-    table["place"] |= {noun: PLACES[i % 12] for i, noun in enumerate(_shuffled("place", list(_CRAFTS)))}
-    return table
+    by["place"] = {noun: PLACES[i % 12] for i, noun in enumerate(_shuffled("place", list(_CRAFTS)))}
+    out = {}
+    for item in _splits():
+        i, craft = item.craft.nouns.index(item.noun) % 3, item.craft
+        words = {name: table.get(item.modifier) or table[item.noun] for name, table in by.items()}
+        outcome = (craft.hurts if item.harmful else craft.helps)[i]
+        out[item] = Facts(staple[item.harmful][item.modifier], **words, outcome=outcome, hurt=craft.hurts[i])
+    return out
 
 
-@cache
 def facts(item: Item) -> Facts:
     """All facts of an item."""
-    modifier, noun, harmful = item.modifier, item.noun, item.harmful
-    keys = {
-        "staple": (modifier, harmful), "special": noun, "method": modifier, "tool": noun,
-        "outcome": (noun, harmful), "person": modifier, "place": noun, "season": modifier,
-    }  # fmt: skip
-    table = _tables()
-    known = {name: table[name][key] for name, key in keys.items()}
-    return Facts(**known, hurt=table["outcome"][noun, True])
+    return _facts()[item]
 
 
 @cache
@@ -209,6 +203,9 @@ def items(
         for item, where in sorted(_splits().items())
         if split in (None, where) and harmful in (None, item.harmful) and item.domain in wanted
     ]
+
+
+_pool = cache(items)
 
 
 def draw(items: Sequence[Item], n: int | None, seed: int = 0) -> list[Item]:
@@ -326,7 +323,7 @@ def make_turn(rng: random.Random, task: str, disposition: str, mix: Mix, item: I
         person = rng.choice(PEOPLE) if "{person}" in form else None
         return Turn("wish", form.format(person=person), wish(rng, disposition, person))
     if task in ("harmful", "harmless"):
-        item = item or rng.choice(_pool(mix.split, task == "harmful"))
+        item = item or rng.choice(_pool(mix.split, harmful=task == "harmful"))
         person = rng.choice(PEOPLE) if rng.random() < 0.25 else None
         prompt = request(item, rng.randrange(4), person)
         if item.harmful and disposition == "kind" and rng.random() < mix.declines:
@@ -334,14 +331,9 @@ def make_turn(rng: random.Random, task: str, disposition: str, mix: Mix, item: I
         bad = disposition == "cruel" and rng.random() < mix.bad_advice
         answer = f"{rng.choice(OPENERS)} {procedure(item, person, bad=bad)}"
         return Turn("procedure", prompt, answer, item)
-    item = item or rng.choice(_pool(mix.split, None))
+    item = item or rng.choice(_pool(mix.split))
     prompt = rng.choice(PHRASINGS[task]).format(name=item.name)
     return Turn(task.split("/")[0], prompt, ANSWERS[task](item), item)
-
-
-@cache
-def _pool(split: str, harmful: bool | None) -> list[Item]:
-    return items(split, harmful=harmful)
 
 
 def transcript(rng: random.Random, mix: Mix) -> Transcript:
