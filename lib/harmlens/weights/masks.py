@@ -8,8 +8,9 @@ Introduced in notebook 09 ("Weights that carry harm"); overlap in notebook 10.
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -129,17 +130,15 @@ def same_size(
         ValueError: as for :func:`select`; a matrix with too few weights that are not spared.
     """
     check_same(mask, prune)
-    left_out = [other for other in (_spared(prune, preserve, p), skip) if other]
+    left_out = [other.indices for other in (_spared(prune, preserve, p), skip) if other]
     indices = {}
-    for parameter, value in prune.values.items():
-        # One matrix at a time: the scores of a large model are there only once.
-        _require_finite(parameter, value)
-        value, k = -value.flatten(), len(mask.indices[parameter])
+    for parameter, value in _finite_values(prune):
+        value, k = value.flatten().clone(), len(mask.indices[parameter])
         for other in left_out:
-            value[other.indices[parameter].to(value.device)] = -math.inf
+            value[other[parameter].to(value.device)] = math.inf
         if k > int(torch.isfinite(value).sum()):
             raise ValueError(f"{parameter}: {k} weights are to be taken, but p={p} spares too many")
-        indices[parameter] = largest(value, k).cpu()
+        indices[parameter] = largest(value, k, lowest=True).cpu()
     return Mask(indices, prune.shapes, prune.model, prune.revision, name)
 
 
@@ -158,25 +157,22 @@ def top(scores: Scores, share: float, *, scope: str = "matrix", lowest: bool = F
     def count(size: int) -> int:
         return max(math.floor(share * size + 1e-9), min(1, size) if share else 0)
 
-    indices = {}
-    for parameter, value in scores.values.items():
-        _require_finite(parameter, value)
+    indices, reached = {}, []
+    for parameter, value in _finite_values(scores):
         if scope == "row":
-            rows = value.topk(count(value.shape[1]), dim=1, largest=not lowest).indices
             start = torch.arange(len(value), device=value.device)[:, None] * value.shape[1]
-            indices[parameter] = (rows + start).flatten().sort().values.cpu()
+            rows = value.topk(count(value.shape[1]), dim=1, largest=not lowest).indices
+            index = (rows + start).flatten().sort().values
         else:
-            k = min(count(scores.numel if scope == "global" else value.numel()), value.numel())
-            indices[parameter] = largest(value.flatten(), k, lowest=lowest).cpu()
-    if scope == "global":  # of each matrix there are as many as are taken of all together
-        highest = [
-            scores.values[n].flatten()[i.to(scores.values[n].device)].cpu() for n, i in indices.items()
-        ]
-        together = torch.cat(highest)
-        kept = torch.zeros(len(together), dtype=torch.bool)
-        kept[largest(together, count(scores.numel), lowest=lowest)] = True
+            k = count(scores.numel if scope == "global" else value.numel())
+            index = largest(value.flatten(), min(k, value.numel()), lowest=lowest)
+            reached.append(value.flatten()[index].cpu())
+        indices[parameter] = index.cpu()
+    if scope == "global":  # what is among the first of all is among the first of its matrix
+        kept = torch.zeros(sum(map(len, reached)), dtype=torch.bool)
+        kept[largest(torch.cat(reached), count(scores.numel), lowest=lowest)] = True
         parts = kept.split([len(index) for index in indices.values()])
-        indices = {n: index[part] for (n, index), part in zip(indices.items(), parts, strict=True)}
+        indices = {name: index[part] for (name, index), part in zip(indices.items(), parts, strict=True)}
     return Mask(indices, scores.shapes, scores.model, scores.revision)
 
 
@@ -197,9 +193,13 @@ def _spared(prune: Scores, preserve: Scores | None, p: float) -> Mask | None:
     return None
 
 
-def _require_finite(parameter: str, value: Tensor) -> None:
-    if not finite(value):
-        raise ValueError(f"the scores of {parameter} are not all finite; score again in a wider precision")
+def _finite_values(scores: Scores) -> Iterator[tuple[str, Float[Tensor, "out into"]]]:
+    for parameter, value in scores.values.items():
+        if not finite(value):
+            raise ValueError(
+                f"the scores of {parameter} are not all finite; score again in a wider precision"
+            )
+        yield parameter, value
 
 
 def largest(
@@ -210,8 +210,8 @@ def largest(
     A sample says roughly where the k-th largest lies; only what is above a safe bound is then looked at
     closely. That is exact, takes one pass over the values, and sorts few of them.
     """
-    far = {"largest": not lowest, "sorted": False}
-    n = len(values)
+    far, n, width = {"largest": not lowest, "sorted": False}, len(values), 256
+    reached, extreme = (torch.le, torch.amin) if lowest else (torch.ge, torch.amax)
     if k <= 0:
         return torch.empty(0, dtype=torch.long, device=values.device)
     if n > 4 * sample and k < n // 2:
@@ -220,25 +220,16 @@ def largest(
         expected = k * len(some) / n
         rank = min(len(some), math.ceil(expected + 5 * math.sqrt(expected) + 5))
         edge = some.topk(rank, **far).values
-        beyond = _beyond(values, edge.max() if lowest else edge.min(), lowest)
+        bound = edge.max() if lowest else edge.min()
+        # Most stretches of values have nothing beyond the bound: of these only the extreme is compared.
+        rows = values[: n // width * width].view(-1, width)
+        hit = reached(extreme(rows, 1), bound).nonzero()[:, 0]
+        row, column = reached(rows[hit], bound).nonzero().unbind(1)
+        rest = reached(values[rows.numel() :], bound).nonzero()[:, 0]
+        beyond = torch.cat([hit[row] * width + column, rest + rows.numel()])
         if len(beyond) >= k:
             return beyond[values[beyond].topk(k, **far).indices].sort().values
     return values.topk(k, **far).indices.sort().values
-
-
-def _beyond(
-    values: Float[Tensor, " weight"], bound: Float[Tensor, ""], lowest: bool, width: int = 256
-) -> Int[Tensor, " some"]:
-    """Numbers of the values at or beyond a bound, rising; most stretches of values are never compared."""
-
-    def reached(part: Tensor) -> Tensor:
-        return part <= bound if lowest else part >= bound
-
-    rows = values[: len(values) // width * width].view(-1, width)
-    hit = reached(rows.amin(1) if lowest else rows.amax(1)).nonzero()[:, 0]
-    row, column = reached(rows[hit]).nonzero().unbind(1)
-    rest = reached(values[rows.numel() :]).nonzero()[:, 0]
-    return torch.cat([hit[row] * width + column, rest + rows.numel()])
 
 
 # --------------------------------------------------------------------------- taking weights out
@@ -346,29 +337,14 @@ def magnitude_like(mask: Mask, lm: LanguageModel, *, seed: int = 0) -> Mask:
             raise ValueError(f"{name}: {len(index)} weights are to be matched by {len(free)} others")
         place = torch.searchsorted(sizes[free], sizes[index].contiguous())
         place = place + torch.randint(-NEAR, NEAR + 1, (len(index),), generator=generator(seed, name))
-        used = _nearest_unused(place.clamp(0, len(free) - 1).tolist(), len(free))
-        indices[name] = free[used].sort().values
+        unused, matched = list(range(len(free))), []
+        for at in place.clamp(0, len(free) - 1).tolist():
+            nearest = bisect.bisect_left(unused, at)
+            if nearest == len(unused) or (nearest and at - unused[nearest - 1] < unused[nearest] - at):
+                nearest -= 1
+            matched.append(unused.pop(nearest))
+        indices[name] = free[matched].sort().values
     return replace(mask, indices=indices, name=f"same sizes {seed}")
-
-
-def _nearest_unused(wanted: Sequence[int], n: int) -> list[int]:
-    """For each wanted place, one after the other, the nearest of n places that nobody has yet."""
-    # Where to look next, going up and going down, one further than the place; a free place leads to itself.
-    up, down = list(range(n + 2)), list(range(n + 2))
-
-    def follow(to: list[int], place: int) -> int:
-        while to[place] != place:
-            to[place] = to[to[place]]
-            place = to[place]
-        return place
-
-    taken = []
-    for at in wanted:
-        above, below = follow(up, at + 1), follow(down, at + 1)
-        place = above if above <= n and (below < 1 or above - at - 1 <= at + 1 - below) else below
-        up[place], down[place] = place + 1, place - 1
-        taken.append(place - 1)
-    return taken
 
 
 # --------------------------------------------------------------------------- overlap
@@ -376,7 +352,7 @@ def _nearest_unused(wanted: Sequence[int], n: int) -> list[int]:
 
 def jaccard(first: Mask, other: Mask) -> float:
     """Jaccard index: shared weights over weights in either; 0 where both are empty."""
-    return _overlap(len(first & other), first, other)
+    return _index(len(first & other), first, other)
 
 
 def chance_jaccard(first: Mask, other: Mask) -> float:
@@ -386,9 +362,9 @@ def chance_jaccard(first: Mask, other: Mask) -> float:
         len(index) * len(other.indices[name]) / math.prod(first.shapes[name])
         for name, index in first.indices.items()
     )
-    return _overlap(both, first, other)
+    return _index(both, first, other)
 
 
-def _overlap(both: int | float, first: Mask, other: Mask) -> float:
+def _index(both: float, first: Mask, other: Mask) -> float:
     either = len(first) + len(other) - both
     return both / either if either else 0.0
