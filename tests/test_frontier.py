@@ -42,6 +42,11 @@ def point(suppressed: float, served: float, facts: float = 1.0, weights: int = 1
     return Point(0.0, q, mask, found)
 
 
+def candidates(prune, preserve, *, ps, qs) -> Candidates:
+    taken = {q: masks.top(prune, q, lowest=True) for q in qs}
+    return Candidates(taken, {p: masks.top(preserve, p) for p in ps})
+
+
 BEFORE = {"suppressed": marks(0.8), "served": marks(1.0), "facts": marks(1.0)}
 
 
@@ -89,7 +94,7 @@ def test_trying_all_is_selecting_and_pruning_by_hand():
     prune, preserve = -scores.magnitude(lm), scores.random(lm)
     asked = {"mine": tasks.refusals(world.items("discovery", harmful=True)[:3])}
     before = {n: p.detach().clone() for n, p in lm.model.named_parameters()}
-    sets = Candidates(frontier.taken(prune, (0.01, 0.1)), frontier.spared(preserve, (0.0, 0.2)))
+    sets = candidates(prune, preserve, ps=(0.0, 0.2), qs=(0.01, 0.1))
     points = frontier.try_all(lm, sets, asked)
     assert [(found.p, found.q) for found in points] == [(0.0, 0.01), (0.0, 0.1), (0.2, 0.01), (0.2, 0.1)]
     assert all(torch.equal(before[n], p) for n, p in lm.model.named_parameters())
@@ -254,7 +259,7 @@ def test_settling_chooses_on_discovery_requests(sft, found, monkeypatch):
     monkeypatch.setattr(
         World, "exam", lambda self, split, **o: splits.append(split) or true(self, split, **o)
     )
-    sets = Candidates(frontier.taken(found.prune, (0.001, 0.01)), frontier.spared(found.preserve, (0.0,)))
+    sets = candidates(found.prune, found.preserve, ps=(0.0,), qs=(0.001, 0.01))
     point, points, before = frontier.choose_pq(sft, WORLD, sets, n=3)
     assert splits == ["discovery"] and point in points and len(points) == 2
     assert set(before) == {"suppressed", "served", "facts"} == set(point.marks)

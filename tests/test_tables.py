@@ -102,7 +102,7 @@ def test_the_parts_of_scoring_are_those_that_scoring_plans():
     )
     # The plan's bytes per token, at four bytes each here and two in the table.
     inner = sum(map(sum, shape.linears)) * shape.layers
-    assert attribution._bytes_per_token(lm, found) == 4 * inner + 12 * shape.vocab
+    assert plan.activations == plan.max_tokens * (4 * inner + 12 * shape.vocab) + plan.buffer
 
 
 def test_the_parts_of_lora_are_those_that_are_trained():

@@ -57,27 +57,17 @@ def grid(prune: Scores, source: Material) -> dict[str, tuple[float, ...]]:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Sets that the scores of a model give, for each share; see :func:`taken` and :func:`spared`.
+    """Sets that the scores of a model give, for each share.
 
     Scores take four bytes for every weight of the blocks, sets next to nothing: of a large model keep these.
     """
 
-    taken: dict[float, Mask]
-    spared: dict[float, Mask]
+    taken: dict[float, Mask]  # q -> weights with the lowest prune scores
+    spared: dict[float, Mask]  # p -> weights with the highest preserve scores
 
     def mask(self, p: float, q: float) -> Mask:
         """What :func:`weights.masks.select` selects."""
         return (self.taken[q] - self.spared[p]).called(f"p={p:g}, q={q:g}")
-
-
-def taken(prune: Scores, qs: Sequence[float]) -> dict[float, Mask]:
-    """For each q the weights with the lowest prune scores."""
-    return {q: masks.top(prune, q, lowest=True) for q in qs}
-
-
-def spared(preserve: Scores, ps: Sequence[float]) -> dict[float, Mask]:
-    """For each p the weights with the highest preserve scores."""
-    return {p: masks.top(preserve, p) for p in ps}
 
 
 def lost_and_kept(
@@ -115,10 +105,10 @@ def candidate_sets(
     rows = lost_and_kept(lm, source, suppressed=suppressed, n=n)
     prune = attribution.prune_score(lm, rows["lost"], folder=folder)
     tried = grid(prune, source)
-    lowest = taken(prune, tried["qs"])
+    taken = {q: masks.top(prune, q, lowest=True) for q in tried["qs"]}
     del prune  # of a billion weights four gigabytes; never two at once
     preserve = attribution.preserve_score(lm, rows["kept"], folder=folder)
-    return Candidates(lowest, spared(preserve, tried["ps"]))
+    return Candidates(taken, {p: masks.top(preserve, p) for p in tried["ps"]})
 
 
 # --------------------------------------------------------------------------- the frontier
@@ -155,17 +145,17 @@ def remaining(before: Scored, after: Scored) -> np.ndarray:
 def relative_drop(before: np.ndarray, after: np.ndarray) -> float:
     """Share of what was there that is gone, 1 - mean(after) / mean(before), each [units].
 
-    Raises:
-        ValueError: nothing was there; different units; a value that is missing or not finite.
+    Values that are missing or of different units, and an ability that was not there, raise a ValueError.
     """
-    before, after = (np.asarray(values, dtype=np.float64) for values in (before, after))
-    if before.shape != after.shape or not before.size:
-        raise ValueError(f"before, after: must be of the same units, got {before.shape} and {after.shape}")
-    if not (np.isfinite(before).all() and np.isfinite(after).all()):
-        raise ValueError("before, after: a value is NaN or infinite; drop or repair these units first")
-    if not before.mean() > 0:
+    both = [np.asarray(values, dtype=np.float64) for values in (before, after)]
+    if both[0].shape != both[1].shape or not np.isfinite(both).all():
+        raise ValueError(
+            "before, after: must be of the same units, nowhere NaN or infinite; drop or repair these first"
+        )
+    was, now = (values.mean() if values.size else 0.0 for values in both)
+    if not was > 0:
         raise ValueError("before: the ability is absent (mean 0), so it has no relative drop")
-    return float(1 - after.mean() / before.mean())
+    return float(1 - now / was)
 
 
 def best(

@@ -32,11 +32,10 @@ class Mask:
     Attributes:
         indices: parameter -> numbers of its chosen weights in the flattened matrix, rising, int64. Every
             matrix that could have been chosen from has an entry, which may be empty.
-        shapes: parameter -> shape.
     """
 
     indices: dict[str, Int[Tensor, " _chosen"]]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]  # of the matrices
     model: str = ""
     revision: str = ""
     name: str = ""
@@ -365,6 +364,6 @@ def chance_jaccard(first: Mask, other: Mask) -> float:
     return _index(both, first, other)
 
 
-def _index(both: float, first: Mask, other: Mask) -> float:
+def _index(both: int | float, first: Mask, other: Mask) -> float:
     either = len(first) + len(other) - both
     return both / either if either else 0.0

@@ -22,19 +22,13 @@ from harmlens.models.forward import LanguageModel
 
 @dataclass(frozen=True)
 class Scores:
-    """One number for each weight of each scored matrix.
+    """One number for each weight of each scored matrix."""
 
-    Attributes:
-        kind: ``"signed"``, ``"unsigned"``, ``"wanda"``, ``"magnitude"`` or ``"random"``.
-        values: name of a parameter -> scores of its shape, float32.
-        n: examples that were scored; 0 where none were needed.
-    """
-
-    kind: str
-    values: dict[str, Tensor]
+    kind: str  # "signed", "unsigned", "wanda", "magnitude" or "random"
+    values: dict[str, Tensor]  # parameter -> scores of its shape, float32
     model: str
     revision: str
-    n: int = 0
+    n: int = 0  # examples that were scored; 0 where none were needed
 
     @property
     def numel(self) -> int:
@@ -58,8 +52,7 @@ class Scores:
 def plus(*parts: Scores) -> Scores:
     """Scores of several groups of examples together: signed and unsigned scores are sums over examples.
 
-    Notebooks 10 and 11 score small groups once and put them together in many ways. What is no such sum, or of
-    different models, raises a ``ValueError``.
+    What is no such sum, or of different models, raises a ``ValueError``.
     """
     if not parts:
         raise ValueError("parts is empty: there is nothing to add up")
@@ -89,24 +82,20 @@ def matrices(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[str
     chosen = decoder.some_layers(len(blocks), layers)
     names = {id(parameter): name for name, parameter in lm.model.named_parameters()}
     found: dict[str, nn.Module] = {}
-    for layer in chosen:
-        for module in blocks[layer].modules():
-            if isinstance(module, (nn.Linear, Conv1D)):
-                name = names[id(module.weight)]
-                if name in found:
-                    raise ValueError(f"{name} belongs to several layers; shared weights can't be scored")
-                found[name] = module
+    for module in (module for layer in chosen for module in blocks[layer].modules()):
+        own = {names[id(parameter)]: parameter for parameter in module.parameters(recurse=False)}
+        stacked = [name for name, parameter in own.items() if parameter.ndim > 2]
+        if isinstance(module, (nn.Linear, Conv1D)):
+            name = names[id(module.weight)]
+            if name in found:
+                raise ValueError(f"{name} belongs to several layers; shared weights can't be scored")
+            found[name] = module
         # Convolutions of each channel with itself, beside linear attention, are left out as norms are.
-        stacked = [
-            f"{names[id(p)]} ({type(module).__name__})"
-            for module in blocks[layer].modules()
-            for p in module.parameters(recurse=False)
-            if p.ndim > 2 and getattr(module, "groups", 1) == 1
-        ]
-        if stacked:
+        elif stacked and getattr(module, "groups", 1) == 1:
             raise ValueError(
-                f"{lm.name!r} keeps weights of more than two axes, as mixtures of experts do: {stacked[0]}; "
-                "only linear layers can be scored. Choose a dense model, or layers without such weights"
+                f"{lm.name!r} keeps weights of more than two axes, as mixtures of experts do: {stacked[0]} "
+                f"({type(module).__name__}); only linear layers can be scored. Choose a dense model, or "
+                "layers without such weights"
             )
     if not found:
         raise ValueError(
