@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test bench notebooks scorecard size organism sweep sync clean clean-all
+.PHONY: help setup book test bench notebooks scorecard size organism sweep evidence sync clean clean-all
 
 help:
 	@echo "make book       run the notebooks and render the book (unchanged notebooks are not run again)"
@@ -29,6 +29,7 @@ help:
 	@echo "make size       print how large the package is"
 	@echo "make organism   train the model organism again (resumes where it stopped)"
 	@echo "make sweep      run notebooks over models, stages and seeds, on one machine or a cluster"
+	@echo "make evidence   remake the result files of all registered training runs (RUNS=0-2: of these)"
 	@echo "make sync       rewrite badges, links and set-up cells from the address in pyproject.toml"
 	@echo "make setup      only make the environment in .venv"
 	@echo "make clean      remove build/; make clean-all removes .venv too"
@@ -98,6 +99,10 @@ $(ENGINE_STAMP): sweep/requirements.txt | $(STAMP)
 
 sweep: $(STAMP) $(ENGINE_STAMP)
 	@$(PY) sweep/sweep.py run $(SWEEP) $(ARGS)
+
+RUNS ?= all
+evidence: $(STAMP) $(ENGINE_STAMP)
+	@$(PY) sweep/sweep.py evidence "$(RUNS)" $(ARGS)
 
 sync: $(STAMP)
 	@$(PY) tools/sync.py $(ARGS)

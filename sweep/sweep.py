@@ -3,12 +3,13 @@
 A cell is one notebook on one model with one training seed. The order, the workers and the cluster are the
 business of Snakemake, which has this file run each cell that is not finished (see the Snakefile). A cell that
 fails stops no other one, and the forest plot is made from what there is. This is `make sweep`; the page
-book/many_machines explains it.
+book/many_machines explains it. `make evidence` is the sweep of all notebooks that record claims.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,7 +111,7 @@ def _once(values: list) -> list:
 class File(_Entry):
     """What a sweep's file may hold."""
 
-    models: list[Model] = Field(min_length=1)
+    models: list[Model] = Field([], min_length=1)  # left out: each notebook on its own
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_once)] = [0]
     notebooks: Annotated[list[Notebook], Field(min_length=1), AfterValidator(_once)]
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -179,7 +180,7 @@ def _expand(file: File, path: Path) -> Sweep:
     models: dict[str, tuple[str, Needs]] = {}
     for entry in file.models:
         for label, model in entry.labels().items():
-            name = _model(model, file.seeds, path.parent)
+            name = _model(model, path.parent)
             if name in models:
                 raise SweepError(f"models: {model} occurs twice; keep one of them")
             models[name] = (label, entry.resources)
@@ -189,22 +190,24 @@ def _expand(file: File, path: Path) -> Sweep:
     notebooks = [_notebook(entry.name, path.parent) for entry in file.notebooks]
     cells = []
     for entry, common in zip(file.notebooks, _parameters(notebooks, file.parameters), strict=True):
-        notebook, takes = common.source, execute.parameter_names(common.source)
-        if "model" not in takes:
+        notebook, takes = common.source, execute.defaults(common.source)
+        if models and "model" not in takes:
             raise SweepError(
                 f"notebooks: {entry.name} takes no parameter 'model', so it gives the same for every model. "
                 "Remove it here; make notebooks runs it"
             )
         [alone] = _parameters([notebook], entry.parameters)
-        for name, (label, needs) in models.items():
+        own = ast.literal_eval(takes["model"]) if "model" in takes else "organism"
+        for name, (label, needs) in models.items() or [(own, (own, Needs()))]:
+            _check_trained(name, file.seeds)
             # A large model and a demanding notebook: the larger of the two needs.
             asked = [n.model_dump(exclude_unset=True) for n in (entry.resources, needs)]
             default = file.resources.model_dump()
             resources = {k: max([a[k] for a in asked if k in a] or [v]) for k, v in default.items()}
-            for seed in file.seeds if name.startswith("organism/") else [None]:
-                given = {**common.parameters, **alone.parameters, "model": name}
-                if seed is not None:
-                    given |= {k: v for k, v in (("seeds", [seed]), ("seed", seed)) if k in takes}
+            for seed in file.seeds if name.partition("/")[0] == "organism" else [None]:
+                given = {"model": name, "seed": seed, "seeds": [seed]}
+                given = {k: v for k, v in given.items() if k in takes and (seed is not None or k == "model")}
+                given |= common.parameters | alone.parameters
                 key, run = _key(notebook, name, given), "single" if seed is None else f"seed-{seed}"
                 cell = f"{notebook.stem}/{files.slug(name)}/{run}"
                 folder = output / "cells" / f"{cell}-{key[:12]}"
@@ -218,20 +221,27 @@ def _expand(file: File, path: Path) -> Sweep:
     return Sweep(path, output, kept)
 
 
-def _model(name: str, seeds: list[int], folder: Path) -> str:
-    """The model's name as the notebooks take it: organism, absolute folder or Hugging Face id."""
+def _check_trained(name: str, seeds: list[int]) -> None:
+    """Whether an organism is there with these seeds; read from disk, since this stays without torch."""
     kind, _, stage = name.partition("/")
-    if kind == "organism":
-        trained: dict[str, list[int]] = {}  # read from disk: this stays without torch
-        for found in sorted((files.data_dir() / "organisms").glob("*-[0-9]*/")):
-            of, _, seed = found.name.rpartition("-")
-            trained.setdefault(of, []).append(int(seed))
-        if stage not in trained:
-            raise SweepError(f"models: {name}: unknown stage {stage!r}. Choose one of {', '.join(trained)}")
-        if strange := sorted(set(seeds) - set(trained[stage])):
-            raise SweepError(
-                f"seeds: {name} was not trained with seed {strange[0]}. There are {trained[stage]}"
-            )
+    if kind != "organism" or not stage:
+        return
+    trained: dict[str, list[int]] = {}
+    for found in sorted((files.data_dir() / "organisms").glob("*-[0-9]*/")):
+        of, _, seed = found.name.rpartition("-")
+        trained.setdefault(of, []).append(int(seed))
+    if stage not in trained:
+        raise SweepError(f"models: {name}: unknown stage {stage!r}. Choose one of {', '.join(trained)}")
+    if strange := sorted(set(seeds) - set(trained[stage])):
+        raise SweepError(
+            f"seeds: {name} was not trained with seed {strange[0]}. There are {trained[stage]}; the others "
+            f'are made by: make organism ARGS="--seeds {" ".join(map(str, strange))}"'
+        )
+
+
+def _model(name: str, folder: Path) -> str:
+    """The model's name as the notebooks take it: organism, absolute folder or Hugging Face id."""
+    if name.startswith("organism/"):
         return name
     if (local := folder / Path(name).expanduser()).is_dir():
         return str(local.resolve())
@@ -334,7 +344,7 @@ def run_cell(cell: Cell) -> bool:
     }  # fmt: skip
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by a signal"))
     parameters = dict(cell.parameters)
-    if "output" in execute.parameter_names(cell.notebook):
+    if "output" in execute.defaults(cell.notebook):
         parameters["output"] = str(results)
     print(f"{cell.id}: started, process {os.getpid()}", flush=True)
     try:
@@ -350,7 +360,7 @@ def run_cell(cell: Cell) -> bool:
     os.replace(partial, cell.folder / "notebook.ipynb")
     seconds, seeds = time.monotonic() - begun, [] if cell.seed is None else [cell.seed]
     about = files.provenance(cell.model, seeds=seeds, params=cell.parameters, wall_s=seconds)
-    written = sorted(p.relative_to(cell.folder).as_posix() for p in results.rglob("*.json"))
+    written = sorted(p.relative_to(cell.folder).as_posix() for p in results.glob("*/run-*/*.json"))
     files.write_json(cell.done, {"key": cell.key, "cell": cell.id, "results": written, "provenance": about})
     print(f"{cell.id}: finished", flush=True)
     return True
@@ -383,40 +393,69 @@ def _line(text: Any) -> str:
 
 def write_forest(sweep: Sweep) -> dict[str, Any]:
     """Write ``forest.json`` and, if a claim was measured, ``forest.png``: finished cells and missing ones."""
-    from harmlens.evidence.results import ResultFileWarning, load_claims, load_measurements
+    from harmlens.evidence import plots, results
 
-    known, claims, missing, unreadable = load_claims(), {}, [], []
-    for cell in sweep.cells:
-        status, reason = state(cell)
-        name = {"cell": cell.id, "notebook": cell.notebook.stem, "model": cell.label, "seed": cell.seed}
-        if status != "finished":
-            missing.append({**name, "state": status, "reason": reason})
-            continue
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ResultFileWarning)
-            measured = load_measurements([cell.folder / "results"])
-        unreadable += [f"{cell.id}: {w.message}" for w in caught]
-        for one in measured:
-            claim, control = known[one.claim], one.control and asdict(one.control)
-            row = {**name, "value": one.value, "ci": one.ci, "n": one.n, "unit": one.unit, "control": control}
-            about = {
-                "statement": claim.statement, "scale": claim.scale, "direction": claim.direction,
-                "threshold": claim.rule.threshold, "rows": [],
-            }  # fmt: skip
-            claims.setdefault(one.claim, about)["rows"].append(row)
+    states = {cell.id: state(cell) for cell in sweep.cells}
+    finished = [cell for cell in sweep.cells if states[cell.id][0] == "finished"]
+    labels = {files.model_name(cell.model): cell.label for cell in finished}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", results.ResultFileWarning)
+        found = results.findings(cell.folder / "results" for cell in finished)
+    known, rows, claims = results.load_claims(), [], {}
+    for one in found:
+        claim, label = known[one.claim], labels.get(one.model, one.model)
+        word, runs = results.verdict(claim, one)[0], {run.run: run.effect.value for run in one.runs}
+        rows.append((claim, replace(one, model=label), word))
+        row = {"value": one.value, "ci": one.ci, "verdict": word, "runs": runs}
+        claims.setdefault(claim.id, {})[label] = row
     content = {
-        "cells": len(sweep.cells), "finished": len(sweep.cells) - len(missing), "claims": claims,
-        "models": list(dict.fromkeys(cell.label for cell in sweep.cells)), "missing": missing,
-        "unreadable": unreadable,
+        "cells": len(sweep.cells), "finished": len(finished), "claims": claims,
+        "missing": [{"cell": c, "state": word, "reason": why} for c, (word, why) in states.items() if why],
+        "left_out": [str(w.message) for w in caught],
     }  # fmt: skip
     files.write_json(sweep.output / "forest.json", content)
     (sweep.output / "forest.png").unlink(missing_ok=True)
-    if claims:
-        import forest
-
-        figure = forest.draw(content)
+    if rows:
+        plots.plt.switch_backend("Agg")
+        plots.style()
+        figure = plots.forest(rows)
         files.write_whole(sweep.output / "forest.png", lambda part: figure.savefig(part, format="png"))
     return content
+
+
+# --------------------------------------------------------------------------- the evidence
+
+
+def evidence(runs: str) -> Sweep:
+    """The sweep of all notebooks that record claims, each on its own model; ``runs``: "0-2,5" or "all"."""
+    from harmlens.evidence import results
+
+    registered, asked = results.registered_runs(), []
+    for part in [] if runs == "all" else runs.split(","):
+        ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        some = range(int(ends[1]), int(ends[2] or ends[1]) + 1) if ends else []
+        if not some:
+            raise SweepError(f"RUNS: {part!r} is no run. Give numbers and ranges such as 0-2,5, or all")
+        asked += [run for run in some if run not in asked]
+    if strange := [run for run in asked if run not in registered]:
+        raise SweepError(
+            f"RUNS: run {strange[0]} is not registered, so its results would not count. Registered are "
+            f"{', '.join(map(str, registered))}; enter it in data/runs.yaml before you look at its results"
+        )
+    notebooks = list(dict.fromkeys(claim.notebook for claim in results.load_claims().values()))
+    path = files.build_dir() / "sweep" / "evidence.yaml"
+    text = yaml.safe_dump({"seeds": asked or list(registered), "notebooks": notebooks})
+    files.write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+    return read(path)
+
+
+def store(sweep: Sweep) -> None:
+    """Put the result files of finished cells in the place of those in the data folder."""
+    for cell in sweep.cells:
+        if state(cell)[0] == "finished":
+            made = [cell.folder / name for name in json.loads(cell.done.read_text())["results"]]
+            kept = files.data_dir() / "results" / cell.notebook.stem
+            execute.store_results(made, cell.folder / "results", kept)
 
 
 # --------------------------------------------------------------------------- engine
@@ -483,15 +522,20 @@ def run(sweep: Sweep, profile: str, options: list[str]) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Check a sweep's file, list its cells, run it, draw its forest plot."""
     parser = argparse.ArgumentParser(prog="sweep.py", description=main.__doc__)
-    parser.add_argument("command", choices=("check", "cells", "run", "cell", "forest"))
-    parser.add_argument("file", help="the YAML file of the sweep")
+    parser.add_argument("command", choices=("check", "cells", "run", "cell", "forest", "evidence"))
+    parser.add_argument("file", help="the YAML file of the sweep; of evidence: runs such as 0-2,5, or all")
     parser.add_argument("name", nargs="?", default="", help="of cell: its folder below cells/")
     parser.add_argument("--json", action="store_true", help="of cells: everything, for programs")
     parser.add_argument("--profile", default="local", help="of run: local, slurm, kubernetes or a folder")
     options, rest = parser.parse_known_args(arguments)  # what is left goes to Snakemake
-    if rest and options.command != "run":
+    if rest and options.command not in ("run", "evidence"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        if options.command == "evidence":  # Snakemake says how far it is, and what failed
+            sweep = evidence(options.file)
+            failed = run(sweep, options.profile, ["--quiet", "rules", "reason", "host", *rest])
+            store(sweep)
+            return failed
         sweep = read(options.file)
         if options.command == "run":
             return run(sweep, options.profile, rest)

@@ -433,10 +433,8 @@ def test_a_folder_that_takes_no_files_is_named_with_the_remedy(lm, tmp_path, mon
 # --------------------------------------------------------------------------- results
 
 
-def good(value=0.4, low=0.3, high=0.5, per_seed=None, **changes):
-    one = Estimate(value, low, high, 108, {0: per_seed or Estimate(value, low, high, 108)})
-    asked = {"unit": "request", "model": "organism/sft", "notebook": "00_model_organism"}
-    return {"estimate": one, **asked, **changes}
+def good(value=0.4, low=0.3, high=0.5, **changes):
+    return {"effect": Estimate(value, low, high, 108), "model": "organism/sft", **changes}
 
 
 def other(value, **changes):
@@ -466,7 +464,7 @@ def test_h21_two_folders_of_one_name_are_two_models(runs):
         assert row["value"] == value and row["model"].startswith("final@")
         assert (
             str(folder.parent)
-            not in (results.results_dir() / f"final-{row['model'][6:]}" / "V4.json").read_text()
+            not in (results.results_dir() / f"final-{row['model'][6:]}" / "run-0" / "V4.json").read_text()
         )
     again = results.record("V4", **other(0.3, model=str(runs[0])))  # the same weights, measured again
     assert again == paths[0] and len(list(again.parent.iterdir())) == 1
@@ -478,7 +476,7 @@ def test_h21_a_folder_trained_anew_is_another_model(runs, tmp_path):
     first = results.record("V4", **other(0.2, model=str(folder)))
     shutil.copytree(runs[1], folder, dirs_exist_ok=True)
     assert results.record("V4", **other(0.9, model=str(folder))) != first
-    assert {one.value for one in results.load_measurements([results.results_dir()])} == {0.2, 0.9}
+    assert {one.effect.value for one in results.load_measurements([results.results_dir()])} == {0.2, 0.9}
 
 
 def test_h21_a_result_of_other_weights_is_put_aside_and_named():
@@ -488,17 +486,17 @@ def test_h21_a_result_of_other_weights_is_put_aside_and_named():
     ):
         assert results.record("V4", **other(0.9, model="owner/model", revision="b" * 40)) == path
     kept = json.loads(path.with_name("V4.json.aaaaaaaa").read_text())
-    assert kept["value"] == 0.2
+    assert kept["effect"]["value"] == 0.2
     (one,) = results.load_measurements([results.results_dir()])
-    assert one.value == 0.9
+    assert one.effect.value == 0.9
 
 
 EDITS = {
-    "value": lambda c: c | {"value": 0.9, "ci": [0.85, 0.95]},
-    "one number": lambda c: c | {"value": 0.45},
-    "seeds alone": lambda c: c | {"per_seed": {"0": [0.35, 0.3, 0.5]}},
-    "control": lambda c: c | {"control": {"name": "chance", "value": 0.0, "ci": None}},
+    "effect": lambda c: c | {"effect": {"value": 0.9, "low": 0.85, "high": 0.95}},
+    "one number": lambda c: c | {"effect": c["effect"] | {"value": 0.45}},
+    "control": lambda c: c | {"control": {"name": "chance", "value": 0.0, "low": 0.0, "high": 0.0}},
     "n": lambda c: c | {"n": 1080},
+    "run": lambda c: c | {"run": 1},
     "model": lambda c: c | {"model": "organism/dpo"},
     "note": lambda c: c | {"note": "on 1080 requests"},
 }
@@ -509,7 +507,8 @@ def test_h32_an_edited_result_is_left_out_with_a_warning(edit):
     path = results.record("V4", **good())
     path.write_text(json.dumps(EDITS[edit](json.loads(path.read_text()))))
     with pytest.warns(
-        results.ResultFileWarning, match=r"organism--sft/V4.json left out: .*Run its notebook again"
+        results.ResultFileWarning,
+        match=r"organism--sft/run-0/V4.json left out: was changed.*Run its notebook again",
     ):
         assert results.load_measurements([results.results_dir()]) == []
 
@@ -517,13 +516,8 @@ def test_h32_an_edited_result_is_left_out_with_a_warning(edit):
 @pytest.mark.parametrize(
     ("claim", "changes", "message"),
     [
-        (
-            "V4",
-            good(0.9, 0.85, 0.95, per_seed=Estimate(0.4, 0.3, 0.5, 108)),
-            r"value: 0.9 lies outside the values of its seeds, 0.4 to 0.4",
-        ),
-        ("V4", other(20.0), r"value: 20 is no share, which lies in 0 to 1. Is it in percent\?"),
-        ("V4", {"control": ("chance", Estimate(20.0, 20.0, 20.0, 3))}, r"control.value: 20 is no share"),
+        ("V4", other(20.0), r"effect: 20 is no share, which lies in 0 to 1. Is it in percent\?"),
+        ("V4", {"control": ("chance", Estimate(20.0, 20.0, 20.0, 3))}, r"control: 20 is no share"),
         ("V4", other(-0.1), "no share"),
         ("C1", other(-1.5), "no difference of shares, which lies in -1 to 1"),
         ("R1a", other(1.2), "no relative drop"),

@@ -228,7 +228,9 @@ def test_cells_about_the_world_alone_are_left_out_where_something_else_is_asked(
     assert shell.user_ns["found"] == 2
 
 
-def test_a_run_loads_what_is_asked_for_and_keeps_and_records_under_its_model(data, tmp_path, monkeypatch):
+def test_a_run_loads_what_is_asked_for_and_keeps_and_records_under_its_model(
+    data, tmp_path, monkeypatch, capsys
+):
     space = {"__name__": "__main__", "given": {"seed": 1, "quick": True, "output": str(tmp_path)}}
     exec("from harmlens import notebook\nrun = notebook.start(model='organism/sft', **given)", space)
     made = space["run"]
@@ -249,7 +251,23 @@ def test_a_run_loads_what_is_asked_for_and_keeps_and_records_under_its_model(dat
         assert made.remember("answer", lambda: [calls.append(1), 42][1]) == 42
     assert len(calls) == 1 and list((tmp_path / "runs" / "answer").glob("*.json"))
     monkeypatch.setenv("HARMLENS_DATA", str(files.repo_root() / "data"))
-    path = made.record("V4", Estimate(0.5, 0.4, 0.6, 12), ("chance", Estimate(0.0, 0.0, 0.1, 12)))
-    (found,) = results.load_measurements([tmp_path / "organism--sft"])
-    assert path.parent.parent == tmp_path and (found.unit, found.notebook) == ("request", "00_model_organism")
+    made.record("V4", Estimate(0.5, 0.4, 0.6, 12), ("chance", Estimate(0.0, 0.0, 0.1, 12)))
+    made.record("V5", None)
+    made.record("V5", Estimate(0.5, 0.4, 0.6, 12), unless="only of organisms")
+    assert "V5 not tested: there is no value\nV5 only of organisms" in capsys.readouterr().out
+    (found,) = results.load_measurements([tmp_path])
+    assert (found.claim, found.model, found.run, found.unit) == ("V4", "organism/sft", 1, "request")
+    assert found.provenance["params"]["quick"] is True
+    figure = made.all_runs("V4")  # this run and the shipped ones
+    assert len(figure.axes) >= 1 and "left out" not in capsys.readouterr().out
+    matplotlib.pyplot.close(figure)
     assert made.say("finding", "text") is None
+
+
+def test_the_answer_of_the_recorded_runs_is_shown_under_the_title(data, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda text: shown.append(text.data))
+    monkeypatch.setattr(results, "answer", lambda name, folders: f"{name}: replicated")
+    exec("from harmlens import notebook\nnotebook.start('05_neurons', model='organism/sft', seed=0)", {})
+    exec("from harmlens import notebook\nnotebook.start(model='organism/sft', seed=0)", {})
+    assert shown == ["05_neurons: replicated"]

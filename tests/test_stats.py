@@ -187,6 +187,52 @@ def test_coverage_on_simulated_data():
     assert np.mean(widths) < 1.6 * exact
 
 
+# ------------------------------------------------------------------ differences, recorded runs
+
+
+def test_a_difference_is_by_hand_where_nothing_is_shared():
+    one, other = stats.Estimate(0.6, 0.5, 0.8, 9), stats.Estimate(0.2, 0.1, 0.5, 9)
+    got = one.minus(other)
+    assert (got.value, got.n) == (pytest.approx(0.4), 9)
+    assert got.ci == pytest.approx((0.4 - math.hypot(0.1, 0.3), 0.4 + math.hypot(0.2, 0.1)))
+
+
+def test_a_difference_on_the_same_units_is_paired():
+    rng = np.random.default_rng(8)
+    hard = rng.normal(size=80)  # items differ much, and alike in both
+    one, other = hard + 1 + rng.normal(0, 0.1, 80), hard + rng.normal(0, 0.1, 80)
+    paired = stats.bootstrap_ci(one).minus(stats.bootstrap_ci(other))
+    direct = stats.bootstrap_ci(one - other)
+    assert paired.value == pytest.approx(direct.value) and paired.ci == pytest.approx(direct.ci)
+    unpaired = stats.bootstrap_ci(one).minus(stats.bootstrap_ci(other[:79]))
+    assert paired.high - paired.low < 0.3 * (unpaired.high - unpaired.low)
+
+
+def test_runs_are_put_together_by_hand():
+    exact = [stats.Estimate(value, value, value, 5) for value in (0.1, 0.4)]
+    got = stats.over_runs(exact)  # two runs: a resample is 0.1, 0.25 or 0.4, the ends each one time in four
+    assert (got.value, got.n) == (pytest.approx(0.25), 5) and got.ci == pytest.approx((0.1, 0.4))
+    assert stats.over_runs(exact[:1]) is exact[0]
+    with pytest.raises(ValueError, match="runs: is empty"):
+        stats.over_runs([])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(finite, min_size=2, max_size=6), st.floats(0, 10), finite)
+def test_the_interval_over_runs_holds_its_value_widens_and_moves_along(values, half, shift):
+    def over(half, shift=0.0):
+        runs = [stats.Estimate(v + shift, v + shift - half, v + shift + half, 9) for v in values]
+        return stats.over_runs(runs, n_resamples=400)
+
+    got, moved = over(half), over(half, shift)
+    assert got.low <= got.value <= got.high and got.value == pytest.approx(np.mean(values), abs=1e-9)
+    assert moved.ci == pytest.approx((got.low + shift, got.high + shift), abs=1e-6)
+    sharp = over(0.0)  # intervals over items can't make runs that are alike more certain
+    assert min(values) - 1e-9 <= sharp.low and sharp.high <= max(values) + 1e-9
+    if len(set(values)) == 1 and half > 0.01:
+        assert got.high - got.low > sharp.high - sharp.low
+
+
 # ------------------------------------------------------------------ controls
 
 

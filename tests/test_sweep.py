@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
 import yaml
 
-import forest
 import sweep
 from harmlens.evidence import results
 from harmlens.evidence.stats import Estimate
@@ -32,9 +30,8 @@ if os.environ.get("SWEEP_KILL") == tries.name and first:
 if os.environ.get("SWEEP_FAIL") == tries.name:
     raise RuntimeError("fails on purpose")
 from harmlens.evidence.stats import Estimate
-one = Estimate(0.1 + seeds[0], 0.0, 4.0, 5)
-results.record("C3f", Estimate(one.value, 0.0, 4.0, 5, {seeds[0]: one}), unit="pair", model=model,
-               notebook="tiny", folder=output, control=("random", Estimate(0.9, 0.8, 1.0, 5)))
+results.record("C3f", Estimate(0.1 + seeds[0], 0.0, 4.0, 5), ("random", Estimate(0.9, 0.8, 1.0, 5)),
+               model=model, run=seeds[0], folder=output)
 """
 
 
@@ -187,14 +184,10 @@ def test_key_of_a_local_model_follows_its_files(tmp_path):
     assert sweep.read(path).cells[0].key != before
 
 
-def finish(cell, value=0.5, control=0.9, written=True):
+def finish(cell, value=0.5):
     """What a finished cell leaves, made by hand."""
-    if written:
-        one, beside = Estimate(value, value - 0.2, value + 0.2, 7), Estimate(control, control, control, 7)
-        results.record(
-            "C3f", dataclasses.replace(one, per_seed={cell.seed: one}), control=("random", beside),
-            unit="pair", model=cell.model, notebook="tiny", folder=cell.folder / "results",
-        )  # fmt: skip
+    effect, control = Estimate(value, value - 0.2, value + 0.2, 7), ("random", Estimate(0.9, 0.9, 0.9, 7))
+    results.record("C3f", effect, control, model=cell.model, run=cell.seed, folder=cell.folder / "results")
     made = [p.relative_to(cell.folder).as_posix() for p in (cell.folder / "results").rglob("*.json")]
     files.write_json(cell.done, {"key": cell.key, "results": made})
 
@@ -241,19 +234,16 @@ def test_forest_holds_what_is_finished_and_lists_what_is_missing(tmp_path):
     sweep.write_forest(found)
     content = json.loads((tmp_path / "out" / "forest.json").read_text())
     assert (content["cells"], content["finished"]) == (4, 2)
-    rows = content["claims"]["C3f"]["rows"]
-    assert [(r["model"], r["seed"], r["value"]) for r in rows] == [
-        ("organism/sft", 0, 0.5), ("organism/dpo", 1, -1.0),
-    ]  # fmt: skip
-    assert rows[0]["control"] == {"name": "random", "value": 0.9, "ci": [0.9, 0.9]} and rows[0]["ci"] == [
-        0.3,
-        0.7,
-    ]
+    rows = content["claims"]["C3f"]
+    assert {model: row["runs"] for model, row in rows.items()} == {
+        "organism/dpo": {"1": -1.0}, "organism/sft": {"0": 0.5},
+    }  # fmt: skip
+    assert rows["organism/sft"]["ci"] == [0.3, 0.7] and rows["organism/sft"]["verdict"] in results.VERDICTS
     assert [(m["cell"], m["state"]) for m in content["missing"]] == [
         ("tiny/organism--sft/seed-1", "failed"), ("tiny/organism--dpo/seed-0", "not run"),
     ]  # fmt: skip
     assert content["missing"][0]["reason"].endswith("out of luck")
-    assert len(content["unreadable"]) == 1 and "broken.json" in content["unreadable"][0]
+    assert len(content["left_out"]) == 1 and "broken.json" in content["left_out"][0]
     assert (tmp_path / "out" / "forest.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -264,38 +254,90 @@ def test_forest_of_nothing_has_no_picture(tmp_path):
     assert not (tmp_path / "out" / "forest.png").exists()
 
 
-def test_forest_draws_points_controls_thresholds_and_gaps():
-    def row(model, seed, value, control=None):
-        return {
-            "model": model,
-            "seed": seed,
-            "value": value,
-            "ci": [value - 0.1, value + 0.1],
-            "control": control,
-        }
+# --------------------------------------------------------------------------- the evidence
 
-    beside = {"value": 0.2, "ci": None}
-    rows = [row("m", 0, 1.0, beside), row("m", 1, 0.3), row("n", 0, 1.0)]
-    claims = {
-        "A": {"rows": rows, "threshold": 0.7, "scale": "logits"},
-        "B": {"rows": rows[2:], "threshold": None, "scale": ""},
-    }
-    missing = [{"cell": f"cell {i}", "state": "failed"} for i in range(20)]
-    figure = forest.draw({"claims": claims, "models": ["m", "n"], "missing": missing})
-    first, second = figure.axes
-    points = [line for line in first.lines if line.get_marker() == "o"]
-    assert [p.get_xdata()[0] for p in points] == [1.0, 0.2, 0.3, 1.0]
-    assert [p.get_markerfacecolor() == "white" for p in points] == [False, True, False, False]
-    ys = [float(p.get_ydata()[0]) for p in points]
-    assert all(-0.5 < y < 0.5 for y in ys[:3]) and 0.5 < ys[3] < 1.5 and len(set(ys)) == 4
-    assert any(line.get_linestyle() == "--" and line.get_xdata()[0] == 0.7 for line in first.lines)
-    assert [t.get_text() for t in second.texts] == ["not measured"]
-    below = figure.get_supxlabel()
-    assert "cell 11" in below and "cell 12" not in below and "and 8 more" in below
-    plt.close(figure)
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A data folder with one claim, measured by a tiny notebook; run 2 is registered, but not trained."""
+    data = tmp_path / "data"
+    for run in (0, 1):
+        (data / "organisms" / f"dpo-{run}").mkdir(parents=True)
+    claims = yaml.safe_load((files.data_dir() / "claims.yaml").read_text())["claims"]
+    own = notebook(tmp_path / "tiny.ipynb", PARAMETERS.replace("sft", "dpo"))
+    claim = {**next(c for c in claims if c["id"] == "C3f"), "notebook": str(own)}
+    (data / "claims.yaml").write_text(yaml.safe_dump({"claims": [claim]}))
+    (data / "runs.yaml").write_text("exploratory: [0, 1]\nconfirmatory: [2]\n")
+    (tmp_path / "tries").mkdir()
+    places = {"HARMLENS_DATA": data, "HARMLENS_BUILD": tmp_path / "build", "SWEEP_TRIES": tmp_path / "tries"}
+    for name, folder in places.items():
+        monkeypatch.setenv(name, str(folder))
+    return tmp_path
+
+
+def test_evidence_is_each_notebook_on_its_own_model_and_the_registered_runs(study):
+    found = sweep.evidence("0-1")
+    assert [(cell.id, cell.parameters) for cell in found.cells] == [
+        (f"tiny/organism--dpo/seed-{run}", {"model": "organism/dpo", "seeds": [run]}) for run in (0, 1)
+    ]
+    assert [cell.key for cell in sweep.evidence("1, 0").cells] == [cell.key for cell in found.cells[::-1]]
+    notebook(study / "tiny.ipynb", "stages = ['sft']\nseed = 0", "pass")  # of no single model; the new form
+    [cell] = sweep.evidence("1").cells
+    assert (cell.id, cell.parameters) == ("tiny/organism/seed-1", {"seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ("0,7", r"run 7 is not registered.*Registered are 0, 1, 2; enter it in data/runs.yaml before"),
+        ("0-", r"RUNS: '0-' is no run. Give numbers and ranges such as 0-2,5, or all"),
+        ("2-1", r"RUNS: '2-1' is no run"),
+        ("all", r'dpo was not trained with seed 2. There are \[0, 1\].*make organism ARGS="--seeds 2"'),
+    ],
+)
+def test_runs_that_cannot_be_measured_are_named_with_the_remedy(study, capsys, runs, message):
+    assert sweep.main(["evidence", runs]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_evidence_replaces_the_files_of_runs_that_finished_and_no_others(study):
+    kept = study / "data" / "results" / "tiny"
+    stale = [kept / f"organism--sft/run-{run}/C3f.json" for run in (0, 1)]
+    real = kept / "owner--model/run-0/C3f.json"
+    for path in (*stale, real):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    found = sweep.evidence("0-1")
+    finish(found.cells[0])
+    sweep.store(found)
+    assert not stale[0].exists() and stale[1].exists() and real.exists()
+    [one] = results.load_measurements([kept / "organism--dpo"])
+    assert (one.run, one.role, one.effect.value) == (0, "exploratory", 0.5)
+
+
+@pytest.mark.slow
+def test_make_evidence_goes_on_after_a_failure_and_then_has_nothing_to_do(study, monkeypatch, capfd):
+    need_engine()
+    monkeypatch.setenv("SWEEP_FAIL", "dpo-0")
+    assert sweep.main(["evidence", "0-1", "--cores", "2"]) == 1
+    kept = study / "data" / "results" / "tiny" / "organism--dpo"
+    assert [path.name for path in kept.iterdir()] == ["run-1"]
+    monkeypatch.delenv("SWEEP_FAIL")
+    assert sweep.main(["evidence", "0-1", "--cores", "2"]) == 0
+    assert re.search(r"steps \(\d+%\) done", capfd.readouterr()[1])  # how far it is
+    assert sweep.main(["evidence", "0-1", "--cores", "2"]) == 0
+    assert tries(study) == {"dpo-0": 2, "dpo-1": 1}
+    assert {one.run: one.effect.value for one in results.load_measurements([kept])} == {0: 0.1, 1: 1.1}
 
 
 # --------------------------------------------------------------------------- running
+
+
+def need_engine() -> None:
+    try:
+        sweep.engine()
+    except SweepError:
+        pytest.skip("snakemake is not installed; make sweep installs it into .venv-sweep")
 
 
 def tries(folder: Path) -> dict[str, int]:
@@ -336,7 +378,7 @@ def test_four_workers_one_killed_one_failing(counted):
     )
     assert "without a message" in states[3][1]
     record = json.loads(found.cells[0].done.read_text())
-    assert record["results"] == ["results/organism--sft/C3f.json"]
+    assert record["results"] == ["results/organism--sft/run-0/C3f.json"]
     assert record["provenance"]["params"]["quick"] is True and str(counted) not in json.dumps(record)
     assert workers([names[3]]) == [0]  # the killed one starts from nothing and finishes
     assert sweep.state(found.cells[3])[0] == "finished"
@@ -367,10 +409,7 @@ def test_a_kernel_that_does_not_come_up_is_started_again(tmp_path, monkeypatch, 
 
 @pytest.mark.slow
 def test_snakemake_runs_what_is_missing_and_only_that(counted, monkeypatch, capfd):
-    try:
-        sweep.engine()
-    except SweepError:
-        pytest.skip("snakemake is not installed; make sweep installs it into .venv-sweep")
+    need_engine()
     path = described(counted)
     assert sweep.main(["run", str(path), "--cores", "4"]) == 1
     assert tries(counted) == {"dpo-0": 1, "dpo-1": 1, "sft-0": 1, "sft-1": 1}

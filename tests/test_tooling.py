@@ -24,15 +24,17 @@ import sync
 PARAMETERS = 'model = "organism/sft"  # which one\nn = 3  # how many\nquick = False  # fewer'
 RECORD = (
     "import os, pathlib, sys\n"
-    'folder = pathlib.Path(os.environ["HARMLENS_RESULTS"])\n'
+    'folder = pathlib.Path(os.environ["HARMLENS_RESULTS"]) / "organism--sft" / "run-0"\n'
+    "folder.mkdir(parents=True, exist_ok=True)\n"
     '(folder / "claim.json").write_text(str(n))\n'
     'print("n is", n)\n'
     'print("chat" + "ter", file=sys.stderr)'
 )
+FIRST = "organism--sft/run-0/claim.json"
 READ = (
     "import os, pathlib\n"
     'found = sorted(pathlib.Path(os.environ["HARMLENS_RESULTS"]).rglob("claim.json"))\n'
-    'print([p.parent.name + " " + p.read_text() for p in found])'
+    'print([p.parents[2].name + " " + p.read_text() for p in found])'
 )
 
 
@@ -196,6 +198,10 @@ def test_stored_outputs_render_only_if_there_are_some(project):
 
 
 def test_refresh_stores_outputs_and_results(again):
+    kept = again / "data" / "results" / "01_first" / "organism--sft"
+    for run in ("run-0", "run-1"):  # the first is measured anew
+        (kept / run).mkdir(parents=True)
+        (kept / run / "before.json").touch()
     done = tool(again, "refresh_notebooks")
     assert done.returncode == 0, done.stdout + done.stderr
     notebook = layout.read_notebook(again / "notebooks" / "01_first.ipynb")
@@ -203,7 +209,10 @@ def test_refresh_stores_outputs_and_results(again):
     assert [c.execution_count for c in cells] == [1, 2, 3]
     assert [o.text for o in cells[-1].outputs] == ["n is 3\n"]  # and nothing of stderr
     assert "papermill" not in (again / "notebooks" / "01_first.ipynb").read_text()
-    assert (again / "data" / "results" / "01_first" / "claim.json").read_text() == "3"
+    assert (again / "data" / "results" / "01_first" / FIRST).read_text() == "3"
+    assert sorted(f"{p.parent.name}/{p.name}" for p in kept.rglob("*.json")) == [
+        "run-0/claim.json", "run-1/before.json",
+    ]  # fmt: skip
 
 
 # --------------------------------------------------------------------------- parameters and keys
@@ -273,7 +282,7 @@ def test_scorecard_key_follows_the_results_of_the_others(again):
     run = execute.plan(layout.notebooks(again), {}, again)[-1]
     environment = execute.environment_digest(again)
     assert execute.is_kept(run, execute.run_key(run, environment))
-    (again / "build" / "results" / "01_first" / "claim.json").write_text("4")
+    (again / "build" / "results" / "01_first" / FIRST).write_text("4")
     assert not execute.is_kept(run, execute.run_key(run, environment))
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -84,16 +85,14 @@ def parse_value(text: str) -> object:
         return text
 
 
-def parameter_names(path: Path) -> list[str]:
-    """Names assigned in the notebook's `parameters` cell."""
-    for cell in read_notebook(path).cells:
-        if "parameters" in tags(cell):
-            names = []
-            for node in ast.parse(cell.source).body:
-                targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-                names += [t.id for t in targets if isinstance(t, ast.Name)]
-            return names
-    return []
+def defaults(path: Path) -> dict[str, ast.expr]:
+    """What the notebook's `parameters` cell assigns: the expressions by name."""
+    source = next((cell.source for cell in read_notebook(path).cells if "parameters" in tags(cell)), "")
+    found = {}
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        found |= {t.id: node.value for t in targets if isinstance(t, ast.Name)}
+    return found
 
 
 def plan(sources: list[Path], parameters: dict[str, object], root: Path = ROOT) -> list[Run]:
@@ -102,7 +101,7 @@ def plan(sources: list[Path], parameters: dict[str, object], root: Path = ROOT) 
     Raises ParameterError, with the valid names, if a parameter exists in no notebook: papermill alone would
     inject it and go on.
     """
-    valid = {path: parameter_names(path) for path in sources}
+    valid = {path: list(defaults(path)) for path in sources}
     known = {name for names in valid.values() for name in names}
     unknown = sorted(set(parameters) - known)
     if unknown:
@@ -251,6 +250,20 @@ def _finish(run: Run, key: str, seconds: float, before: dict) -> None:
     part = run.record.with_suffix(".json.part")
     part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     os.replace(part, run.record)
+
+
+def store_results(made: list[Path], folder: Path, kept: Path) -> None:
+    """Copy result files, <model>/run-<n>/<claim>.json below `folder`, to `kept`.
+
+    They take the place of all that organisms gave in these runs; the files of other runs stay.
+    """
+    for run in {path.parent.name for path in made}:
+        for old in kept.glob(f"organism*/{run}"):
+            shutil.rmtree(old)
+    for path in made:
+        target = kept / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def describe_failure(run: Run, code: int) -> str:

@@ -8,7 +8,6 @@ run is kept from `make book` is not run again, unless --force is given.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -61,13 +60,9 @@ def store(run: execute.Run) -> None:
         if name == run.name:
             (run.root / picture).parent.mkdir(parents=True, exist_ok=True)
             (run.root / picture).write_bytes(figure(notebook, label))
-    built, kept = run.root / "build" / "results", run.root / "data" / "results"
-    if not run.needs:  # its folder is its own: results that are no longer measured go
-        shutil.rmtree(kept / run.name, ignore_errors=True)
-    for name in execute.read_record(run)["results"]:
-        target = kept / (run.root / name).relative_to(built)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(run.root / name, target)
+    kept = run.root / "data" / run.results.relative_to(run.root / "build")
+    made = [run.root / name for name in execute.read_record(run)["results"]]
+    execute.store_results(made, run.results, kept)
     print(f"{run.name}: outputs stored")
 
 

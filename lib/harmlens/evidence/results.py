@@ -425,6 +425,8 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
     for folder in default_folders() if folders is None else [Path(item) for item in folders]:
         here: dict[tuple[str, str, int], tuple[Path, Measurement]] = {}
         for path in sorted(folder.rglob("*.json")):
+            if "runs" in path.relative_to(folder).parts:  # what Run.remember keeps beside result files
+                continue
             try:
                 one = _usable(path, claims, registered)
             except (OSError, ValueError, KeyError, TypeError) as error:
