@@ -12,7 +12,6 @@ Introduced in notebook 02 ("Layers").
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,11 @@ from harmlens.models.forward import LanguageModel
 from harmlens.models.parts import Stack, attention, first, mlp, refuse, stubbed
 
 SITES = ("resid_post", "layer", "attn_out", "mlp_out", "head")  # and sets of hidden units: "neurons"
-MODULES = {"attn_out": (attention, "attn"), "mlp_out": (mlp, "mlp")}  # how to find them, where they are kept
+MODULES = ("attn_out", "mlp_out")
+STORES = {  # site -> how to find its module, where a record keeps it
+    "attn_out": (attention, "attn"), "head": (attention, "heads"),
+    "mlp_out": (mlp, "mlp"), "neurons": (mlp, "hidden"),
+}  # fmt: skip
 MAX_TOKENS = 3072  # most rows times positions that go through a block at once; bounds memory
 MAX_LOGITS = 1 << 27  # most logits that are read at once
 _TRIED: WeakSet[nn.Module] = WeakSet()
@@ -177,7 +180,7 @@ class _Patching:
         where = list(cell.columns)
         if cell.site == "layer":
             return run.resid[layer + 1][:, where].float() - run.resid[layer][:, where].float()
-        return getattr(run, MODULES[cell.site][1])[layer][:, where].float()
+        return getattr(run, STORES[cell.site][1])[layer][:, where].float()
 
     def patched_output(self, cell: Cell, layer: int) -> Float[Tensor, "pair column width"]:
         """The same of the source run; for a null, as far from the base run's in a random direction."""
@@ -189,44 +192,32 @@ class _Patching:
 
     def patch(self, site: str, layer: int, units: tuple[int, ...], columns: list[int]) -> _Patch:
         """What the residual stream behind the block becomes when a site takes the source run's value."""
-        base, source, block, key = (
-            self.base,
-            self.source,
-            self.group.parts.blocks[layer],
-            (site, layer, units),
-        )
-        run = slice(columns[0], columns[-1] + 1)
-        where = run if len(columns) == run.stop - run.start else columns  # without copying, where possible
+        base, source, block = self.base, self.source, self.group.parts.blocks[layer]
 
         def cut(tensors: list[Tensor], at: int = layer) -> Tensor:
-            return tensors[at][:, where]
+            return tensors[at][:, columns]
 
-        before, after = cut(base.resid), cut(base.resid, layer + 1)
-        if site in ("resid_post", "layer"):
-            moved = cut(source.resid, layer + 1).float() - after.float()
-            if site == "layer":
-                moved = moved - (cut(source.resid).float() - before.float())
-            exact = site == "resid_post" and self.null is None
-            moved = self.or_random(moved, key, columns)
-            new = cut(source.resid, layer + 1) if exact else (after.float() + moved).to(after.dtype)
-            return _Patch(columns, new, moved.norm(dim=-1))
-        of_attention = site in ("attn_out", "head")
-        old = cut(base.attn if of_attention else base.mlp)
-        if site in MODULES:
-            new = cut(source.attn if of_attention else source.mlp)
-        else:
-            ours, theirs = (run.heads if of_attention else run.hidden for run in (base, source))
-            inner = cut(ours).clone()
-            inner[..., list(units)] = cut(theirs)[..., list(units)]
-            new = decoder.projection(attention(block) if of_attention else mlp(block))(inner)
-        moved = self.or_random(new.float() - old.float(), key, columns)
-        new = new if self.null is None else (old.float() + moved).to(old.dtype)
-        if not of_attention:
-            resid = compose(self.group.parts, base, layer, before, attn=cut(base.attn), mlp_out=new)
-        else:  # the MLP of the same block reacts
+        before, old, new = cut(base.resid), cut(base.resid, layer + 1), cut(source.resid, layer + 1)
+        find, store = STORES.get(site, (None, None))
+        if find:
+            old = cut(base.attn if find is attention else base.mlp)
+            new = cut(getattr(source, store))
+        if units:
+            inner = cut(getattr(base, store)).clone()
+            inner[..., list(units)] = new[..., list(units)]
+            new = decoder.projection(find(block))(inner)
+        moved = new.float() - old.float()
+        if site == "layer":
+            moved = moved - (cut(source.resid).float() - before.float())
+        moved = self.or_random(moved, (site, layer, units), columns)
+        if self.null is not None or site == "layer":
+            new = (old.float() + moved).to(old.dtype)
+        if find is mlp:
+            new = compose(self.group.parts, base, layer, before, attn=cut(base.attn), mlp_out=new)
+        elif find:  # the MLP of the same block reacts
             with self.frozen(layer, columns, 1, only=("mlp_out", "neurons")):
-                resid = compose(self.group.parts, base, layer, before, attn=new)
-        return _Patch(columns, resid, moved.norm(dim=-1))
+                new = compose(self.group.parts, base, layer, before, attn=new)
+        return _Patch(columns, new, moved.norm(dim=-1))
 
     def suffix(self, some: list[tuple[Cell, _Patch]], start: int) -> Float[Tensor, "cellpair suffix width"]:
         """Stream behind the last block of every patched run, from column ``start`` on.
@@ -279,7 +270,7 @@ class _Patching:
 
         with ExitStack() as held:
             for site in {cell.site for _, cell in windows} & set(MODULES):
-                module = MODULES[site][0](self.group.parts.blocks[layer])
+                module = STORES[site][0](self.group.parts.blocks[layer])
                 held.enter_context(shown(partial(give, site), leaving=[module], before_others=True))
             yield
 
@@ -292,10 +283,8 @@ class _Patching:
         if freeze is None or not freeze.holds(layer) or freeze.site not in only:
             yield
             return
-        units = list(freeze.units)
-        recorded = {"attn_out": self.base.attn, "mlp_out": self.base.mlp, "neurons": self.base.hidden}
-        kept = recorded[freeze.site][layer][:, columns].repeat(copies, 1, 1)
-        module = attention(block) if freeze.site == "attn_out" else mlp(block)
+        units, (find, store) = list(freeze.units), STORES[freeze.site]
+        module, kept = find(block), getattr(self.base, store)[layer][:, columns].repeat(copies, 1, 1)
 
         def hold_units(hidden: Tensor) -> Tensor:
             hidden = hidden.clone()
@@ -372,84 +361,71 @@ def run_block(
     # As many copies side by side as do not make the rows longer than they once were.
     fit = 1 if plain else max(1, run.length // suffix)
     beside = max(c for c in range(1, min(copies, fit) + 1) if copies % c == 0)
-    call = _Call(parts.blocks[layer], run, layer, start, beside, copies // beside)
-    resid = resid.unflatten(0, (-1, beside, rows)).transpose(1, 2)  # [pile, row, beside, position, width]
-    out = None
-    if read is not None and read < suffix and not plain:
-        out = call.last(resid, read)
-    if out is None:
-        out = call(resid, suffix)
-        out = out if read is None else out[..., -read:, :]
-    return out.transpose(1, 2).reshape(len(resid) * rows * beside, -1, width)
+    call = _Call(parts.blocks[layer], run, layer, start, beside)
+    known = [tuple(t[:, :, :start] for t in run.kv[layer])]
+    out = resid.unflatten(0, (-1, beside, rows)).transpose(1, 2)  # [pile, row, beside, position, width]
+    if read is None or read >= suffix or plain:
+        out = call(out, known, [suffix])[..., -(read or suffix) :, :]
+    else:
+        lengths = [suffix - read, read]
+        try:
+            call(out[..., :-read, :], None, lengths[:1])
+        except _Keys as new:
+            known.append(new.args)
+        out = call(out[..., -read:, :], known, lengths)
+    return out.transpose(1, 2).reshape(copies * rows, -1, width)
 
 
-class _Stop(Exception):
-    """The keys are known: the rest of a block is not needed."""
+class _Keys(Exception):
+    """New keys and values: the rest of a block is not needed."""
 
 
+@dataclass(frozen=True)
 class _Prefix:
-    """Stands in for the cache of one block: known keys and values come before the new ones."""
+    """Stands in for the cache of one block: known keys and values come before the new ones, in all piles."""
 
-    def __init__(self, known: list[tuple[Tensor, Tensor]], piles: int, stop: bool = False) -> None:
-        self.known, self.piles, self.stop = known, piles, stop
-        self.new: tuple[Tensor, Tensor] | None = None
+    known: list[tuple[Tensor, Tensor]] | None
+    piles: int
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if self.stop:
-            self.new = keys, values
-            raise _Stop
+        if self.known is None:
+            raise _Keys(keys, values)
         return self._join(0, keys), self._join(1, values)
 
     def get_seq_length(self, *_: Any) -> int:
-        return sum(keys.shape[-2] for keys, _ in self.known)
+        return sum(keys.shape[-2] for keys, _ in self.known or [])
 
     def _join(self, which: int, new: Tensor) -> Tensor:
         # Recorded rows are repeated for each pile while they are copied, not before.
-        shape = (self.piles, -1, *new.shape[1:])
-        old = [pair[which] for pair in self.known]
-        old = [t.unflatten(0, (-1, len(new) // self.piles)) for t in old]
+        old = [pair[which].unflatten(0, (-1, len(new) // self.piles)) for pair in self.known]
         old = [t.expand(self.piles, *t.shape[1:]) for t in old]
-        return torch.cat([*old, new.view(shape)], dim=-2).flatten(0, 1)
+        return torch.cat([*old, new.view(self.piles, -1, *new.shape[1:])], dim=-2).flatten(0, 1)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One block, the copies of its suffix ``beside`` each other and in ``piles``."""
+    """One block on copies of a suffix, which stand in piles and ``beside`` each other."""
 
     block: nn.Module
     run: Record
     layer: int
     start: int
     beside: int
-    piles: int
 
-    def __call__(self, resid: Tensor, count: int) -> Tensor:
-        return self._block(resid, self.start, _Prefix([self._known], self.piles), [count])
-
-    def last(self, resid: Tensor, read: int) -> Tensor | None:
-        """For the last ``read`` positions; None where the block does not ask its cache."""
-        before = self.run.length - self.start - read
-        stop = _Prefix([], self.piles, stop=True)
-        try:
-            self._block(resid[..., :before, :], self.start, stop, [before])
-        except _Stop:
-            cache = _Prefix([self._known, stop.new], self.piles)
-            return self._block(resid[..., -read:, :], self.run.length - read, cache, [before, read])
-        return None
-
-    @property
-    def _known(self) -> tuple[Tensor, Tensor]:
-        keys, values = self.run.kv[self.layer]
-        return keys[:, :, : self.start], values[:, :, : self.start]
-
-    def _block(self, resid: Tensor, at: int, cache: _Prefix, suffix: list[int]) -> Tensor:
-        """The block on positions from ``at`` on; keys of the suffix come in parts."""
-        count, kwargs = resid.shape[3], {}
+    def __call__(
+        self,
+        resid: Float[Tensor, "pile row beside pos width"],
+        known: list[tuple[Tensor, Tensor]] | None,
+        lengths: list[int],
+    ) -> Float[Tensor, "pile row beside pos width"]:
+        """The last of the parts that the suffix is given in; for no known keys :class:`_Keys` is raised."""
+        cache, count, kwargs = _Prefix(known, len(resid)), lengths[-1], {}
+        at = self.start + sum(lengths) - count
         for name, value in self.run.kwargs[self.layer].items():
             if value is CACHE:
                 kwargs[name] = cache
             elif name == "attention_mask":
-                kwargs[name] = self._mask(value, at, count, suffix)
+                kwargs[name] = self._mask(value, at, count, lengths)
             else:
                 kwargs[name] = self._sliced(value, at, count)
         # In one piece: experts look at all positions as one row.
@@ -466,7 +442,7 @@ class _Call:
             return value[at : at + count].repeat(self.beside)
         return value
 
-    def _mask(self, mask: Any, at: int, count: int, suffix: list[int]) -> Tensor | None:
+    def _mask(self, mask: Any, at: int, count: int, lengths: list[int]) -> Tensor | None:
         """What each position may look at: what lies before the suffix, and its own copy of the suffix."""
         run, device = self.run, self.run.resid[0].device
         if mask is None:
@@ -483,11 +459,11 @@ class _Call:
         else:
             mask = mask[:1, :, at : at + count]  # no padding: all rows have the same
         if self.beside == 1:
-            return mask[..., : self.start + sum(suffix)]
+            return mask[..., : at + count]
         off = torch.tensor(False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
         own = torch.eye(self.beside, dtype=torch.bool, device=mask.device)[:, None, :, None]
         columns = [mask[..., : self.start].repeat(1, 1, self.beside, 1)]
-        for part in mask[..., self.start : self.start + sum(suffix)].split(suffix, dim=-1):
+        for part in mask[..., self.start : at + count].split(lengths, dim=-1):
             blocks = torch.where(own, part[:, :, None, :, None], off.to(part))
             columns.append(blocks.flatten(4, 5).flatten(2, 3))
         return torch.cat(columns, dim=-1)
@@ -518,57 +494,31 @@ def patchable(lm: LanguageModel, *, in_part: bool = True) -> Stack:
     standing = bool(decoder.hooks(lm.model))
     if not in_part if standing else lm.model in _TRIED:
         return decoder.stack(lm)
-    drawn = torch.randperm(
-        len(lm.model.get_input_embeddings().weight), generator=torch.Generator().manual_seed(0)
-    )
-    ids = drawn[torch.tensor([[0, 1, 2, 3], [0, 4, 5, 6]])].to(lm.device)
-    at = 0
+    seeded = torch.Generator().manual_seed(0)
+    drawn = torch.randperm(len(lm.model.get_input_embeddings().weight), generator=seeded)
+    ids, at = drawn[torch.tensor([[0, 1, 2, 3], [0, 4, 5, 6]])].to(lm.device), 0
     try:
-        _refuse_other_inputs(lm, ids)
         parts = decoder.stack(lm)
-        run = record_run(parts, ids)
-        for at in range(parts.depth):
-            _try(parts, run, at)
+        run, other = record_run(parts, ids), record_run(parts, ids.flip(0))
+        for at, block in enumerate(blocks):
+            if why := _obstacle(parts, run, other, at):
+                refuse(lm.model, block, why, at)
     except (decoder.Unpatchable, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        why = f"can't be run in part ({str(error).splitlines()[0]})"
-        try:
-            refuse(lm.model, blocks[at], why, at)
-        except decoder.Unpatchable as told:
-            raise told from error
+        refuse(lm.model, blocks[at], f"can't be run in part ({str(error).splitlines()[0]})", at)
     if not standing:
         _TRIED.add(lm.model)
     return parts
 
 
 @torch.no_grad()
-def _refuse_other_inputs(lm: LanguageModel, ids: Tensor) -> None:
-    """Refuse blocks that read more of a prompt than the stream, such as embeddings for each layer."""
-    blocks = decoder.blocks(lm)
-    found: list[tuple[nn.Module, str]] = []
-
-    def look(block: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = dict(enumerate(args)) | kwargs
-        decoder.require_one_stream(lm.model, given.pop(0 if args else "hidden_states"))
-        for name, value in given.items():
-            if isinstance(value, Tensor) and len(value) == 2 and not torch.equal(value[0], value[1]):
-                named = list(inspect.signature(type(block).forward).parameters)[1:]
-                found.append((block, named[name] if isinstance(name, int) else name))
-
-    with ExitStack() as held:
-        for block in blocks:
-            held.callback(block.register_forward_pre_hook(look, with_kwargs=True).remove)
-        lm.model(input_ids=ids, use_cache=False)
-    for block, name in found[:1]:
-        why = f"read more of a prompt than the stream ({name})"
-        refuse(lm.model, block, why, blocks.index(block))
-
-
-@torch.no_grad()
-def _try(parts: Stack, run: Record, layer: int) -> None:
-    """Refuse a block that is not the sum of its parts."""
-    block, before, after = parts.blocks[layer], run.resid[layer], run.resid[layer + 1]
+def _obstacle(parts: Stack, run: Record, other: Record, layer: int) -> str | None:
+    """What keeps a block from being patched, if anything; ``other`` is of the rows the other way round."""
+    for name, value in run.kwargs[layer].items():
+        if isinstance(value, Tensor) and not torch.equal(value, other.kwargs[layer][name]):
+            return f"read more of a prompt than the stream ({name})"
+    before, after, at = run.resid[layer], run.resid[layer + 1], run.length - 2
     loose = 1e-3 if after.dtype == torch.float32 else 0.1
 
     def off(one: Tensor, other: Tensor) -> float:
@@ -576,15 +526,14 @@ def _try(parts: Stack, run: Record, layer: int) -> None:
 
     # With attention and MLP giving nothing, the stream goes through, scaled and shifted at most.
     nothing, flipped = torch.zeros_like(run.attn[layer]), before.flip(0)
-    bare, other, between = (
+    bare, turned, between = (
         compose(parts, run, layer, resid, attn=nothing, mlp_out=nothing)
         for resid in (before, flipped, (before + flipped) / 2)
     )
-    if torch.equal(bare, other):
-        refuse(parts.model, block, "have modules that give out the stream with what they write", layer)
-    if off((bare + other) / 2, between) > loose:
-        refuse(parts.model, block, "do more to the stream than attention and one MLP write", layer)
-    at = run.length - 2
+    if torch.equal(bare, turned):
+        return "have modules that give out the stream with what they write"
+    if off((bare + turned) / 2, between) > loose:
+        return "do more to the stream than attention and one MLP write"
     for what, again in (
         ("their modules", compose(parts, run, layer, before, attn=run.attn[layer], mlp_out=run.mlp[layer])),
         ("attention and the rest", compose(parts, run, layer, before, attn=run.attn[layer])),
@@ -592,7 +541,8 @@ def _try(parts: Stack, run: Record, layer: int) -> None:
     ):
         gap = off(again, after[:, -again.shape[1] :])
         if gap > loose:
-            refuse(parts.model, block, f"put together from {what} give something else ({gap:.2g} off)", layer)
+            return f"put together from {what} give something else ({gap:.2g} off)"
+    return None
 
 
 @torch.no_grad()

@@ -93,12 +93,13 @@ class Record:
     outputs: dict[nn.Module, int] = field(default_factory=dict)
 
     def rows(self, which: slice) -> Record:
-        cut = {n: [t[which] for t in getattr(self, n)] for n in _STORES}
-        kv = [(k[which], v[which]) for k, v in self.kv]
-        return Record(self.offset, self.length, kv=kv, kwargs=self.kwargs, outputs=self.outputs, **cut)
+        stores = ("resid", "attn", "mlp", "heads", "hidden")
+        cut = {name: [t[which] for t in getattr(self, name)] for name in stores}
+        return replace(self, kv=[(k[which], v[which]) for k, v in self.kv], **cut)
 
 
-_STORES = ("resid", "attn", "mlp", "heads", "hidden")
+# What writes into the stream, and where a record keeps its output and the input of its projection.
+WRITERS = ((attention, "attn", "heads"), (mlp, "mlp", "hidden"))
 
 
 @torch.no_grad()
@@ -112,6 +113,9 @@ def record_run(
     since: int = 0,
 ) -> Record:
     """Run rows of equal length, without padding, and record them.
+
+    Hooks of others act again when a block is called in part, so what is kept is what they are given: the
+    stream in front of them, and what a module gives out before they change it.
 
     Args:
         details: out of ``"heads"`` and ``"hidden"``: which inputs of output projections to keep.
@@ -129,7 +133,7 @@ def record_run(
         # Some models hand their blocks the cache and the mask by position.
         named = list(inspect.signature(type(block).forward).parameters)[1:]
         kwargs = dict(zip(named, args, strict=False)) | kwargs
-        kwargs.pop(named[0])
+        decoder.require_one_stream(parts.model, kwargs.pop(named[0]))
         out.kwargs.append({name: CACHE if value is cache else value for name, value in kwargs.items()})
 
     with ExitStack() as held:
@@ -140,44 +144,79 @@ def record_run(
         cache.crop(shared - ids.shape[1])
     else:
         cache = DynamicCache()
-    rows, pieces = torch.arange(len(ids)), []
+    found: dict[str, list[Tensor]] = {name: [] for name in ("resid", "attn", "mlp", *details)}
+
+    def keep(name: str) -> Callable[[Tensor], None]:
+        def copied(value: Tensor) -> None:  # since blocks may go on to change a tensor in place
+            value = value[:, max(0, out.offset - start) :]
+            found[name].append(value.clone() if len(value) == len(ids) else value[kind])
+
+        return copied
+
+    def count(module: nn.Module, inputs: Any, output: Any) -> None:
+        out.outputs[module] = len(output) if isinstance(output, tuple) else 0
+
+    modules = [(find(block), *names) for block in parts.blocks for find, *names in WRITERS]
+    rows, segments = torch.arange(len(ids)), _segments(counts, shared)
     at = torch.zeros_like(rows)  # row of the cache from which each row goes on
-    for start, stop in _segments(counts, shared):
-        kind = kinds[stop - 1]
-        few = torch.full((counts[stop - 1],), len(ids)).scatter_reduce(0, kind, rows, "amin")  # first of each
-        if start:
-            cache.batch_select_indices(at[few].to(ids.device))
-        added = None if noise is None else noise[few][:, start:stop]
-        piece = _piece(parts, ids[few, start:stop], cache, details, added)
-        if stop > out.offset:
-            pieces.append((piece, slice(max(0, out.offset - start), None), kind))
-        at = kind
-    for name in _STORES:
-        for layer in range(len(getattr(pieces[0][0], name))):
-            found = [(getattr(piece, name)[layer][:, cut], kind) for piece, cut, kind in pieces]
-            found = [value if len(value) == len(ids) else value[kind] for value, kind in found]
-            getattr(out, name).append(torch.cat(found, dim=1))
-    out.outputs = pieces[0][0].outputs
+    with ExitStack() as held:
+        held.enter_context(shown(keep("resid"), entering=parts.blocks, before_others=True))
+        for module, given, inner in modules:
+            held.callback(module.register_forward_hook(count).remove)
+            held.enter_context(shown(keep(given), leaving=[module], before_others=True))
+            if inner in details:
+                held.enter_context(shown(keep(inner), entering=[projection(module)], before_others=True))
+        held.enter_context(shown(keep("resid"), leaving=parts.blocks[-1:]))
+        if noise is not None:
+            embed = parts.model.get_input_embeddings()
+            held.enter_context(shown(lambda x: x + noise[few][:, start:stop].to(x), leaving=[embed]))
+        for start, stop in segments:
+            kind = kinds[stop - 1]
+            few = torch.full((counts[stop - 1],), len(ids)).scatter_reduce(0, kind, rows, "amin")  # first
+            if start:
+                cache.batch_select_indices(at[few].to(ids.device))
+            whole = parts.base(input_ids=ids[few, start:stop], past_key_values=cache, use_cache=True)
+            at = kind
+    fired = {name: len(tensors) // len(segments) - (name == "resid") for name, tensors in found.items()}
+    if set(fired.values()) != {parts.depth}:
+        refuse(
+            parts.model, parts.blocks[0],
+            f"show {fired['resid']} streams, {fired['attn']} attention and {fired['mlp']} MLP outputs of "
+            f"{parts.depth}, since a hook never fired",
+        )  # fmt: skip
+    for name, tensors in found.items():
+        each = len(tensors) // len(segments)
+        setattr(out, name, [torch.cat(tensors[layer::each], dim=1) for layer in range(each)])
     out.kv = [(kept.keys, kept.values) for kept in cache.layers]
     if counts[-1] < len(ids):
         out.kv = [(keys[at], values[at]) for keys, values in out.kv]
     if len(out.kv) != parts.depth or any(k.shape[-2] != out.length for k, _ in out.kv):
         refuse(parts.model, parts.blocks[0], "don't all keep keys and values of all positions in their cache")
+    for i, (module, given, inner) in enumerate(modules):
+        if inner in details:
+            one, wrote = (getattr(out, name)[i // 2][:1] for name in (inner, given))
+            if not _close(projection(module)(one), wrote):
+                raise ValueError(
+                    f"{type(module).__name__} does not give out what its output projection writes, so its "
+                    "hidden units or heads can't be patched; use the sites attn_out, mlp_out, layer or "
+                    "resid_post"
+                )
+    end = out.resid[-1][:, -1:]
+    if not _close(end if parts.norm is None else parts.norm(end), whole.last_hidden_state[at, -1:]):
+        refuse(parts.model, parts.blocks[-1], "are followed by more than the final norm", parts.depth - 1)
     return out
 
 
 def _beginnings(ids: Tensor, noise: Tensor | None) -> Int[Tensor, "pos row"]:
     """Number of the beginning of each row up to each position: rows with equal beginnings have the same."""
-    ids, rows = ids.cpu(), len(ids)
-    kind, out = torch.zeros(rows, dtype=torch.long), []
-    touched = torch.zeros(ids.shape[1]).bool() if noise is None else noise.abs().amax((0, 2)).cpu() > 0
-    for t in range(ids.shape[1]):
-        if touched[t]:  # what is noised is no longer common
-            kind = torch.arange(rows)
-        elif int(kind.max()) < rows - 1:
-            kind = torch.unique(kind * (int(ids.max()) + 1) + ids[:, t], return_inverse=True)[1]
-            # Where nearly all differ, putting the rest in its places costs more than running it.
-            kind = torch.arange(rows) if int(kind.max()) + 1 > 0.8 * rows else kind
+    ids, rows = ids.cpu(), torch.arange(len(ids))
+    touched = torch.zeros(ids.shape[1]) if noise is None else noise.abs().amax((0, 2)).cpu()
+    kind, out = torch.zeros_like(rows), []
+    for noised, column in zip(touched > 0, ids.T, strict=True):
+        kind = torch.unique(kind * (int(ids.max()) + 1) + column, return_inverse=True)[1]
+        # What is noised is no longer common. And where nearly all differ, putting the rest in its places
+        # costs more than running it.
+        kind = rows if noised or int(kind.max()) + 1 > 0.8 * len(rows) else kind
         out.append(kind)
     return torch.stack(out)
 
@@ -192,80 +231,19 @@ def _segments(counts: Sequence[int], offset: int, call: int = 256) -> list[tuple
     >>> _segments([1, 1, 10, 10, 10, 99, 99], 2, call=64)
     [(2, 5), (5, 7)]
     """
-    ends = [t for t in range(offset + 1, len(counts)) if counts[t] > counts[t - 1]] + [len(counts)]
-    best = {offset: (0, offset)}  # end of a segment -> cost up to there, start of that segment
-    for end in ends:
-        each = counts[end - 1]
-        best[end] = min((cost + call + each * (end - start), start) for start, (cost, _) in best.items())
-    out, end = [], len(counts)
-    while end > offset:
-        out.append((best[end][1], end))
-        end = best[end][1]
-    return out[::-1]
-
-
-def _piece(
-    parts: Stack, ids: Tensor, cache: DynamicCache, details: Sequence[str], noise: Tensor | None
-) -> Record:
-    """Run a model on from what its cache holds, and record it.
-
-    Hooks of others act again when a block is called in part, so what is kept is what they are given: the
-    stream in front of them, and what a module gives out before they change it. It is copied, since blocks may
-    go on to change a tensor in place: parallel ones add attention to the MLP's output.
-    """
-    out = Record(0, ids.shape[1])
-    written: list[tuple[int, nn.Module, list[Tensor], list[Tensor]]] = []
-
-    def copied(store: list[Tensor]) -> Callable[[Tensor], None]:
-        return lambda value: store.append(value.clone())
-
-    def gives(store: list[Tensor]) -> Callable:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            store.append(first(output).clone())
-            out.outputs[module] = len(output) if isinstance(output, tuple) else 0
-
-        return hook
-
-    with ExitStack() as held:
-        held.enter_context(shown(copied(out.resid), entering=parts.blocks, before_others=True))
-        for layer, block in enumerate(parts.blocks):
-            for module, store, inner, kept in (
-                (attention(block), out.attn, out.heads, "heads" in details),
-                (mlp(block), out.mlp, out.hidden, "hidden" in details),
-            ):
-                held.callback(module.register_forward_hook(gives(store), prepend=True).remove)
-                if kept:
-                    last, own = projection(module), []
-                    held.enter_context(shown(copied(inner), entering=[last], before_others=True))
-                    held.enter_context(shown(copied(own), leaving=[last]))
-                    written.append((layer, module, own, store))
-        held.enter_context(shown(copied(out.resid), leaving=parts.blocks[-1:]))
-        if noise is not None:
-            embed = parts.model.get_input_embeddings()
-            held.enter_context(shown(lambda value: value + noise.to(value), leaving=[embed]))
-        whole = parts.base(input_ids=ids, past_key_values=cache, use_cache=True)
-    counts = [len(out.resid) - 1, len(out.attn), len(out.mlp)]
-    if {*counts, *(len(getattr(out, name)) for name in details)} != {parts.depth}:
-        refuse(
-            parts.model, parts.blocks[0],
-            f"show {counts[0]} streams, {counts[1]} attention and {counts[2]} MLP outputs of {parts.depth}, "
-            "since a hook never fired",
-        )  # fmt: skip
-    for layer, module, own, store in written:
-        if own[0].shape != store[layer].shape or not _close(own[0], store[layer]):
-            raise ValueError(
-                f"{type(module).__name__} does not give out what its output projection writes, so its hidden "
-                "units or heads can't be patched; use the sites attn_out, mlp_out, layer or resid_post"
-            )
-    end = out.resid[-1][:, -1:]
-    if not _close(end if parts.norm is None else parts.norm(end), whole.last_hidden_state[:, -1:]):
-        refuse(parts.model, parts.blocks[-1], "are followed by more than the final norm", parts.depth - 1)
-    return out
+    best: dict[int, tuple[int, list]] = {offset: (0, [])}  # position -> least cost up to there, segments
+    for end in range(offset + 1, len(counts) + 1):
+        if end == len(counts) or counts[end] > counts[end - 1]:
+            each = counts[end - 1]
+            cost, start = min((before + call + each * (end - at), at) for at, (before, _) in best.items())
+            best[end] = cost, [*best[start][1], (start, end)]
+    return best[len(counts)][1]
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
     """Equal up to rounding, where infinities and NaN (an overflow, reported later) count as equal."""
-    return torch.allclose(one.float(), other.to(one.device).float(), rtol=0.02, atol=1e-3, equal_nan=True)
+    one, other = one.float(), other.to(one.device).float()
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0.02, atol=1e-3, equal_nan=True)
 
 
 # --------------------------------------------------------------------------- pairs
@@ -349,10 +327,7 @@ def record_pairs(
             "positions: pairs do not have the same groups of positions. 'each' needs pairs of one length; "
             "with several lengths name groups by role, e.g. positions=prompts.roles"
         )
-    spoken = [
-        one for one in (outcome if isinstance(outcome, tuple) else (outcome,)) if isinstance(one, Reply)
-    ]
-    replies = _replies(lm, pairs, sides, spoken) if spoken else [[]] * len(pairs)
+    replies = _replies(lm, pairs, sides, outcome if isinstance(outcome, tuple) else (outcome,))
     layout: dict[Any, list[int]] = defaultdict(list)
     for i, ((ids, _), columns) in enumerate(zip(sides, where, strict=True)):
         layout[len(ids), len(replies[i]), tuple(columns.values())].append(i)
@@ -398,15 +373,18 @@ def _columns(lm: LanguageModel, pair: Pair, length: int, positions: Positions) -
 
 
 def _replies(
-    lm: LanguageModel, pairs: Sequence[Pair], sides: Sequence[Any], spoken: Sequence[Reply]
+    lm: LanguageModel, pairs: Sequence[Pair], sides: Sequence[Any], read: Sequence[Any]
 ) -> list[list[int]]:
+    """Tokens of each pair's reply, if any of the outcomes looks at one."""
+    spoken = [one for one in read if isinstance(one, Reply)]
+    if not spoken:
+        return [[]] * len(pairs)
     texts, skip = list(spoken[0].texts), max(reply.skip for reply in spoken)
     if any(list(reply.texts) != texts for reply in spoken):
         raise ValueError("outcome: replies that are read off the same runs must have the same texts")
     if len(texts) != len(pairs):
         raise ValueError(f"outcome: {len(pairs)} pairs need as many replies, got {len(texts)}")
-    both = zip(pairs, texts, strict=True)
-    replies = [split_tokens(lm, pair.x0.render(lm), text)[1] for pair, text in both]
+    replies = [split_tokens(lm, p.x0.render(lm), text)[1] for p, text in zip(pairs, texts, strict=True)]
     short = [p.id for p, reply in zip(pairs, replies, strict=True) if len(reply) <= skip]
     if short:
         raise ValueError(f"outcome: replies have no token left after skip={skip}: {short[:5]}")
