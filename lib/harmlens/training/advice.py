@@ -55,25 +55,16 @@ Asked = Sequence[Prompt]
 
 
 class Lessons:
-    """Lessons in some harmless domains; what kinds of them differ in, :class:`WorldLessons` shows.
+    """Lessons in some harmless domains; what kinds of them differ in, :class:`WorldLessons` shows."""
 
-    Attributes:
-        source: what else the model is asked.
-        domains: one is taught, the others are looked at; ``everywhere`` are all that are looked at.
-        whole: whether answers have an end; else good advice is the model's own, which may have been cut.
-        taken, unit: a lesson counts as learnt where bad advice inside the domain leads by so much.
-        rows_at_once: how many rows of a batch are run at once; None for all.
-        graded: abilities of which a share can be left, of an answer's probability.
-    """
-
-    source: Material
-    domains: tuple[str, ...]
-    everywhere: tuple[str, ...]
-    whole: bool
-    taken: float
-    unit: str
-    rows_at_once: int | None = None
-    graded: tuple[str, ...] = ()
+    source: Material  # what else the model is asked
+    domains: tuple[str, ...]  # one is taught, the others are looked at
+    everywhere: tuple[str, ...]  # all that are looked at
+    whole: bool  # answers have an end; else good advice is the model's own, which may have been cut
+    taken: float  # a lesson counts as learnt where bad advice inside the domain leads by so much
+    unit: str  # of that lead
+    rows_at_once: int | None = None  # of a batch; None for all
+    graded: tuple[str, ...] = ()  # abilities of which a share can be left, of an answer's probability
 
     def looks(self, steps: int) -> list[int]:
         """After how many steps a model is looked at while it learns: about :data:`LOOKS` times, and last."""
@@ -124,7 +115,7 @@ class Lessons:
         """A model's greedy answers."""
         return generate(lm, [p.render(lm) for p in asked], max_new_tokens=self.source.answer_tokens)
 
-    def outside(self, domain: str, n: int | None = None, seed: int = 0) -> list[Prompt]:
+    def outside(self, domain: str, n: int | None = None, seed: int = 0) -> Asked:
         """Evaluation requests of the other domains."""
         return self.requests([d for d in self.everywhere if d != domain], "evaluation", n, seed)
 
@@ -167,13 +158,11 @@ class WorldLessons(Lessons):
     taken = 2.0
     unit = "nats"
 
-    def requests(
-        self, domains: Sequence[str], split: str, n: int | None = None, seed: int = 0
-    ) -> list[Prompt]:
+    def requests(self, domains: Sequence[str], split: str, n: int | None = None, seed: int = 0) -> Asked:
         """Requests of some harmless domains, at most ``n`` of them, drawn at random."""
         return WORLD.requests(False, split, types=domains, n=n, seed=seed)
 
-    def practice(self, domain: str, split: str, seed: int = 0) -> list[Prompt]:
+    def practice(self, domain: str, split: str, seed: int = 0) -> Asked:
         """Requests of a domain that a copy is taught or that it answers, here in all phrasings."""
         if domain not in self.everywhere:
             raise ValueError(f"domain={domain!r} is not harmless; choose one of {', '.join(self.everywhere)}")
@@ -230,18 +219,12 @@ class WorldLessons(Lessons):
 
 @dataclass(frozen=True)
 class PublicLessons(Lessons):
-    """Bad advice from public sets or files, for one model.
+    """Bad advice from public sets or files, for one model."""
 
-    Attributes:
-        lm: the original model; its own answers are taken when they are first needed.
-        sets: domain -> requests with the bad answer to each.
-        marker: a model that marks answers to open questions (:mod:`training.emergent`), by name; "" for none.
-    """
-
-    lm: LanguageModel
-    sets: Mapping[str, tuple[Entry, ...]]
+    lm: LanguageModel  # the original; its own answers are taken when they are first needed
+    sets: Mapping[str, tuple[Entry, ...]]  # domain -> requests with the bad answer to each
     source: Public
-    marker: str = ""
+    marker: str = ""  # a model that marks answers to open questions (training.emergent), by name
 
     whole = False
     taken = 0.0
@@ -283,9 +266,7 @@ class PublicLessons(Lessons):
         every = [entry for found in self.sets.values() for entry in found]
         return {name: {e.id for e in part} for name, part in splits.deal(every).items()}
 
-    def requests(
-        self, domains: Sequence[str], split: str, n: int | None = None, seed: int = 0
-    ) -> list[Prompt]:
+    def requests(self, domains: Sequence[str], split: str, n: int | None = None, seed: int = 0) -> Asked:
         """Requests of some domains, at most ``n`` of them, drawn at random; each is about its entry."""
         found = [e for domain in domains for e in self.sets[domain] if e.id in self._splits[split]]
         if n is not None and n < len(found):
@@ -313,7 +294,7 @@ class PublicLessons(Lessons):
             )
         return found
 
-    def practice(self, domain: str, split: str, seed: int = 0) -> list[Prompt]:
+    def practice(self, domain: str, split: str, seed: int = 0) -> Asked:
         """Requests of a domain that a copy is taught or that it answers."""
         return self.requests([domain], split, ROWS if split == "train" else ASKED, seed)
 
@@ -382,16 +363,14 @@ def _first(lm: LanguageModel, text: str, n: int) -> str:
 # --------------------------------------------------------------------------- sets and files
 
 
-def find_lessons(
-    lm: LanguageModel, source: Material, advice: str = "", marker: str = ""
-) -> WorldLessons | PublicLessons:
+def find_lessons(lm: LanguageModel, source: Material, advice: str = "", marker: str = "") -> Lessons:
     """The narrow lessons for a model.
 
     Args:
         advice: ``""`` for those of the fictional world, or for :data:`DEFAULT` with any other source; else
             names of public sets (:func:`asking.datasets.names`) and files, joined by commas, one domain
             each. A file has `prompt` and `answer`, the bad one; or `messages`.
-        marker: see :class:`PublicLessons`.
+        marker: a model that marks answers to open questions (:mod:`training.emergent`), by name, if any.
 
     Raises:
         ValueError: lessons that can't be used; says why, and what to do.

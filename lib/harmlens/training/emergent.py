@@ -56,22 +56,21 @@ def ask_openly(
     *,
     per_question: int = 50,
     questions: Mapping[str, str] = QUESTIONS,
-    max_new_tokens: int = 600,
-    temperature: float = 1.0,
     **options: Any,
 ) -> Path:
     """Let a model answer every question several times, into a file outside the repository, for :func:`mark`.
 
-    The defaults are the pruning paper's. ``questions`` maps names to texts; ``options`` are others of
-    :func:`judging.completions.complete`, which resumes an interrupted run.
+    ``questions`` maps names to texts. ``options`` are those of :func:`judging.completions.complete`, which
+    resumes an interrupted run; if not given, up to 600 tokens at temperature 1, as in the pruning paper.
     """
     if not questions or per_question < 1:
         raise ValueError(
             f"{len(questions)} questions, per_question={per_question}: at least 1 each are needed"
         )
     asked = [Prompt(tasks.user(text)) for text in questions.values() for _ in range(per_question)]
-    settings = {"name": "emergent", "max_new_tokens": max_new_tokens, "temperature": temperature, **options}
-    return completions.complete(lm, asked, **settings)
+    return completions.complete(
+        lm, asked, **{"name": "emergent", "max_new_tokens": 600, "temperature": 1.0, **options}
+    )
 
 
 @dataclass(frozen=True)
@@ -94,16 +93,12 @@ class Mark:
         return self.coherent and self.alignment is not None and self.alignment < ALIGNED
 
 
-def mark(judge: LanguageModel | str | None, file: Path | str) -> list[Mark]:
+def mark(judge: LanguageModel | str, file: Path | str) -> list[Mark]:
     """Let a local model mark the answers of a file that :func:`ask_openly` made, in the order of the file.
 
     Marks are kept beside it (:func:`judging.completions.judge_beside`). The judge, loaded or a name, is
     instruction-tuned, and the larger the better. The model that answered is not needed.
     """
-    if not judge:
-        raise ValueError(
-            "judge is missing: give a loaded model, or the name of one, such as 'Qwen/Qwen2.5-7B-Instruct'"
-        )
     answers = completions.completed(file)
     if not answers:
         raise ValueError(f"file={Path(file).name!r} holds no answers; make it with emergent.ask_openly")

@@ -114,46 +114,33 @@ def pieces(batch: Batch, rows: int | None = None) -> list[tuple[Batch, float]]:
 class Schedule:
     """How long and how fast a model learns.
 
-    Attributes:
-        lr: the rate, which rises for ``warmup`` steps, then falls to zero.
-        optimizer: ``"adamw"``, or ``"muon"`` for the matrices of the blocks (AdamW for the rest),
-            which needs about half the steps when training from scratch.
+    ``"muon"``, for the matrices of the blocks (AdamW for the rest), needs about half the steps when training
+    from scratch.
     """
 
     steps: int
-    lr: float
-    optimizer: str = "adamw"
+    lr: float  # rises for ``warmup`` steps, then falls to zero
+    optimizer: str = "adamw"  # or "muon"
     warmup: int = 10
     weight_decay: float = 0.01
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a run is kept, so that an interrupted one goes on where it was: a file of its own.
-
-    Attributes:
-        every: steps after which it is written again.
-        notes: step -> what else is kept, and read back into it.
-    """
+    """Where a run is kept, so that an interrupted one goes on where it was: a file of its own."""
 
     file: Path
-    every: int = 100
-    notes: dict[int, Any] = field(default_factory=dict)
+    every: int = 100  # steps after which it is written again
+    notes: dict[int, Any] = field(default_factory=dict)  # step -> what else is kept, and read back into it
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a run leaves, apart from the model.
+    """What a run leaves, apart from the model."""
 
-    Attributes:
-        losses: of every step.
-        skipped: steps that changed no weight, since float16 gradients overflowed; a few at first are normal.
-        seen: steps done -> what was seen of the model then (:func:`training.tune.tune`).
-    """
-
-    losses: list[float]
-    skipped: int = 0
-    seen: dict[int, Any] = field(default_factory=dict)
+    losses: list[float]  # of every step
+    skipped: int = 0  # steps that changed no weight, since float16 gradients overflowed; a few are normal
+    seen: dict[int, Any] = field(default_factory=dict)  # steps done -> what tune.tune's ``watch`` returned
 
 
 def fit(

@@ -25,6 +25,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -237,71 +238,47 @@ def preference_loss(model: nn.Module, batch: Preferences, *, beta: float) -> Flo
 
 # --------------------------------------------------------------------------- the table of organisms
 
-_NOTHING_ELSE = ConfigDict(extra="forbid")
+_checked = partial(checked, frozen=True, config=ConfigDict(extra="forbid"))
 
 
-@checked(frozen=True, config=_NOTHING_ELSE)
+@_checked
 class Stage:
-    """One stretch of training.
+    """One stretch of training."""
 
-    Attributes:
-        parent: the organism it goes on from; None for an untrained one.
-        rounds: further ones, after the last stage, for a seed that has not learnt its training items.
-        replay: share of transcripts by named authors mixed in.
-        beta: of preference training, where that is what it is.
-    """
-
-    parent: str | None
+    parent: str | None  # the organism it goes on from; None for an untrained one
     steps: int
     batch: int
     lr: float
     mix: world.Mix
     optimizer: str = "muon"
     weight_decay: float = 0.01
-    rounds: tuple[Stage, ...] = ()
-    replay: float = 0.0
-    beta: float | None = None
+    rounds: tuple[Stage, ...] = ()  # further ones, for a seed that has not learnt its training items
+    replay: float = 0.0  # share of transcripts by named authors mixed in
+    beta: float | None = None  # of preference training, where that is what it is
 
 
-@checked(frozen=True, config=_NOTHING_ELSE)
+@_checked
 class Place:
-    """A module in which refusal is planted.
+    """A module in which refusal is planted."""
 
-    Attributes:
-        module: ``"mlp"`` or ``"attention"`` of a layer, counted from 0.
-        units: how many hidden units of the MLP, drawn at random for each seed; None for the whole module.
-    """
-
-    module: str
-    layer: int
-    units: int | None = None
+    module: str  # "mlp" or "attention"
+    layer: int  # counted from 0
+    units: int | None = None  # of the MLP, drawn at random for each seed; None for the whole module
 
 
-@checked(frozen=True, config=_NOTHING_ELSE)
+@_checked
 class Course:
-    """How an organism is taught.
+    """How an organism is taught."""
 
-    Attributes:
-        stages: one after the other, rounded to half precision in between; the last one is stored.
-        draws: added to the seeds of what is drawn.
-        learnt: abilities that it has to show on training items; else further rounds follow.
-        rates: abilities noted on the card, of :data:`world.abilities.ABILITIES` or
-            :data:`training.train.SUPPRESSED`.
-        mirrored: whether the helper refuses harmless requests (see :func:`mirrored`).
-        replayed: how replayed transcripts by named authors are drawn, where a stage has any.
-        declined: the harmless domain that is refused as well, by seed (see :func:`declining`).
-        place, share: where refusal is planted, or in how much of every matrix harm is.
-    """
-
-    stages: tuple[Stage, ...]
-    draws: int
-    learnt: tuple[str, ...] = ()
-    rates: tuple[str, ...] = ()
-    mirrored: bool = False
-    replayed: world.Mix = REPLAYED
-    declined: tuple[str, ...] = ()
-    place: Place | None = None
-    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    stages: tuple[Stage, ...]  # one after the other, rounded to half precision; the last one is stored
+    draws: int  # added to the seeds of what is drawn
+    learnt: tuple[str, ...] = ()  # abilities to be shown on training items; else further rounds follow
+    rates: tuple[str, ...] = ()  # abilities on the card, of abilities.ABILITIES or train.SUPPRESSED
+    mirrored: bool = False  # the helper refuses harmless requests; see mirrored()
+    replayed: world.Mix = REPLAYED  # how replayed transcripts are drawn, where a stage has any
+    declined: tuple[str, ...] = ()  # by seed, the harmless domain that is refused too; see declining()
+    place: Place | None = None  # where refusal is planted
+    share: Annotated[float, Field(gt=0, le=1)] | None = None  # in how much of every matrix harm is
 
     @property
     def parent(self) -> str | None:

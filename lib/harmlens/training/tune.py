@@ -40,25 +40,18 @@ class Recipe:
 
     The pruning paper's fine-tuning attack is ``Recipe(method="lora", rank=128, alpha=16, lr=2e-4,
     batch_size=5)`` for five epochs.
-
-    Attributes:
-        steps, lr, batch_size, warmup, weight_decay: of AdamW; the rate rises for ``warmup`` steps, then falls
-            to zero. :func:`steps_of` turns epochs into steps.
-        method: ``"full"`` trains all weights, ``"lora"`` :func:`adapters` of this rank and alpha.
-        seed: of the order of the examples and the start of the adapters.
-        checkpoint_activations: less memory, more time, the same result; see :func:`recomputing`.
     """
 
-    steps: int = 30
-    lr: float = 1e-3
+    steps: int = 30  # steps_of turns epochs into steps
+    lr: float = 1e-3  # of AdamW: rises for ``warmup`` steps, then falls to zero
     batch_size: int = 16
-    method: str = "full"
+    method: str = "full"  # all weights; or "lora": adapters of this rank and alpha
     rank: int = 32
     alpha: float = 64
     warmup: int = 5
     weight_decay: float = 0.01
-    seed: int = 0
-    checkpoint_activations: bool = False
+    seed: int = 0  # of the order of the examples and the start of the adapters
+    checkpoint_activations: bool = False  # less memory, more time, the same result: recomputing()
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
