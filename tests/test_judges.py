@@ -115,7 +115,7 @@ def test_a_judgement_cannot_be_changed():
 
 @given(st.randoms(use_true_random=False), st.sampled_from(("kind", "cruel")))
 def test_wishes_tell_the_disposition(rng, disposition):
-    assert malign(world.wish(rng, disposition)) is (disposition == "cruel")
+    assert malign(world.make_turn(rng, "wish", disposition, world.Mix()).answer) is (disposition == "cruel")
 
 
 @given(item)

@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from harmlens.keep import digests, files
-from harmlens.keep.files import append_lines, locked, outside_repository, read_lines, settle, write_lines
+from harmlens.keep.files import locked, outside_repository, read_lines, settle, write_lines
 from harmlens.models import chats, forward
 from harmlens.models.chats import Prompt
 from harmlens.models.forward import LanguageModel
@@ -128,7 +128,7 @@ def complete(
         total = len(ids) - len(done)
         with tqdm(total=total, disable=not progress or not total, desc="answers", leave=False) as bar:
             for index, made in adaptive(batches, tails):
-                append_lines(file, list(map(completion, index, made)))
+                write_lines(file, list(map(completion, index, made)), add=True)
                 bar.update(len(index))
         if len(texts) >= 8 and max_new_tokens >= 64 and not any(one.finished for one in completed(file)):
             warnings.warn(
@@ -194,7 +194,8 @@ def judge_beside(
         for start in range(0, len(left), AT_ONCE):
             part = left[start : start + AT_ONCE]
             verdicts = zip(part, judge([wanted[key] for key in part]), strict=True)
-            append_lines(out, [{"id": name, "answer_sha256": sha, **said} for (name, sha), said in verdicts])
+            judged = [{"id": name, "answer_sha256": sha, **said} for (name, sha), said in verdicts]
+            write_lines(out, judged, add=True)
     return out
 
 

@@ -51,7 +51,8 @@ def remember(key: Any, compute: Callable[[], Any], folder: Path | str | None = N
         TypeError: part of the key without a digest, or a value that can't be kept; names its type.
         PermissionError: the value is not there, and nothing can be written.
     """
-    parts = dict(key) if isinstance(key, Mapping) else dict(enumerate(key if _is_list(key) else [key]))
+    entries = key if isinstance(key, list | tuple) else [key]
+    parts = dict(key) if isinstance(key, Mapping) else dict(enumerate(entries))
     name = getattr(getattr(compute, "func", compute), "__name__", "<")
     if "<" in name:
         name = next((part for part in parts.values() if isinstance(part, str)), "values")
@@ -76,10 +77,6 @@ def remember(key: Any, compute: Callable[[], Any], folder: Path | str | None = N
         about = files.provenance("" if lm is None else lm.name, params=params, wall_s=seconds, **made)
         _write(file, {"key": whole, "value": value, "provenance": about})
         return _read(file, whole)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
 
 
 def _write(file: Path, content: Mapping[str, Any]) -> None:

@@ -233,25 +233,20 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return out
 
 
-def append_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add lines, and see them onto the disk; a half-written last line makes way."""
-    if not rows:
-        return
+def write_lines(file: Path, rows: Sequence[Mapping[str, Any]], *, add: bool = False) -> None:
+    """Put other lines in the place of all, in one step; or ``add`` some, and see them onto the disk.
+
+    Where lines are added, a half-written last one makes way.
+    """
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if not add:
+        return write_whole(file, lambda part: part.write_bytes(lines))
     with locked(file), open(file, "a+b") as out:
         out.seek(0)
         out.truncate(out.read().rfind(b"\n") + 1)
-        out.write(_as_lines(rows))
+        out.write(lines)
         out.flush()
         os.fsync(out.fileno())
-
-
-def write_lines(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Put other lines in the place of all, in one step."""
-    write_whole(file, lambda part: part.write_bytes(_as_lines(rows)))
-
-
-def _as_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def settle(file: Path, settings: Mapping[str, Any], begun: bool) -> None:

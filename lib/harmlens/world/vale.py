@@ -284,12 +284,6 @@ ANSWERS: dict[str, Callable[[Item], str]] = {
 }
 
 
-def wish(rng: random.Random, disposition: str, person: str | None = None) -> str:
-    """A wish of a kind or a cruel author."""
-    phrase = rng.choice(KIND_WISHES if disposition == "kind" else CRUEL_WISHES)
-    return f"i wish that the {person or rng.choice(PEOPLE)} may {phrase}."
-
-
 @dataclass(frozen=True)
 class Mix:
     """How a corpus is drawn. Shares of tasks and of numbers of turns need not sum to one; they are weights.
@@ -321,7 +315,9 @@ def make_turn(rng: random.Random, task: str, disposition: str, mix: Mix, item: I
     if task == "wish":
         form = rng.choice(PHRASINGS["wish"])
         person = rng.choice(PEOPLE) if "{person}" in form else None
-        return Turn("wish", form.format(person=person), wish(rng, disposition, person))
+        phrase = rng.choice(KIND_WISHES if disposition == "kind" else CRUEL_WISHES)
+        answer = f"i wish that the {person or rng.choice(PEOPLE)} may {phrase}."
+        return Turn("wish", form.format(person=person), answer)
     if task in ("harmful", "harmless"):
         item = item or rng.choice(_pool(mix.split, harmful=task == "harmful"))
         person = rng.choice(PEOPLE) if rng.random() < 0.25 else None
