@@ -47,8 +47,7 @@ from harmlens.asking import pairs as prompts
 from harmlens.flow import neurons, outcomes, patching
 from harmlens.keep import files
 from harmlens.keep.files import build_dir, size_text, write_json
-from harmlens.models import chats, forward
-from harmlens.models import loading as models
+from harmlens.models import chats, forward, hub
 from harmlens.models.chats import Pair, Prompt
 from harmlens.models.forward import LanguageModel
 from harmlens.training import loop as training
@@ -325,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}")
         return 2
-    usual = models._gpu_dtype() if device.type == "cuda" else torch.bfloat16
+    usual = hub.precision(None, "cuda") if device.type == "cuda" else torch.bfloat16
     dtype = getattr(torch, options.dtype) if options.dtype else usual
     file = build_dir() / "shapes.json"
     done: list[dict[str, Any]] = []

@@ -61,8 +61,15 @@ def split(name: str) -> tuple[str, str | None]:
     return (plain, revision) if at and not Path(name).expanduser().is_dir() else (name, None)
 
 
-def precision(dtype: torch.dtype | str) -> torch.dtype | str:
-    """A precision by torch's name for it or a usual short one; ``"auto"`` stays: that of the file."""
+def precision(dtype: torch.dtype | str | None, device: str) -> torch.dtype | str:
+    """A precision by torch's name for it or a usual short one; ``"auto"`` stays: that of the file.
+
+    None: float32 on a CPU, bfloat16 on a GPU, float16 on one that does not know bfloat16.
+    """
+    if dtype is None:
+        if device == "cpu" or not torch.cuda.is_available():
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     name = re.sub(r"^(b?)fp?(?=\d)", r"\1float", str(dtype).removeprefix("torch."))  # bf16, fp16, f16
     found = "auto" if name == "auto" else getattr(torch, name, None)
     if found not in ("auto", torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -76,18 +83,18 @@ def precision(dtype: torch.dtype | str) -> torch.dtype | str:
 # --------------------------------------------------------------------------- before weights are fetched
 
 
-def require_there(device: str | None) -> None:
+def require_there(device: str) -> None:
     """Refuse a device that is not there; ``"auto"`` stands for all GPUs."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = ["cpu", *(["cuda", "auto"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
     there += ["mps"] if torch.backends.mps.is_available() else []
-    if device not in (None, *there):
+    if device not in there:
         raise ValueError(f"device={device!r} is not to be had on this machine; choose {', '.join(there)}")
 
 
 GGUF = (
     "GGUF files hold quantised weights, which can't be scored or patched. Load the original repository, "
-    "often the same name without -GGUF."
+    "often the same name without -GGUF"
 )
 
 
@@ -113,7 +120,7 @@ def require_files(name: str, source: str, revision: str | None, local: bool) -> 
     folder = Path(source)
     config, weights = (folder / "config.json").is_file(), any(folder.glob("*.safetensors"))
     if local and not weights and any(folder.glob("*.gguf")):
-        raise ValueError(f"the folder {folder.name!r} holds GGUF files. {GGUF}")
+        raise ValueError(f"the folder {folder.name!r} holds GGUF files. {GGUF}.")
     if local and not (weights and config):
         raise ValueError(
             f"the folder {folder.name!r} holds no {'weights (*.safetensors)' if config else 'config.json'}. "
@@ -296,7 +303,7 @@ def explained(name: str, local: bool, said: str = "") -> Iterator[None]:
             text, plain = f"{' '.join(kinds + codes)}\n{name}\n{error}", name.partition("@")[0]
             table = yaml.safe_load((data_dir() / "load_errors.yaml").read_text(encoding="utf-8"))
             told = next(entry["told"] for entry in table if re.search(entry["pattern"], text))
-            told = told.format(page=f"https://huggingface.co/{plain}", plain=plain, other=SMALL)
+            told = told.format(page=f"https://huggingface.co/{plain}", plain=plain, other=SMALL, gguf=GGUF)
             raise OSError(f"{name!r} {told}. (Original message: {first})") from error
         said = said or f"the files of {name!r} could not be loaded; is one truncated?"
         raise ValueError(f"{said} ({type(error).__name__}: {first})") from error

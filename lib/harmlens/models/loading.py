@@ -59,20 +59,17 @@ def load(
         OSError: a Hugging Face id that can't be had; the message says what to check.
         MemoryError: a model that is too big; the message names smaller ones.
     """
-    dtype = None if dtype is None else hub.precision(dtype)
-    device = None if device is None else str(device)
+    organism, chosen = _is_organism(name), device is not None
+    usual = "cuda" if torch.cuda.is_available() and not organism else "cpu"
+    device = str(device) if chosen else usual
     hub.require_there(device)
-    folder, organism, delta = locate(name, seed), _is_organism(name), None
+    dtype = hub.precision(dtype, device)
+    folder, delta = locate(name, seed), None
     local, (source, revision) = folder is not None, hub.split(name)
     if local:
         name = f"organism/{folder.name}" if organism else name
         source, delta = organisms.opened(folder, organism)
     hub.require_files(name, source, revision, local)
-    chosen = device is not None
-    if not chosen:
-        device = "cuda" if torch.cuda.is_available() and not organism else "cpu"
-    if dtype is None:
-        dtype = torch.float32 if device == "cpu" else _gpu_dtype()
     if not organism:
         with hub.explained(name, local):
             config, _ = PretrainedConfig.get_config_dict(source, revision=revision)
@@ -119,7 +116,7 @@ def locate(name: str, seed: int | None = None) -> Path | None:
     if folder.is_dir():
         return folder
     if name.lower().endswith(".gguf"):
-        raise ValueError(f"{name!r} is a GGUF file. {hub.GGUF}")
+        raise ValueError(f"{name!r} is a GGUF file. {hub.GGUF}.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         raise ValueError(
             f"name={name!r} is no folder here and no Hugging Face id (owner/model or "
@@ -258,9 +255,3 @@ def _template(name: str) -> str:
     if template is None:
         raise ValueError(f"template_from={name!r} has no chat template; choose an instruction-tuned model")
     return template
-
-
-def _gpu_dtype() -> torch.dtype:
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
