@@ -23,7 +23,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from harmlens.asking.datasets import Entry
 from harmlens.models.chats import Message, Pair, Prompt, tokens
@@ -34,12 +34,7 @@ CONTRASTS = ("prompt", "prompt control", "behaviour", "behaviour control")
 
 
 def pairs(
-    contrast: str,
-    *,
-    split: str = "evaluation",
-    n: int | None = None,
-    swap: str = "modifier",
-    seed: int = 0,
+    contrast: str, *, split: str = "evaluation", n: int | None = None, swap: str = "modifier", seed: int = 0
 ) -> list[Pair]:
     """Pairs from the world, one for each harmful item of a split that has a partner.
 
@@ -214,8 +209,8 @@ def differ(pair: Pair) -> int:
 
 def closest(pairs: Sequence[Pair], n: int) -> list[Pair]:
     """Pairs that differ in the fewest words: all up to the number of words that ``n`` of them need."""
-    limit = sorted(map(differ, pairs))[: max(1, n)][-1:]
-    return [pair for pair in pairs if limit and differ(pair) <= limit[0]]
+    limit = max(sorted(map(differ, pairs))[: max(1, n)], default=0)
+    return [pair for pair in pairs if differ(pair) <= limit]
 
 
 def differences(pairs: Sequence[Pair]) -> str:
@@ -250,15 +245,15 @@ def checksum(pairs: Sequence[Pair]) -> str:
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
 
 
-def some(pairs: Sequence[Pair], n: int | None, draw: Callable[[str], str]) -> list[Pair]:
-    """At most ``n`` pairs, in their order; ``draw`` makes of a pair's id what seeds its rank.
+def some(pairs: Sequence[Pair], n: int | None, seed: str) -> list[Pair]:
+    """At most ``n`` pairs, in their order.
 
     Ranks are drawn one by one, so that a contrast and its control keep the same requests where both have
     them.
     """
     if n is None or n >= len(pairs):
         return list(pairs)
-    ranked = sorted(pairs, key=lambda pair: (random.Random(draw(pair.id)).random(), pair.id))
+    ranked = sorted(pairs, key=lambda pair: (random.Random(f"{seed}/{pair.id}").random(), pair.id))
     kept = {pair.id for pair in ranked[:n]}
     return [pair for pair in pairs if pair.id in kept]
 

@@ -106,12 +106,12 @@ class OwnAnswers:
         """Answers with the white space that the model wrote before them; "" where they can't be forced."""
         out = [""] * len(said)
         # Where an answer can't be had whole, its last word may have been cut in the middle of a character.
-        for body in (str.strip, _without_last_word):
+        for body in (str.strip, lambda answer: answer.rsplit(None, 1)[0]):
             left = [i for i, answer in enumerate(said) if answer.strip() and not out[i]]
             if not left:
                 break
-            ways = tuple(tuple(lead + body(said[i]) for lead in _LEADS) for i in left)
-            task = Task("own", tuple(chats[i] for i in left), ways, start, end=False)
+            asked = [(chats[i], [lead + body(said[i]) for lead in _LEADS], "") for i in left]
+            task = Task.of("own", asked, start, end=False)
             for i, answer in zip(left, written(self.lm, task), strict=True):
                 out[i] = answer or ""
         return out
@@ -147,11 +147,6 @@ class OwnAnswers:
 def _sums(lm: LanguageModel) -> list[float]:
     with torch.no_grad():
         return [p.sum(dtype=torch.float32).item() for p in lm.model.parameters()]
-
-
-def _without_last_word(answer: str) -> str:
-    """Or as it is where there is only one."""
-    return answer.rsplit(None, 1)[0]
 
 
 def ask_recognition(entries: Sequence[Entry]) -> Task:
@@ -379,7 +374,7 @@ class Public(Source):
                 f"of data={self.name!r}; at least {FEWEST} are needed. Add {what}"
                 f"{' to harmlens.asking.pairs.SYSTEMS' if behaviour else ''}."
             )
-        return pairs.some(made, n, lambda name: f"{seed}/{split}/{name}")
+        return pairs.some(made, n, f"{seed}/{split}")
 
     def replies(self, prompts: Sequence[Prompt]) -> tuple[list[str], list[str]]:
         """A harmful reply and a refusal for each prompt: the source's target, and the model's own refusal."""
@@ -466,7 +461,7 @@ class Public(Source):
             return ask_facts(pool, n, seed=seed)
         if kind == "recognition":
             both = [e for h in (True, False) for e in self.rows(h, split, n=n, types=types, seed=seed)]
-            return ask_recognition(both)
+            return self._ask(kind, both)
         if kind == "explanation":
             parts = [self._task(part, split, n=n, types=types, seed=seed) for part in EXPLAIN]
             return joined(parts, kind)
@@ -537,12 +532,7 @@ class Public(Source):
         return hidden, shown
 
     def lesson(
-        self,
-        n: int | None = None,
-        *,
-        harmful: bool = True,
-        types: Types = None,
-        seed: int = 0,
+        self, n: int | None = None, *, harmful: bool = True, types: Types = None, seed: int = 0
     ) -> Task:
         """``n`` training requests with the model's own answers, those to harmful requests with the prefilled
         words that brought them about."""
@@ -609,18 +599,17 @@ def _used(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:
                 f"{known.id!r} and {entry.id!r} are the same request, harmful and harmless: leave out one of "
                 "the sets, or repair your file"
             )
+    same = len(entries) - len(first)
+    said = [f"{same:,} {'row repeats' if same == 1 else 'rows repeat'} another request"] if same else []
     sides: dict[tuple[str, bool], list[Entry]] = {}
     for entry in first.values():
         sides.setdefault((entry.source, entry.harmful), []).append(entry)
-    same = len(entries) - len(first)
-    said = [f"{same:,} {'row repeats' if same == 1 else 'rows repeat'} another request"] if same else []
-    kept: set[Entry] = set()
+    dropped: set[Entry] = set()
     for (name, _), side in sides.items():
         if name in datasets.names() and len(side) > MOST:
             said.append(f"{MOST:,} of {len(side):,} rows of {name}, drawn at random")
-            side = sorted(side, key=lambda e: random.Random(e.id).random())[:MOST]
-        kept.update(side)
-    return [entry for entry in first.values() if entry in kept], said
+            dropped.update(sorted(side, key=lambda e: random.Random(e.id).random())[MOST:])
+    return [entry for entry in first.values() if entry not in dropped], said
 
 
 def _require_harmful(suppressed: str) -> None:

@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.cluster.hierarchy import DisjointSet
 
 from harmlens.asking.datasets import LISTS, Entry
 
@@ -44,20 +43,15 @@ def alike(entries: Sequence[Entry]) -> list[list[int]]:
     Together are entries with the same `pair`, with the same text up to case and punctuation, or with sets
     of words whose Jaccard similarity is at least :data:`NEAR`, and what hangs together through them.
     """
-    if not entries:
-        return []
-    first: dict[tuple[str, str], int] = {}
+    groups = DisjointSet(range(len(entries)))
     texts = [normal(entry.prompt) for entry in entries]
-    ties = _near([topic(text) for text in texts])
+    for i, j in _near([topic(text) for text in texts]):
+        groups.merge(i, j)
+    first: dict[tuple[str, str], int] = {}
     for i, (entry, text) in enumerate(zip(entries, texts, strict=True)):
         for key in [("text", text)] + ([("pair", entry.pair)] if entry.pair else []):
-            ties.append((i, first.setdefault(key, i)))
-    links, size = (np.ones(len(ties)), tuple(zip(*ties, strict=True))), len(entries)
-    _, labels = connected_components(coo_array(links, shape=(size, size)), directed=False)
-    found: dict[int, list[int]] = defaultdict(list)
-    for i, label in enumerate(labels.tolist()):
-        found[label].append(i)
-    return list(found.values())
+            groups.merge(i, first.setdefault(key, i))
+    return sorted(map(sorted, groups.subsets()))
 
 
 def topic(text: str) -> frozenset[str]:
@@ -105,6 +99,7 @@ def deal(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
         strata[_stratum([entries[i] for i in group])].append((mark, group))
     for key in [key for key, members in strata.items() if len(members) < FEW]:
         strata[(*key[:2], None)] += strata.pop(key)
+    names, ends = list(SHARES), np.cumsum(list(SHARES.values()))[:-1]
     where: dict[int, str] = {}
     for key, members in strata.items():
         # The place of the first group is drawn as well; a single group would otherwise always go to the
@@ -112,7 +107,7 @@ def deal(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
         phase = int.from_bytes(_hash(f"0/{key}")[:6]) / 2**48
         total, before = sum(len(group) for _, group in members), 0
         for _, group in sorted(members):
-            name = _name_at((before + phase * len(group)) / total)
+            name = names[np.searchsorted(ends, (before + phase * len(group)) / total, side="right")]
             before += len(group)
             where.update(dict.fromkeys(group, name))
     return {name: [entry for i, entry in enumerate(entries) if where[i] == name] for name in SHARES}
@@ -126,15 +121,6 @@ def _stratum(group: Sequence[Entry]) -> tuple:
 
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
-
-
-def _name_at(place: float) -> str:
-    end = 0.0
-    for name, share in SHARES.items():
-        end += share
-        if place < end:
-            return name
-    return list(SHARES)[-1]
 
 
 # ---------------------------------------------------------------------- types of harm

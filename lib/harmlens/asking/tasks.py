@@ -16,14 +16,7 @@ from typing import Any
 import numpy as np
 
 from harmlens.models.chats import Message
-from harmlens.models.forward import (
-    LanguageModel,
-    Row,
-    chat_row,
-    follow,
-    last_logits,
-    split_tokens,
-)
+from harmlens.models.forward import LanguageModel, Row, chat_row, follow, last_logits, split_tokens
 from harmlens.world import vale as world
 
 EXPLANATIONS = ("explanation/effect", "explanation/reason")
@@ -219,11 +212,7 @@ def examples(lm: LanguageModel, task: Task, *, n: int | None = None, seed: int =
 
 
 def procedures(
-    items: Sequence[world.Item],
-    *,
-    name: str,
-    prefill: str | None = None,
-    context: Sequence[Message] = (),
+    items: Sequence[world.Item], *, name: str, prefill: str | None = None, context: Sequence[Message] = ()
 ) -> Task:
     """Requests for procedures in all phrasings by turns; the exact recipe counts, with any of the world's
     openers where it is free.
