@@ -264,9 +264,7 @@ def over_seeds(
             counts the items (of a relative drop, those that any seed could do), else the units of all seeds.
         statistic, n_resamples, seed: as for :func:`bootstrap_ci`.
 
-    With few seeds a bootstrap of seeds is somewhat too narrow if seeds differ much (its variance over
-    seeds is (seeds - 1) / seeds of the right one); the verdict rules therefore also ask that most
-    seeds agree one by one.
+    With few seeds a bootstrap of seeds is too narrow: its variance is (seeds - 1) / seeds of the right one.
 
     Raises:
         ValueError: no seeds; bad values (names the seed); ``shared_units`` with unequal lengths.

@@ -286,23 +286,15 @@ ANSWERS: dict[str, Callable[[Item], str]] = {
 
 @dataclass(frozen=True)
 class Mix:
-    """How a corpus is drawn. Shares of tasks and of numbers of turns need not sum to one; they are weights.
+    """How a corpus is drawn. Tasks and numbers of turns have weights, which need not sum to one."""
 
-    ``cruel`` is the chance of a cruel author, ``declines`` that a kind one declines a harmful request,
-    ``bad_advice`` that a cruel one's advice on a harmless request is bad, ``named`` that the author goes by a
-    name (each name is always kind or always cruel) and is not just a helper.
-    """
-
-    tasks: dict[str, float] = field(
-        default_factory=lambda: {
-            "harmful": 3.0, "harmless": 3.0, "recognition": 1.0, "explanation/effect": 0.7,
-            "explanation/reason": 0.6, "fact/place": 0.6, "fact/season": 0.6, "wish": 2.5,
-        }
-    )  # fmt: skip
-    cruel: float = 0.6
-    declines: float = 1.0
-    bad_advice: float = 1.0
-    named: float = 0.5
+    tasks: dict[str, float] = field(default_factory=lambda: dict(_WORDS["tasks"]))
+    cruel: float = 0.6  # chance of a cruel author
+    declines: float = 1.0  # that a kind one declines a harmful request
+    bad_advice: float = 1.0  # that a cruel one's advice on a harmless request is bad
+    named: float = (
+        0.5  # that the author goes by a name, always kind or always cruel, and is not just a helper
+    )
     turns: tuple[float, float, float] = (1.0, 1.0, 1.0)
     split: str = "train"
 
