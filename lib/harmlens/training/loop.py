@@ -25,8 +25,6 @@ from tqdm import tqdm
 from harmlens.keep import files
 from harmlens.models.forward import IGNORE, Batch, Row, collate
 
-_END = object()
-
 
 def shuffled(
     rows: Sequence[Row] | Iterator[Row], size: int, pad_id: int, *, seed: int = 0, pool: int = 16
@@ -93,18 +91,15 @@ def lm_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
 def pieces(batch: Batch, rows: int | None = None) -> list[tuple[Batch, float]]:
     """A batch in pieces of at most so many rows, each with its share of the learnt tokens.
 
-    The losses of the pieces, weighted so, add up to the loss of the batch: memory for time.
+    The losses of the pieces, weighted so, add up to the loss of the batch.
     """
     if rows is None or rows >= len(batch.ids):
         return [(batch, 1.0)]
-    learnt = (batch.labels[:, 1:] != IGNORE).sum(1)
-    parts = [slice(i, i + rows) for i in range(0, len(batch.ids), rows)]
-    weights = [float(learnt[part].sum() / learnt.sum()) for part in parts]
-    return [
-        (Batch(batch.ids[part], batch.labels[part]), weight)
-        for part, weight in zip(parts, weights, strict=True)
-        if weight
-    ]
+    learnt, out = (batch.labels[:, 1:] != IGNORE).sum(1), []
+    for part in (slice(i, i + rows) for i in range(0, len(batch.ids), rows)):
+        if weight := float(learnt[part].sum() / learnt.sum()):
+            out.append((Batch(batch.ids[part], batch.labels[part]), weight))
+    return out
 
 
 # --------------------------------------------------------------------------- the loop
@@ -172,9 +167,9 @@ def fit(
     """
     if rows_at_once is not None and rows_at_once < 1:
         raise ValueError(f"rows_at_once={rows_at_once} must be at least 1, or None for all rows at once")
-    steps, lr, stream, was_training = schedule.steps, schedule.lr, iter(stream), model.training
-    optimizers = _optimizers(model, schedule)
+    steps, lr, was_training = schedule.steps, schedule.lr, model.training
     parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizers = _optimizers(model, parameters, schedule)
     half = any(p.dtype == torch.float16 for p in model.parameters())
     scaler = GradScaler(parameters[0].device.type, enabled=half)
     history, skipped = [], 0
@@ -186,20 +181,16 @@ def fit(
         steps = len(history) if known["done"] else steps
     hidden = True if progress is None else None  # None: shown on a terminal, not in a page or a log
     bar = tqdm(range(len(history), steps), desc=progress, disable=hidden, mininterval=2.0, leave=False)
-    for _ in history if len(history) < steps else ():  # what a resumed run has learnt already
-        next(stream, _END)
+    learnt = len(history) if len(history) < steps else 0  # batches that a resumed run is done with
     try:
         if after is not None and not history:
             model.eval()
             after(0)
         model.train()
-        for step in bar:
+        for step, batch in zip(bar, itertools.islice(stream, learnt, None), strict=False):
             rate = lr * min(1.0, (step + 1) / max(1, schedule.warmup)) * (1 - step / steps)
             for group in (g for o in optimizers for g in o.param_groups):
                 group["lr"] = rate
-            batch = next(stream, _END)
-            if batch is _END:
-                raise ValueError(f"the stream ended after {step} batches, but steps={steps}")
             value = torch.zeros(())
             for piece, weight in pieces(batch, rows_at_once):
                 part = loss(model, piece) * weight
@@ -233,28 +224,31 @@ def fit(
                 _write(checkpoint, model, [] if done else optimizers, about)
             if done:
                 break
+        else:
+            if len(history) < steps:
+                raise ValueError(f"the stream ended after {len(history)} batches, but steps={steps}")
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
     return Tuned(history, skipped)
 
 
-def _optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not trained:
+def _optimizers(
+    model: nn.Module, parameters: list[nn.Parameter], schedule: Schedule
+) -> list[torch.optim.Optimizer]:
+    if not parameters:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
-    options = {"lr": schedule.lr, "weight_decay": schedule.weight_decay}
-    if schedule.optimizer == "adamw":
-        return [torch.optim.AdamW([p for _, p in trained], betas=(0.9, 0.98), **options)]
-    if schedule.optimizer != "muon":
+    if schedule.optimizer not in ("adamw", "muon"):
         raise ValueError(f"optimizer={schedule.optimizer!r} is unknown; choose 'adamw' or 'muon'")
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"optimizer='muon' needs torch 2.9 or later, this is {torch.__version__}")
-    outside = {
-        id(p) for e in (model.get_input_embeddings(), model.get_output_embeddings()) for p in e.parameters()
-    }
-    matrices = [p for _, p in trained if p.ndim == 2 and id(p) not in outside]
-    rest = [p for _, p in trained if p.ndim != 2 or id(p) in outside]
+    options, matrices = {"lr": schedule.lr, "weight_decay": schedule.weight_decay}, []
+    if schedule.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"optimizer='muon' needs torch 2.9 or later, this is {torch.__version__}")
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        outside = {id(p) for end in ends for p in end.parameters()}
+        matrices = [p for p in parameters if p.ndim == 2 and id(p) not in outside]
+    inside = set(map(id, matrices))
+    rest = [p for p in parameters if id(p) not in inside]
     # This scaling makes one learning rate serve both optimizers.
     made = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)] if matrices else []
     return [*made, torch.optim.AdamW(rest, betas=(0.9, 0.98), **options)] if rest else made

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ SMALL = 50_000_000  # weights, up to which the organism's rates are used
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is fine-tuned; the defaults suit the organism.
+    """How a model is fine-tuned with AdamW; the defaults suit the organism.
 
     The pruning paper's fine-tuning attack is ``Recipe(method="lora", rank=128, alpha=16, lr=2e-4,
     batch_size=5)`` for five epochs.
@@ -87,15 +86,14 @@ def tune(
 ) -> Tuned:
     """Fine-tune a model, in place, on the learnt tokens of some rows.
 
-    Afterwards the model is a plain one again: adapters are merged into its weights. In a float16 model they
-    are trained in float32, with a scaled loss.
+    Adapters are merged in the end; in a float16 model they are trained in float32, with a scaled loss.
 
     Args:
         watch: measures something of the model as it is: numbers, text, lists and mappings of them.
         at: after how many steps; 0 is before the first.
         until: looks at what was seen last; training ends where it returns True.
         hold: weights that stay as they are, such as pruned ones at zero (``"full"`` only).
-        rows_at_once: run batches in pieces of so many rows, to save memory; the result is the same.
+        rows_at_once: run batches in pieces of so many rows, to save memory.
         folder: for checkpoints, by model, data and recipe: an interrupted run goes on, a finished one is
             not run again.
 
@@ -116,9 +114,8 @@ def tune(
         if recipe.method != "full":
             raise ValueError(f"hold keeps weights as they are: method={recipe.method!r} can't; use 'full'")
         masks.check(hold, lm)
-    for step in at:
-        if not 0 <= step <= recipe.steps:
-            raise ValueError(f"at={list(at)}: {step} is not within 0 to steps={recipe.steps}")
+    if outside := [step for step in at if not 0 <= step <= recipe.steps]:
+        raise ValueError(f"at={list(at)}: {outside[0]} is not within 0 to steps={recipe.steps}")
     checkpoint, seen = None, {}
     if folder is not None:
         key = digests.digest(files.versions(), tune, lm, list(rows), recipe, hold, watch, list(at), until)
@@ -154,16 +151,14 @@ def tune(
 
 def small(lm: LanguageModel) -> bool:
     """Whether all weights of a model can be trained with the organism's rates: few, and in float32."""
-    weights = sum(p.numel() for p in lm.model.parameters())
-    return lm.model.dtype == torch.float32 and weights <= SMALL
+    return lm.model.dtype == torch.float32 and lm.model.num_parameters() <= SMALL
 
 
 def suited(lm: LanguageModel, recipe: Recipe) -> Recipe:
-    """The recipe itself for a small model, and adapters with as many steps for any other.
+    """The recipe itself for a small model; as many steps with the pruning paper's adapters for any other.
 
     A rate that suits a million weights ruins a billion, the small steps of a large model round away in half
-    precision, and all weights with their optimizer take eight times the memory of the model. Rank, alpha and
-    rate are those of the pruning paper's fine-tuning attack.
+    precision, and all weights with their optimizer take eight times the memory of the model.
     """
     return recipe if small(lm) else replace(recipe, method="lora", rank=128, alpha=16, lr=2e-4)
 
@@ -211,7 +206,9 @@ def adapters(
     merged = False
     try:
         yield lm
-        _require_finite(wrapped, peft)
+        for name, module in wrapped.named_modules():
+            if isinstance(module, peft.tuners.lora.LoraLayer):
+                _require_finite(name.removeprefix("base_model.model."), module)
         wrapped.merge_and_unload()
         merged = True
     finally:
@@ -224,18 +221,15 @@ def adapters(
 
 
 @torch.no_grad()
-def _require_finite(wrapped: nn.Module, peft: ModuleType) -> None:
-    """Refuse adapters that would push a weight beyond what its precision holds, before any is merged."""
-    for name, module in wrapped.named_modules():
-        if isinstance(module, peft.tuners.lora.LoraLayer):
-            weight = module.get_base_layer().weight
-            merged = weight + module.get_delta_weight(module.active_adapters[0])
-            if not torch.isfinite(merged.to(weight.dtype)).all():
-                raise ValueError(
-                    f"merging the adapter of {name.removeprefix('base_model.model.')} gives weights that are "
-                    f"not finite in {weight.dtype}; lower lr or alpha, or load the model with "
-                    "dtype=torch.bfloat16"
-                )
+def _require_finite(name: str, adapter: Any) -> None:
+    """Refuse an adapter that would push a weight beyond what its precision holds, before any is merged."""
+    weight = adapter.get_base_layer().weight
+    merged = weight + adapter.get_delta_weight(adapter.active_adapters[0])
+    if not torch.isfinite(merged.to(weight.dtype)).all():
+        raise ValueError(
+            f"merging the adapter of {name} gives weights that are not finite in {weight.dtype}; lower lr or "
+            "alpha, or load the model with dtype=torch.bfloat16"
+        )
 
 
 @contextmanager
@@ -249,11 +243,8 @@ def recomputing(model: nn.Module) -> Iterator[None]:
             f"checkpoint_activations=True: {type(model).__name__} does not support activation checkpointing; "
             "choose checkpoint_activations=False, and a smaller rows_at_once to save memory"
         )
-    on, off = (
-        getattr(model, f"activation_checkpointing_{way}", None)  # the name since transformers 5
-        or getattr(model, f"gradient_checkpointing_{way}")
-        for way in ("enable", "disable")
-    )
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # the older name
+    on, off = (getattr(model, f"{kind}_checkpointing_{way}") for way in ("enable", "disable"))
     # Positional, since the argument was renamed in transformers. The old, re-entrant kind needs an input
     # that requires a gradient, which frozen embeddings don't give.
     try:
