@@ -47,8 +47,9 @@ class Estimate:
         """The difference. Two bootstraps of the same units drew them alike, so their draws are paired;
         else the ends are put together by the method of variance estimates recovery."""
         value = self.value - other.value
-        if self.draws is not None and other.draws is not None and self.n == other.n:
-            return _interval(self.draws - other.draws, value, self.n)
+        ours, theirs = self.draws, other.draws
+        if ours is not None and theirs is not None and (self.n, len(ours)) == (other.n, len(theirs)):
+            return _interval(ours - theirs, value, self.n)
         low = value - math.hypot(self.value - self.low, other.high - other.value)
         return Estimate(
             value, low, value + math.hypot(self.high - self.value, other.value - other.low), self.n
