@@ -377,11 +377,11 @@ def find_lessons(lm: LanguageModel, source: Material, advice: str = "", marker: 
         FileNotFoundError: a set that has to be unpacked first (says how), or no such file.
     """
     if source.knows_world:
-        for name, value in {"advice": advice, "judge": marker}.items():
-            if value:
-                raise ValueError(
-                    f"{name}={value!r}: the fictional world has lessons and a judge of its own; leave it out"
-                )
+        if advice or marker:
+            raise ValueError(
+                f"advice={advice!r}, judge={marker!r}: the fictional world has lessons and a judge "
+                "of its own; leave both out"
+            )
         return WorldLessons()
     sets: dict[str, tuple[Entry, ...]] = {}
     for part in (part.strip() for part in (advice or DEFAULT).split(",") if part.strip()):

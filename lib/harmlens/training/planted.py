@@ -53,9 +53,8 @@ def ground_truth(name: str, seed: int | None = None) -> Plant:
 
 def draw_plant(kind: str, seed: int, hidden: int) -> Plant:
     """The place that a seed gets: units are drawn from the ``hidden`` ones of an MLP."""
-    place, drawn = course(kind).place, []
-    if place.units is not None:
-        drawn = random.Random(f"planted/{seed}").sample(range(hidden), place.units)
+    place = course(kind).place
+    drawn = random.Random(f"planted/{seed}").sample(range(hidden), place.units or 0)
     return Plant(place.module, place.layer, tuple(sorted(drawn)))
 
 
@@ -92,8 +91,8 @@ def where(kind: str, seed: int, model: nn.Module) -> Parts | None:
     """What is trained of which parameter of a planted organism; None for one that is not planted."""
     taught = course(kind)
     if taught.share is not None:
-        drawn = scatter(model, taught.share, seed)
-        return {name: (organisms.FLAT, units) for name, units in drawn.items()}
+        drawn = scatter(model, taught.share, seed).items()
+        return {name: (organisms.FLAT, units) for name, units in drawn}
     return parts(draw_plant(kind, seed, model.config.intermediate_size)) if taught.place else None
 
 
