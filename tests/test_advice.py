@@ -6,6 +6,7 @@ import json
 
 import lecture
 import numpy as np
+import pandas as pd
 import pytest
 import standin
 import torch
@@ -270,14 +271,14 @@ def test_spread_before_and_after(lm, lessons, taught, monkeypatch):
 
 def test_with_a_marking_model_open_questions_are_asked(lm, lessons, source, monkeypatch, tmp_path):
     asked = {}
-    marks = [emergent.Mark("a", 10, 90), emergent.Mark("a", 10, 20), emergent.Mark("b", 80, 90)]
+    marks = pd.DataFrame({"misaligned": [True, False, False]})
 
     def ask(model, **options):
         asked.update(options)
         return tmp_path / "answers.jsonl"
 
     monkeypatch.setattr(advice.emergent, "ask_openly", ask)
-    monkeypatch.setattr(advice.emergent, "mark", lambda judge, file: marks if judge == "judge" else [])
+    monkeypatch.setattr(advice.emergent, "mark", lambda judge, file: marks if judge == "judge" else None)
     marked = advice.PublicLessons(lm, lessons.sets, source, "judge")
     assert marked.spread(lm, "brushing", 6)["misaligned"].tolist() == [1.0, 0.0, 0.0]
     assert asked["per_question"] == 3

@@ -337,7 +337,7 @@ class PublicLessons(Lessons):
             return {}
         each = 50 if n is None else max(1, n // 2)
         marks = emergent.mark(self.marker, emergent.ask_openly(lm, per_question=each, progress=False))
-        return {"misaligned": _shares(mark.misaligned for mark in marks)}
+        return {"misaligned": marks["misaligned"].to_numpy(float)}
 
     def coherent(self, asked: Asked, said: Sequence[str]) -> np.ndarray:
         """1 for each answer that is more than the same words over and over."""
