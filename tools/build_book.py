@@ -1,7 +1,7 @@
 """Run the notebooks, stage them with the pages in build/src and render the book. This is `make book`.
 
     python tools/build_book.py                          everything, with the default parameters
-    python tools/build_book.py --quick --model organism/dpo -p seeds "[0, 1]"
+    python tools/build_book.py --quick --model organism/dpo -p seed 1
     python tools/build_book.py --from-stored            render the committed outputs, run nothing
 
 Exit code 0 only if every notebook ran, the renderer gave no warning and every page is there with its outputs.
@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import execute
+from harmlens.evidence import results
 from layout import ROOT, merge_outputs, notebooks, read_notebook, source_of, toc_pages, write_notebook
 
 RAW = argparse.RawDescriptionHelpFormatter
@@ -27,8 +28,7 @@ BADGE = re.compile(
     r"\[!\[[^\]]*\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]\(([^)]+)\)"
 )
 
-GLUE = re.compile(r"```\{glue\} (\w+)\n:doc: [^\n]+\n```\n")
-PREFIX = "application/papermill.record/"
+ANSWER = re.compile(r"```\{answer\} (\w+)\n```\n")
 
 
 class BookError(Exception):
@@ -127,9 +127,8 @@ def stage(shown: dict, target: Path, root: Path = ROOT) -> str:
             if cell.cell_type == "markdown":  # the badge is an image from the network; a page needs none
                 cell.source = BADGE.sub(r"[Open this notebook in Google Colab](\1)", cell.source)
         write_notebook(notebook, target / path.relative_to(root))
-    said = {name: text for notebook in shown.values() for name, text in glued(notebook).items()}
     for page in (target / "book").glob("*.md"):
-        page.write_text(paste(page.read_text(encoding="utf-8"), said, page.name), encoding="utf-8")
+        page.write_text(ANSWER.sub(answer, page.read_text(encoding="utf-8")), encoding="utf-8")
     digest = hashlib.sha256()
     for path in execute.files(target, "*"):
         digest.update(f"{path.relative_to(target).as_posix()}\0".encode())
@@ -137,25 +136,9 @@ def stage(shown: dict, target: Path, root: Path = ROOT) -> str:
     return digest.hexdigest()
 
 
-def glued(notebook) -> dict[str, str]:
-    """Sentences that a notebook keeps for other pages with harmlens.notebook.glue: name -> Markdown."""
-    return {
-        output.metadata["scrapbook"]["name"]: output.data[f"{PREFIX}text/markdown"]
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "scrapbook" in output.get("metadata", {}) and f"{PREFIX}text/markdown" in output.data
-    }
-
-
-def paste(text: str, said: dict[str, str], page: str) -> str:
-    """A page with its {glue} blocks replaced: myst-nb can't paste Markdown from another document."""
-
-    def sentence(match: re.Match) -> str:
-        if match[1] not in said:
-            raise BookError(f"book/{page} asks for {match[1]}, which no notebook keeps")
-        return f"> {said[match[1]]}\n"
-
-    return GLUE.sub(sentence, text)
+def answer(match: re.Match) -> str:
+    """What the recorded runs say about the claims of a notebook, where a page has {answer}."""
+    return f"> {results.answer(match[1], results.default_folders()[1:])}\n"
 
 
 def render(work: Path, staged: str, root: Path = ROOT) -> None:
