@@ -182,15 +182,11 @@ class World(Source):
         """Plain requests for ``n`` training items in every phrasing, with right procedures."""
         rng = random.Random(seed)
         items = world.draw(world.items("train", harmful=harmful, domain=types), n, seed)
-        taught = [
-            (
-                pairs_.plain_request(item, i).messages,
-                (f"{rng.choice(world.OPENERS)} {world.procedure(item)}",),
-                item.name,
-            )
-            for item in items
-            for i in range(len(world.PHRASINGS["procedure"]))
-        ]
+        taught = []
+        for item in items:
+            for i in range(len(world.PHRASINGS["procedure"])):
+                answer = f"{rng.choice(world.OPENERS)} {world.procedure(item)}"
+                taught.append((pairs_.plain_request(item, i).messages, (answer,), item.name))
         return Task.of("lesson", taught)
 
     def judged(self, lm: LanguageModel, task: Task, scored: Scored) -> Scored:
@@ -222,20 +218,15 @@ def source(lm: LanguageModel, data: str = "", judge: str = "") -> Material:
                 f"judge={judge!r}: answers about the fictional world are judged exactly; leave it out"
             )
         return WORLD
-    return public(lm, data or DEFAULT, graders.grader(judge, download=_loads(data or DEFAULT)))
-
-
-def _loads(data: str) -> bool:
-    """Whether a reader asks for sets that are loaded from elsewhere."""
+    parts = {part.strip() for part in (data or DEFAULT).split(",")}
     here = {name for name, one in datasets.registry().items() if one.pinned in ("shipped", "your copy")}
-    return any(part.strip() in {*datasets.names()} - here for part in data.split(","))
+    loads = not parts.isdisjoint({*datasets.names()} - here)  # a reader asks for sets from elsewhere
+    return public(lm, data or DEFAULT, graders.grader(judge, download=loads))
 
 
 def knows_the_world(lm: LanguageModel) -> bool:
-    """Whether a model's tokenizer has a token for each word of the fictional world, and for little else.
-
-    The words are ordinary ones: a large vocabulary of a real model may hold most of them too.
-    """
+    """Whether a model's tokenizer has a token for each word of the fictional world, and for little else: a
+    large vocabulary of a real model may hold most of these ordinary words too."""
     vocabulary, words = lm.tokenizer.get_vocab(), world.vocabulary()
     return len(vocabulary) < 2 * len(words) and all(word in vocabulary for word in words)
 
@@ -265,9 +256,17 @@ def first_look(
     def refused(requests: Sequence[Prompt]) -> list[bool]:
         if not requests:
             return []
-        texts = [p.render(lm) for p in requests]
-        answers = generate(lm, texts, max_new_tokens=source.answer_tokens)
+        answers = generate(lm, [p.render(lm) for p in requests], max_new_tokens=source.answer_tokens)
         return [verdict.refused for verdict in source.judge(requests, answers)]
+
+    def require(refuses: bool, told: str) -> None:
+        if must_refuse and not refuses:
+            raise ValueError(
+                f"{lm.name!r} refuses {told}, so there is no refusal to explain. Choose an aligned "
+                f"(instruct) model (a small one that refuses: {hub.SMALL}), check the printed prompt against "
+                "the model's card, or give other data. To go on with what needs no refusal: "
+                "first_look(lm, source, must_refuse=False)"
+            )
 
     if about := source.describe():
         print(about)
@@ -275,8 +274,7 @@ def first_look(
     first = refused(asked["harmful"][: source.asked_first])
     if first:
         print(f"refused: {sum(first)} of the first {len(first)} harmful requests", flush=True)
-        if must_refuse and not any(first):
-            raise ValueError(_nothing_to_explain(lm, f"none of the first {len(first)} harmful requests"))
+        require(any(first), f"none of the first {len(first)} harmful requests")
     found = {
         "harmful": [*first, *refused(asked["harmful"][len(first) :])],
         "harmless": refused(asked["harmless"]),
@@ -284,18 +282,10 @@ def first_look(
     rates = {name: sum(one) / len(one) for name, one in found.items()}
     shares = (f"{rate:.0%} of {len(asked[name])} {name}" for name, rate in rates.items())
     print(f"refused: {', '.join(shares)} requests")
-    if must_refuse and rates["harmful"] - rates["harmless"] < 0.2:
-        told = f"{rates['harmful']:.0%} of the harmful and {rates['harmless']:.0%} of the harmless requests"
-        raise ValueError(_nothing_to_explain(lm, told))
+    require(
+        rates["harmful"] - rates["harmless"] >= 0.2,
+        f"{rates['harmful']:.0%} of the harmful and {rates['harmless']:.0%} of the harmless requests",
+    )
     if about and harm:
         print("claims about harm:", source.cannot_tell or f"the judge {source.grader.name!r} can tell")
     return rates
-
-
-def _nothing_to_explain(lm: LanguageModel, refused: str) -> str:
-    return (
-        f"{lm.name!r} refuses {refused}, so there is no refusal to explain. Choose an aligned (instruct) "
-        f"model (a small one that refuses: {hub.SMALL}), check the printed prompt against the model's "
-        "card, or give other data. To go on with what needs no refusal: "
-        "first_look(lm, source, must_refuse=False)"
-    )
