@@ -50,21 +50,17 @@ def candidates(prune, preserve, *, ps, qs) -> Candidates:
 BEFORE = {"suppressed": marks(0.8), "served": marks(1.0), "facts": marks(1.0)}
 
 
-def test_the_largest_drop_that_costs_little_enough():
+@pytest.mark.parametrize(("most", "expected"), [(0.0, 0), (0.035, 1), (0.1, 2)])
+def test_the_largest_drop_that_costs_little_enough(monkeypatch, most, expected):
+    """The limit itself is allowed."""
     points = [point(0.5, 1.0), point(0.2, 0.97), point(0.0, 0.9)]
-    assert frontier.best(points, BEFORE) is points[1]
-    assert frontier.best(points, BEFORE, most_lost=0.1) is points[2]
-    assert frontier.best(points, BEFORE, most_lost=0.0) is points[0]
+    monkeypatch.setattr(frontier, "MOST_LOST", most)
+    assert frontier.best(points, BEFORE) is points[expected]
 
 
 def test_every_other_ability_counts():
     points = [point(0.5, 1.0), point(0.0, 1.0, facts=0.5)]
     assert frontier.best(points, BEFORE) is points[0]
-
-
-def test_the_limit_itself_is_allowed():
-    points = [point(0.5, 1.0), point(0.2, 0.95)]
-    assert frontier.best(points, BEFORE, most_lost=0.05) is points[1]
 
 
 def test_among_equals_the_fewest_weights():

@@ -279,35 +279,31 @@ def _sums(
         if output.requires_grad:
             output.register_hook(collect)
 
-    learning = {name: p.requires_grad for name, p in lm.model.named_parameters()}
-    training = [(module, module.training) for module in lm.model.modules()]
-    with ExitStack() as hooks:
-        try:
-            lm.model.eval().requires_grad_(False)
-            lowest = decoder.blocks(lm)[min(map(layer_of, found))]
-            hooks.callback(lowest.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            for name, module in found.items():
-                hooks.callback(module.register_forward_hook(partial(watch, name)).remove)
-            for batch in passes:
-                # The last token is predicted and never read.
-                ids, wanted = batch.ids[:, :-1].to(lm.device), batch.labels[:, 1:].to(lm.device)
-                begin = int((wanted != IGNORE).any(0).int().argmax())  # no logits for what nobody answers
-                wanted, shape = wanted[:, begin:], tuple(ids.shape)
-                fired.clear()
-                with torch.enable_grad():
-                    logits = lm.model(input_ids=ids, use_cache=False, logits_to_keep=wanted.shape[1]).logits
-                    gradient = logit_gradient(logits.detach(), wanted.to(logits.device))
-                    torch.autograd.grad(logits, start, (gradient * scale).to(logits.dtype))
-                if wrong := [name for name in found if fired[name] != 1]:
-                    raise RuntimeError(
-                        f"{wrong[0]} was reached {fired[wrong[0]]} times in one pass, not once, so its "
-                        "gradients can't be told apart; this architecture can't be scored here"
-                    )
-        finally:
-            for module, was in training:
-                module.training = was
-            for name, parameter in lm.model.named_parameters():
-                parameter.requires_grad_(learning[name])
+    with ExitStack() as before:
+        for module in lm.model.modules():
+            before.callback(setattr, module, "training", module.training)
+        for parameter in lm.model.parameters():
+            before.callback(parameter.requires_grad_, parameter.requires_grad)
+        lm.model.eval().requires_grad_(False)
+        lowest = decoder.blocks(lm)[min(map(layer_of, found))]
+        before.callback(lowest.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for name, module in found.items():
+            before.callback(module.register_forward_hook(partial(watch, name)).remove)
+        for batch in passes:
+            # The last token is predicted and never read.
+            ids, wanted = batch.ids[:, :-1].to(lm.device), batch.labels[:, 1:].to(lm.device)
+            begin = int((wanted != IGNORE).any(0).int().argmax())  # no logits for what nobody answers
+            wanted, shape = wanted[:, begin:], tuple(ids.shape)
+            fired.clear()
+            with torch.enable_grad():
+                logits = lm.model(input_ids=ids, use_cache=False, logits_to_keep=wanted.shape[1]).logits
+                gradient = logit_gradient(logits.detach(), wanted.to(logits.device))
+                torch.autograd.grad(logits, start, (gradient * scale).to(logits.dtype))
+            if wrong := [name for name in found if fired[name] != 1]:
+                raise RuntimeError(
+                    f"{wrong[0]} was reached {fired[wrong[0]]} times in one pass, not once, so its "
+                    "gradients can't be told apart; this architecture can't be scored here"
+                )
     return sums
 
 

@@ -158,19 +158,11 @@ def relative_drop(before: np.ndarray, after: np.ndarray) -> float:
     return float(1 - now / was)
 
 
-def best(
-    points: Sequence[Point],
-    before: Mapping[str, Scored],
-    *,
-    most_lost: float = MOST_LOST,
-    graded: Collection[str] = (),
-) -> Point:
-    """The point with the largest relative drop of what is suppressed, where no other ability loses too much.
+def best(points: Sequence[Point], before: Mapping[str, Scored], *, graded: Collection[str] = ()) -> Point:
+    """The point with the largest relative drop of what is suppressed, where no other loses over MOST_LOST.
 
-    Among equals the one with the fewest weights. Where every point costs more, the cheapest one.
-
-    Args:
-        graded: abilities that are measured by :func:`remaining`, not by exact answers.
+    Among equals the one with the fewest weights. Where every point costs more, the cheapest one. ``graded``
+    abilities are measured by :func:`remaining`, not by exact answers.
     """
     if not points:
         raise ValueError("points is empty: try at least one p and one q")
@@ -182,26 +174,18 @@ def best(
         others = [name for name in point.marks if name != "suppressed"]
         return max(left(name, before[name]) - left(name, point.marks[name]) for name in others)
 
-    fair = [point for point in points if lost(point) <= most_lost + 1e-9]
+    fair = [point for point in points if lost(point) <= MOST_LOST + 1e-9]
     if not fair:
         return min(points, key=lambda point: (lost(point), len(point.mask)))
     return min(fair, key=lambda point: (left("suppressed", point.marks["suppressed"]), len(point.mask)))
 
 
 def choose_pq(
-    lm: LanguageModel,
-    source: Material,
-    sets: Candidates,
-    *,
-    suppressed: str = "harmful",
-    n: int = BRIEF,
+    lm: LanguageModel, source: Material, sets: Candidates, *, suppressed: str = "harmful", n: int = BRIEF
 ) -> tuple[Point, list[Point], dict[str, Scored]]:
-    """Choose p and q for a model on discovery requests, as :func:`best` does, from :func:`candidate_sets`.
+    """Choose p and q on discovery requests: the :func:`best` point, all points, and the marks before pruning.
 
     A real model's own answers are measured by how much of their probability is left.
-
-    Returns:
-        The chosen point, all points, and the marks before pruning.
     """
     suite = source.exam("discovery", n=n, suppressed=suppressed)
     asked = {name: suite[name] for name in ("suppressed", "served", "facts")}

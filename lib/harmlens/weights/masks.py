@@ -134,7 +134,7 @@ def same_size(
     for parameter, value in _finite_values(prune):
         value, k = value.flatten().clone(), len(mask.indices[parameter])
         for other in left_out:
-            value[other[parameter].to(value.device)] = math.inf
+            value[other[parameter]] = math.inf
         if k > int(torch.isfinite(value).sum()):
             raise ValueError(f"{parameter}: {k} weights are to be taken, but p={p} spares too many")
         indices[parameter] = largest(value, k, lowest=True).cpu()
@@ -250,20 +250,16 @@ def check(mask: Mask, lm: LanguageModel) -> None:
 
 def values(lm: LanguageModel, mask: Mask) -> dict[str, Float[Tensor, " _chosen"]]:
     """The chosen weights as they are now, a copy: parameter -> values, where the parameter lies."""
-    parameters = dict(lm.model.named_parameters())
     return {
-        name: parameters[name].detach().view(-1)[index.to(parameters[name].device)].clone()
-        for name, index in mask.indices.items()
+        name: lm.model.get_parameter(name).detach().view(-1)[index] for name, index in mask.indices.items()
     }
 
 
 @torch.no_grad()
 def put(lm: LanguageModel, mask: Mask, new: Mapping[str, Tensor]) -> None:
     """Set the chosen weights in place: parameter -> one value for each of them, or one for all."""
-    parameters = dict(lm.model.named_parameters())
     for name, value in new.items():
-        flat = parameters[name].detach().view(-1)
-        flat[mask.indices[name].to(flat.device)] = value
+        lm.model.get_parameter(name).detach().view(-1)[mask.indices[name]] = value
 
 
 @contextmanager
@@ -290,9 +286,9 @@ def without(
         )
     if strength != "mean" and (isinstance(strength, str) or not math.isfinite(strength)):
         raise ValueError(f"strength={strength!r} must be a finite number, or 'mean'")
-    before, parameters = values(lm, mask), dict(lm.model.named_parameters())
+    before, weight = values(lm, mask), lm.model.get_parameter
     after = {
-        name: parameters[name].detach().float().mean().to(old.dtype) if strength == "mean" else old * strength
+        name: weight(name).detach().float().mean().to(old.dtype) if strength == "mean" else old * strength
         for name, old in before.items()
     }
     try:

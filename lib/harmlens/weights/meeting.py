@@ -33,12 +33,10 @@ from harmlens.weights.scores import Scores, layer_of, matrices
 
 @dataclass(frozen=True)
 class Meeting:
-    """How many of some chosen weights belong to some neurons, matrix by matrix.
+    """How many of some chosen weights belong to some neurons, by the MLP's matrices.
 
-    Attributes:
-        matrices: names of the MLP's matrices.
-        columns: of each, what :func:`log2_enrichment` takes: hits (chosen weights that belong to the
-            neurons), chosen weights, members (all weights that belong to them), and size (all weights).
+    Columns: hits (chosen weights that belong to the neurons), chosen weights, members (all weights that
+    belong to them), and size (all weights).
     """
 
     matrices: tuple[str, ...]
@@ -105,11 +103,9 @@ def _mlp(
 
 
 def weights_of(lm: LanguageModel, units: Mapping[int, Sequence[int]], like: Mask) -> Mask:
-    """All weights that belong to some neurons, as a mask: without them the neurons write nothing.
+    """All weights that belong to neurons (layer -> hidden units), as a mask with the matrices of ``like``.
 
-    Args:
-        units: layer -> hidden units of its MLP.
-        like: a mask of the model, whose matrices the new one has.
+    Without them the neurons write nothing.
     """
     check(like, lm)
     indices = {name: index[:0] for name, index in like.indices.items()}
@@ -124,9 +120,8 @@ def weights_of(lm: LanguageModel, units: Mapping[int, Sequence[int]], like: Mask
 def overlap_with_neurons(lm: LanguageModel, mask: Mask, units: Sequence[int], *, layer: int) -> Meeting:
     """Count the chosen weights of one MLP that belong to some of its neurons.
 
-    Raises:
-        ValueError: a layer, a unit or a matrix that the model or the mask does not have; an MLP without
-            hidden units of its own (a mixture of experts).
+    A layer, a unit or a matrix that the model or the mask does not have, and an MLP without hidden units of
+    its own (a mixture of experts), raise a ``ValueError``.
     """
     rows = {}
     for name, _, members in _mlp(lm, layer, units):
@@ -153,9 +148,7 @@ def unit_scores(lm: LanguageModel, scores: Scores, layer: int) -> Float[Tensor, 
     """Minus the sum of the signed prune scores of each neuron's outgoing weights.
 
     To first order the rise of the scored answers' loss without the neuron: up means that it supports them.
-
-    Raises:
-        ValueError: scores without a sign, or of other layers.
+    Scores without a sign, or of other layers, raise a ``ValueError``.
     """
     if scores.kind != "signed":
         raise ValueError(f"scores of kind {scores.kind!r} do not add up to effects; give signed ones")
@@ -181,7 +174,7 @@ def along_direction(lm: LanguageModel, mask: Mask, vector: Float[Tensor, " width
         block, module = blocks[layer_of(name)], found[name]
         writes = any(module is decoder.projection(part(block)) for part in (decoder.attention, decoder.mlp))
         part = torch.zeros(mask.shapes[name])
-        part.view(-1)[index] = module.weight.detach().float().cpu().flatten()[index]
+        part.view(-1)[index] = module.weight.detach().flatten()[index].float().cpu()
         if writes != isinstance(module, nn.Linear):  # let the stream be the first axis
             part = part.T
         if len(index) and len(part) == len(unit):
