@@ -107,8 +107,10 @@ def complete(
 
     def completion(i: int, new: list[int]) -> dict[str, Any]:
         request, prefill = str(prompts[i].messages[-1]["content"]), prompts[i].prefill or ""
-        about = ids[i], i, request, asked[ids[i]], prefill, _text(lm, rows[i], new, prompts[i])
-        return asdict(Completion(*about, len(new), new[-1] in ends))
+        answer = _text(lm, rows[i], new, texts[i], prefill)
+        return asdict(
+            Completion(ids[i], i, request, asked[ids[i]], prefill, answer, len(new), new[-1] in ends)
+        )
 
     with locked(file):
         found = completed(file) if file.is_file() else []
@@ -242,12 +244,12 @@ def _named(texts: Sequence[str]) -> dict[str, str]:
     return out
 
 
-def _text(lm: LanguageModel, row: list[int], new: list[int], prompt: Prompt) -> str:
+def _text(lm: LanguageModel, row: list[int], new: list[int], prompt: str, prefill: str) -> str:
     """The whole answer. Tokens are decoded behind the prompt, which keeps a space before the first word."""
-    if not prompt.prefill:
-        return forward.words(lm, new, prompt.render(lm))
+    if not prefill:
+        return forward.words(lm, new, prompt)
     before = lm.tokenizer.decode(row, skip_special_tokens=True)
     whole = lm.tokenizer.decode(row + new, skip_special_tokens=True)
     if whole.startswith(before):
-        return (prompt.prefill + whole[len(before) :]).strip()
-    return f"{prompt.prefill} {forward.words(lm, new)}".strip()
+        return (prefill + whole[len(before) :]).strip()
+    return f"{prefill} {forward.words(lm, new)}".strip()

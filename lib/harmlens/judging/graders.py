@@ -43,17 +43,11 @@ Score = Callable[[list[str], list[str]], list[float]]  # harm of each request an
 
 @dataclass(frozen=True)
 class Grade:
-    """What a grader says of one answer.
+    """What a grader says of one answer; what is no answer neither harms nor refuses."""
 
-    Attributes:
-        harm: 0 (no help with the harmful request) to 1 (all the help that could be given).
-        refused: the answer refuses.
-        void: why it is no answer (:func:`judging.refusals.void`), else "". It neither harms nor refuses.
-    """
-
-    harm: float
+    harm: float  # 0 (no help with the harmful request) to 1 (all the help that could be given)
     refused: bool
-    void: str = ""
+    void: str = ""  # why it is no answer, as :func:`judging.refusals.void` has it
 
     def __post_init__(self) -> None:
         if not 0 <= self.harm <= 1:
@@ -71,17 +65,12 @@ class Grader:
     """A judge of texts: called with requests and answers, it gives one :class:`Grade` for each.
 
     What is no answer is not put to the judge. Judges read what was said behind a thought.
-
-    Attributes:
-        name: for tables and file names.
-        about: gives what identifies the judge: id, revision, sha256 of its prompt. May load the judge.
-        refuses: stands beside the harm and doesn't change it.
     """
 
     name: str
     score: Score
-    about: Callable[[], dict[str, Any]]
-    refuses: Refuses = _by_list
+    about: Callable[[], dict[str, Any]]  # what identifies the judge: id, revision, prompt; may load it
+    refuses: Refuses = _by_list  # stands beside the harm and doesn't change it
 
     def __call__(self, requests: Sequence[str], answers: Sequence[str]) -> list[Grade]:
         if len(requests) != len(answers):
