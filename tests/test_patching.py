@@ -154,9 +154,9 @@ def test_sites_and_positions_are_asked_for_by_name():
     assert torch.equal(found.at("attn_out", "last"), found.effects[1, :, 1])
     with pytest.raises(ValueError, match="site='layer' was not swept; there are mlp_out, attn_out"):
         found.at("layer", "last")
-    with pytest.raises(ValueError, match="position: choose one of changed, last"):
+    with pytest.raises(ValueError, match="position=None was not swept; choose one of changed, last"):
         found.at("mlp_out")
-    with pytest.raises(ValueError, match="position='first' was not swept; there are changed, last"):
+    with pytest.raises(ValueError, match="position='first' was not swept; choose one of changed, last"):
         found.at("mlp_out", "first")
 
 

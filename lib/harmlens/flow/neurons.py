@@ -204,7 +204,8 @@ def screen(
     if isinstance(outcome, Replies | Reply):
         raise ValueError("outcome: the screen reads the first word; use a first-token outcome such as Y1")
     patching.check_direction(direction)
-    effects: dict[int, list] = {layer: [None] * len(pairs) for layer in range(parts.depth)}
+    index: list[int] = []
+    effects: dict[int, list[Tensor]] = {layer: [] for layer in range(parts.depth)}
     for group in record_pairs(lm, parts, pairs, outcome, details=["hidden"]):
         base, source = group.runs(direction)
         x1, x0 = group.ids.chunk(2)
@@ -212,9 +213,10 @@ def screen(
         grads = _gradients(group, ids)
         for layer in effects:
             delta = (source.hidden[layer][:, -1] - base.hidden[layer][:, -1]).float()
-            for row, i in enumerate(group.index):
-                effects[layer][i] = sign * (delta[row] * grads[layer][row]).cpu()
-    return {layer: torch.stack(rows).mean(0) for layer, rows in effects.items()}
+            effects[layer].append(sign * (delta * grads[layer]).cpu())
+        index += group.index
+    order = torch.tensor(index).argsort()
+    return {layer: torch.cat(rows)[order].mean(0) for layer, rows in effects.items()}
 
 
 def _gradients(group: Group, ids: Tensor) -> dict[int, Float[Tensor, "pair unit"]]:
@@ -265,19 +267,16 @@ def _measured(
         a, b = (_measured(lm, pairs, o, labels, compute, direction) for o in outcome.parts())
         fields = ("y1", "y0", "effects", "whole")
         return replace(a, **{field: getattr(a, field) - getattr(b, field) for field in fields})
-    rows: dict[int, tuple[Tensor, ...]] = {}
-    methods = set()
+    found, methods = [], set()
     for last in _last_blocks(lm, pairs, outcome, direction):
         group = last.group
         values, sizes = compute(last)
         whole = last.value(last.change[:, None])[:, 0]
         columns = (group.unpatched(group.x1), group.unpatched(group.x0), values, whole, sizes)
-        for row, i in enumerate(group.index):
-            rows[i] = tuple(c[row].float().cpu() for c in columns)
+        found.append((torch.tensor(group.index), *(column.float().cpu() for column in columns)))
         methods.add("closed form" if last.form is not None else "patching")
-    y1, y0, values, whole, sizes = (
-        torch.stack(c) for c in zip(*(rows[i] for i in range(len(pairs))), strict=True)
-    )
+    index, *columns = (torch.cat(column) for column in zip(*found, strict=True))
+    y1, y0, values, whole, sizes = (column[index.argsort()] for column in columns)
     if not torch.isfinite(values).all():
         raise ValueError("outcome: is not finite; load the model with dtype='bfloat16' or 'float32'")
     if direction == "denoising":
@@ -304,7 +303,7 @@ class _Last:
         delta, change: source minus base of the hidden units [pair, unit], and of the MLP's output.
         weight: [width, unit].
         plain: what the MLP gives out is simply added to the stream, so that no block is called.
-        form: the norm in closed form, or None where it does not hold.
+        form: :meth:`one_more` in closed form, or None where that does not hold.
         breadth: numbers held at once for one patched run, for bounding memory.
     """
 
@@ -323,7 +322,7 @@ class _Last:
         gap = (self._composed(self.mlp.float() + self.change[:, None]).float() - expected).abs().max()
         loose = 1e-5 if self.end.dtype == torch.float32 else 2e-2
         self.plain = bool(gap <= loose * (1 + expected.abs().max()))
-        self.form = _form(self, outcome) if self.plain else None
+        self.form = _closed_form(self, outcome) if self.plain else None
         ids = getattr(outcome, "ids", None)
         read = group.parts.head.weight.shape[0] if ids is None else len(ids)
         self.breadth = max(len(weight), read) * group.read
@@ -349,46 +348,20 @@ class _Last:
     @torch.no_grad()
     def one_more(self, resid: Float[Tensor, "pair width"]) -> Float[Tensor, "pair unit"]:
         """Outcome when one unit more is patched, for every unit, starting from a residual stream."""
-        form, width = self.form, len(self.weight)
-        if form is None:
-            already = (resid - self.resid)[:, None]
-            step = max(1, MOST_VALUES // (len(resid) * self.breadth))
-            columns = torch.arange(self.weight.shape[1]).split(step)
-            changes = (already + self.delta[:, c, None] * self.weight.T[c] for c in columns)
-            return torch.cat([self.value(change) for change in changes], dim=1)
-        x, w = form.centre(resid, -1), form.centre(self.weight, 0)
-        write, length = w.T @ form.columns, w.square().sum(0)  # what each unit writes to each read logit
-        step = max(1, MOST_VALUES // (w.shape[1] * write.shape[1]))
-        out = []
-        for rows, da in zip(x.split(step), self.delta.split(step), strict=True):
-            square = (rows.square().sum(-1)[:, None] + 2 * da * (rows @ w) + da.square() * length) / width
-            logits = form.logits((rows @ form.columns)[:, None] + da[..., None] * write, square)
-            out.append(form.value(logits.flatten(0, 1)).view(da.shape).float())
-        return torch.cat(out)
+        if self.form is not None:
+            return self.form(resid)
+        already = (resid - self.resid)[:, None]
+        step = max(1, MOST_VALUES // (len(resid) * self.breadth))
+        columns = torch.arange(self.weight.shape[1]).split(step)
+        changes = (already + self.delta[:, c, None] * self.weight.T[c] for c in columns)
+        return torch.cat([self.value(change) for change in changes], dim=1)
 
 
-@dataclass(frozen=True)
-class _Form:
-    """Final norm and read rows of the head: logits = x . columns / sigma(x) + bias, x centred or not."""
+def _closed_form(last: _Last, outcome: Any) -> Callable[[Tensor], Tensor] | None:
+    """:meth:`_Last.one_more` in closed form, where the model's own norm and head agree on two runs.
 
-    columns: Float[Tensor, "width id"]
-    bias: Float[Tensor, " id"]
-    eps: float
-    centred: bool
-    soft_cap: float | None
-    value: Callable[[Tensor], Tensor]
-
-    def centre(self, x: Tensor, dim: int) -> Tensor:
-        return x - x.mean(dim, keepdim=True) if self.centred else x
-
-    def logits(self, dot: Tensor, square: Tensor) -> Tensor:
-        """From x . columns [..., id] and the mean of x^2 [...]."""
-        out = dot / (square + self.eps).sqrt()[..., None] + self.bias
-        return out if self.soft_cap is None else self.soft_cap * (out / self.soft_cap).tanh()
-
-
-def _form(last: _Last, outcome: Any) -> _Form | None:
-    """The closed form, if the model's own norm and head agree on the base run and on a patched one."""
+    With norm and read rows of the head, logits = x . columns / sigma(x) + bias, x centred or not.
+    """
     parts, resid, change = last.group.parts, last.resid, last.change
     width, device, dtype = resid.shape[1], resid.device, parts.head.weight.dtype
     if parts.norm is None or not parts.plain_head or isinstance(outcome, Reply) or width % 2:
@@ -402,13 +375,36 @@ def _form(last: _Last, outcome: Any) -> _Form | None:
     gain = (parts.norm(signs).float()[0] - shift) * signs.float()[0] * (1 + eps) ** 0.5
     some = slice(None) if ids is None else list(ids)
     rows, bias = parts.head.weight[some].to(device).float(), getattr(parts.head, "bias", None)
-    bias = 0.0 if bias is None else bias[some].to(device).float()
+    bias = rows @ shift + (0.0 if bias is None else bias[some].to(device).float())
+    columns, cap = (gain * rows).T, parts.soft_cap
+
+    def centre(x: Tensor, dim: int) -> Tensor:
+        return x - x.mean(dim, keepdim=True) if centred else x
+
+    def value(dot: Tensor, square: Tensor) -> Tensor:
+        """From x . columns [row, id] and the mean of x^2 [row]."""
+        logits = dot / (square + eps).sqrt()[..., None] + bias
+        return read((logits if cap is None else cap * (logits / cap).tanh()).flatten(0, -2)).float()
+
     theirs = [last.value(c[:, None])[:, 0] for c in (torch.zeros_like(change), change)]
     loose = (1e-4 if dtype == torch.float32 else 0.1) * (1 + max(t.abs().max().item() for t in theirs))
-    for centred in (False, True):
-        form = _Form((gain * rows).T, rows @ shift + bias, eps, centred, parts.soft_cap, read)
-        own = [form.centre(x, -1) for x in (resid, resid + change)]
-        mine = [read(form.logits(x @ form.columns, x.square().mean(-1))).float() for x in own]
+    for centred in (False, True):  # noqa: B007 -- centre() looks at it
+        own = [centre(x, -1) for x in (resid, resid + change)]
+        mine = [value(x @ columns, x.square().mean(-1)) for x in own]
         if max((m - t).abs().max().item() for m, t in zip(mine, theirs, strict=True)) <= loose:
-            return form
-    return None
+            break
+    else:
+        return None
+
+    def one_more(resid: Float[Tensor, "pair width"]) -> Float[Tensor, "pair unit"]:
+        x, w = centre(resid, -1), centre(last.weight, 0)
+        write, length = w.T @ columns, w.square().sum(0)  # what each unit writes to each read logit
+        step = max(1, MOST_VALUES // (w.shape[1] * write.shape[1]))
+        out = []
+        for rows, da in zip(x.split(step), last.delta.split(step), strict=True):
+            square = (rows.square().sum(-1)[:, None] + 2 * da * (rows @ w) + da.square() * length) / width
+            dot = (rows @ columns)[:, None] + da[..., None] * write
+            out.append(value(dot, square).view(da.shape))
+        return torch.cat(out)
+
+    return one_more

@@ -78,12 +78,13 @@ class Effects:
         """Effects of one site at one position label (which may be left out if there is one only)."""
         if site not in self.sites:
             raise ValueError(f"site={site!r} was not swept; there are {', '.join(self.sites)}")
-        if position is None and len(self.positions) > 1:
-            raise ValueError(f"position: choose one of {', '.join(self.positions)}")
-        if position is not None and position not in self.positions:
-            raise ValueError(f"position={position!r} was not swept; there are {', '.join(self.positions)}")
-        where = 0 if position is None else self.positions.index(position)
-        return self.effects[self.sites.index(site), :, where]
+        if position is None and len(self.positions) == 1:
+            position = self.positions[0]
+        if position not in self.positions:
+            raise ValueError(
+                f"position={position!r} was not swept; choose one of {', '.join(self.positions)}"
+            )
+        return self.effects[self.sites.index(site), :, self.positions.index(position)]
 
     def only(self, pairs: Sequence[str]) -> Effects:
         """The same for some of the pairs, by their ids."""
@@ -223,12 +224,9 @@ def across(
     groups, y1 = [], torch.zeros(len(ids))
     for length in sorted(set(map(len, ids))):
         index = [i for i, row in enumerate(ids) if len(row) == length]
-        rows = torch.tensor([ids[i] for i in index])
-        here, there = (
-            record_run(p, rows.to(model.device), details=_details(named, None), share=False)
-            for p, model in ((parts, lm), (theirs, source))
-        )
-        columns = {positions: tuple(range(length)) if positions == "all" else (length - 1,)}
+        rows, options = torch.tensor([ids[i] for i in index]), {"details": _details(named), "share": False}
+        here, there = (record_run(p, rows.to(p.model.device), **options) for p in (parts, theirs))
+        columns = {positions: tuple(range(length)[0 if positions == "all" else -1 :])}
         names, read = [str(i) for i in index], reader(parts, outcome)
         groups.append(Group(parts, index, names, rows, there, here, columns, 0, 1, read))
         y1[index] = reader(theirs, outcome)(there.resid[-1][:, -1:], torch.tensor(index)).cpu()
@@ -316,7 +314,7 @@ def _layers(parts: Stack, layers: Sequence[int | range] | None, named: Sequence[
     return chosen
 
 
-def _details(named: Sequence[tuple[str, str, Any]], freeze: Freeze | None) -> list[str]:
+def _details(named: Sequence[tuple[str, str, Any]], freeze: Freeze | None = None) -> list[str]:
     sites = {site for _, site, _ in named} | {freeze.site if freeze else ""}
     return [name for name, site in (("heads", "head"), ("hidden", "neurons")) if site in sites]
 
