@@ -24,6 +24,7 @@ FACTS = ("fact/place", "fact/season")
 TASKS = (
     "harmful", "harmless", "refused", "served", "recognition", "explanation", *EXPLANATIONS, "facts", "benign"
 )  # fmt: skip
+AT_ONCE = 32  # chats that are run at once
 Chat = Sequence[Message]
 Types = str | Sequence[str] | None  # of requests; None for all
 
@@ -90,13 +91,7 @@ def user(text: str) -> tuple[Message, ...]:
     return ({"role": "user", "content": text},)
 
 
-def measure(
-    lm: LanguageModel,
-    exam: Task | Mapping[str, Task] | Sequence[Task],
-    source: Any = None,
-    *,
-    batch_size: int = 32,
-) -> Any:
+def measure(lm: LanguageModel, exam: Task | Mapping[str, Task] | Sequence[Task], source: Any = None) -> Any:
     """How a model does at a task, or at several.
 
     Args:
@@ -108,28 +103,27 @@ def measure(
     """
     if not isinstance(exam, Task):
         named = exam if isinstance(exam, Mapping) else {task.name: task for task in exam}
-        return {name: measure(lm, task, source, batch_size=batch_size) for name, task in named.items()}
-    said, loss = _force(lm, exam, batch_size)
+        return {name: measure(lm, task, source) for name, task in named.items()}
+    said, loss = _force(lm, exam)
     scored = Scored(np.array([float(which is not None) for which in said]), loss)
     return scored if source is None else source.judged(lm, exam, scored)
 
 
-def written(lm: LanguageModel, task: Task, *, batch_size: int = 32) -> list[str | None]:
+def written(lm: LanguageModel, task: Task) -> list[str | None]:
     """The accepted answer that greedy decoding writes to each chat, without the prefilled words; or None."""
-    said, _ = _force(lm, task, batch_size)
-    return [
-        None if which is None else accepted[which] for which, accepted in zip(said, task.answers, strict=True)
-    ]
+    said, _ = _force(lm, task)
+    asked = zip(said, task.answers, strict=True)
+    return [None if which is None else accepted[which] for which, accepted in asked]
 
 
-def _force(lm: LanguageModel, task: Task, batch_size: int) -> tuple[list[int | None], np.ndarray]:
+def _force(lm: LanguageModel, task: Task) -> tuple[list[int | None], np.ndarray]:
     """Which of its accepted answers greedy decoding gives to each chat, and the loss of the first of them."""
     texts = [lm.render(chat, task.prefill) for chat in task.chats]
     space = " " if task.prefill else ""
 
     def force(rows: Sequence[tuple[int, int]]) -> tuple[np.ndarray, list[bool]]:
         answers = [space + task.answers[i][which] for i, which in rows]
-        found = follow(lm, [texts[i] for i, _ in rows], answers, end=task.end, batch_size=batch_size)
+        found = follow(lm, [texts[i] for i, _ in rows], answers, end=task.end, batch_size=AT_ONCE)
         return found[0].numpy().astype(float), found[1].tolist()
 
     logprob, hits = force([(i, 0) for i in range(len(task))])
@@ -137,7 +131,7 @@ def _force(lm: LanguageModel, task: Task, batch_size: int) -> tuple[list[int | N
     left = [i for i, accepted in enumerate(task.answers) if len(accepted) > 1 and said[i] is None]
     if left:
         # Greedy decoding can only come to an answer that begins with the most probable word.
-        begin = last_logits(lm, [texts[i] for i in left], batch_size=batch_size).argmax(-1).tolist()
+        begin = last_logits(lm, [texts[i] for i in left], batch_size=AT_ONCE).argmax(-1).tolist()
         rows = [
             (i, which)
             for i, word in zip(left, begin, strict=True)
