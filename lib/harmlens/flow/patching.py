@@ -226,7 +226,7 @@ def across(
         index = [i for i, row in enumerate(ids) if len(row) == length]
         rows, options = torch.tensor([ids[i] for i in index]), {"details": _details(named), "share": False}
         here, there = (record_run(p, rows.to(p.model.device), **options) for p in (parts, theirs))
-        columns = {positions: tuple(range(length)[0 if positions == "all" else -1 :])}
+        columns = {positions: tuple(range(length)) if positions == "all" else (length - 1,)}
         names, read = [str(i) for i in index], reader(parts, outcome)
         groups.append(Group(parts, index, names, rows, there, here, columns, 0, 1, read))
         y1[index] = reader(theirs, outcome)(there.resid[-1][:, -1:], torch.tensor(index)).cpu()
