@@ -361,22 +361,21 @@ def test_an_untrained_model_has_the_architecture_and_other_weights(architecture)
     untrained, lm = lecture.defined("02").untrained, tiny.model(architecture, seed=1)
     lm.model.to(torch.bfloat16)
     state = torch.random.get_rng_state()
-    made = [untrained(lm, seed) for seed in (3, 3, 4)]
+    made = [untrained(lm) for _ in range(2)]
     assert torch.equal(torch.random.get_rng_state(), state)
     shapes = [{n: (p.shape, p.dtype) for n, p in m.model.named_parameters()} for m in (lm, *made)]
     assert all(found == shapes[0] for found in shapes) and not made[0].model.training
     weights = [m.model.get_input_embeddings().weight for m in (*made, lm)]
-    assert torch.equal(weights[0], weights[1])
-    assert not torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[3])
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 def test_an_untrained_organism_is_what_its_training_began_with(tmp_path):
-    fresh = tiny.untrained(seed=1)
+    fresh = tiny.untrained(seed=0)
     begun = {name: value.clone() for name, value in fresh.model.state_dict().items()}
     with torch.no_grad():
         for parameter in fresh.model.parameters():
             parameter.mul_(2)
-    organism.save(fresh, tmp_path / "sft-1", {})
-    found = lecture.defined("02").untrained(load(str(tmp_path / "sft-1"), device="cpu"), 1).model
+    organism.save(fresh, tmp_path / "sft-0", {})
+    found = lecture.defined("02").untrained(load(str(tmp_path / "sft-0"), device="cpu")).model
     assert found.dtype == torch.float32 and found.state_dict().keys() == begun.keys()
     assert all(torch.equal(value, begun[name]) for name, value in found.state_dict().items())
