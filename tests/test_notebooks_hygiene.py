@@ -35,7 +35,7 @@ def start_call(notebook: nbformat.NotebookNode) -> list[str]:
         if "setup" in layout.tags(cell):
             continue
         for node in ast.walk(ast.parse(cell.source)):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("notebook.start", "start"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "start":
                 return [k.arg or "**" for k in node.keywords]
     return []
 
