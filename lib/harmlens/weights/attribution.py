@@ -268,13 +268,13 @@ def _sums(
                     "this architecture can't be scored here"
                 )
             fired[name] += 1
-            if x.device not in rooms:
+            if "unsigned" in kinds and x.device not in rooms:
                 # Made once: allocating anew for each product costs as much as the product itself.
                 rooms[x.device] = torch.empty(max(1, buffer // 4), dtype=x.dtype, device=x.device)
             sides = [t.reshape(*shape, t.shape[-1]) for t in (gradient, x)]
             if not isinstance(module, nn.Linear):  # Conv1D keeps its weight the other way round
                 sides.reverse()
-            _add(*sides, *(sums.get((kind, name)) for kind in KINDS), rooms[x.device])
+            _add(*sides, *(sums.get((kind, name)) for kind in KINDS), rooms.get(x.device))
 
         if output.requires_grad:
             output.register_hook(collect)
@@ -313,7 +313,7 @@ def _add(
     right: Float[Tensor, "row pos into"],
     signed: Float[Tensor, "out into"] | None,
     unsigned: Float[Tensor, "out into"] | None,
-    room: Float[Tensor, " number"],
+    room: Float[Tensor, " number"] | None,
 ) -> None:
     """Add to the sums over rows of left' right and of its size: one product, or that of each row."""
     if unsigned is None:
