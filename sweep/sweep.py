@@ -79,9 +79,8 @@ class Model(_Entry):
 
     def labels(self) -> dict[str, str]:
         """Label in figures -> name of the model."""
-        return {f"{self.name}, {stage}": model for stage, model in self.stages.items()} or {
-            self.name: self.name
-        }
+        stages = {f"{self.name}, {stage}": model for stage, model in self.stages.items()}
+        return stages or {self.name: self.name}
 
 
 class Notebook(_Entry):
@@ -122,12 +121,7 @@ class File(_Entry):
 
 @dataclass(frozen=True)
 class Cell:
-    """One notebook on one model with one seed (None where it has none).
-
-    Attributes:
-        key: digest of all that the outcome depends on.
-        folder: holds what it makes; named after the key, so that other code gets another folder.
-    """
+    """One notebook on one model with one seed (None where it has none)."""
 
     id: str
     notebook: Path
@@ -136,8 +130,8 @@ class Cell:
     seed: int | None
     parameters: dict[str, Any]
     resources: dict[str, int]
-    key: str
-    folder: Path
+    key: str  # digest of all that the outcome depends on
+    folder: Path  # of what it makes; named after the key, so that other code gets another folder
 
     @property
     def done(self) -> Path:
@@ -155,11 +149,7 @@ class Sweep:
 
 
 def read(path: str | Path) -> Sweep:
-    """Read, check and expand the YAML file of a sweep. Loads no model.
-
-    Raises:
-        SweepError: anything that is wrong in it; the message names the key and the remedy.
-    """
+    """Read, check and expand the YAML file of a sweep; a SweepError names what is wrong in it."""
     path = Path(path).expanduser().resolve()
     if not path.is_file():
         raise SweepError(f"no such file: {path.name}. Copy sweep/sweep.yaml and change it.")
@@ -312,11 +302,7 @@ def state(cell: Cell) -> tuple[str, str]:
 
 
 def find(sweep: Sweep, name: str) -> Cell:
-    """The cell of a name such as ``05_neurons/organism--sft/seed-0-<key>``, as its folder is called.
-
-    Raises:
-        SweepError: no such cell, or one with another key.
-    """
+    """The cell of a name such as ``05_neurons/organism--sft/seed-0-<key>``, as its folder is called."""
     for cell in sweep.cells:
         if cell.folder == sweep.output / "cells" / name:
             return cell
@@ -462,11 +448,7 @@ def store(sweep: Sweep) -> None:
 
 
 def engine() -> list[str]:
-    """The command that starts Snakemake, in its own environment or as HARMLENS_SNAKEMAKE names it.
-
-    Raises:
-        SweepError: there is none; says how to install it.
-    """
+    """The command that starts Snakemake, in its own environment or as HARMLENS_SNAKEMAKE names it."""
     own = ROOT / ".venv-sweep" / "bin" / "python"
     if own.is_file():
         return [str(own), "-m", "snakemake"]  # as a module: its program breaks in a moved clone
@@ -479,14 +461,10 @@ def engine() -> list[str]:
 
 
 def run(sweep: Sweep, profile: str, options: list[str]) -> int:
-    """Run the cells that are not finished with Snakemake, then always write the forest plot.
+    """Run the cells that are not finished with Snakemake, then always write the forest; 0 if all finished.
 
-    Args:
-        profile: a folder below ``sweep/profiles``, or the path of one of your own.
-        options: passed on to Snakemake, such as ``["--cores", "4"]``; they win over the profile.
-
-    Returns:
-        0 if every cell is finished, else 1.
+    ``profile`` is a folder below ``sweep/profiles`` or one of your own; ``options`` go to Snakemake,
+    such as ``["--cores", "4"]``, and win over the profile.
     """
     own = ROOT / "sweep" / "profiles"
     folder = own / profile if (own / profile).is_dir() else Path(profile)
