@@ -194,8 +194,11 @@ class _Patching:
         """What the residual stream behind the block becomes when a site takes the source run's value."""
         base, source, block = self.base, self.source, self.group.parts.blocks[layer]
 
+        run = slice(columns[0], columns[-1] + 1)
+        where = run if len(columns) == run.stop - run.start else columns  # without copying, where possible
+
         def cut(tensors: list[Tensor], at: int = layer) -> Tensor:
-            return tensors[at][:, columns]
+            return tensors[at][:, where]
 
         before, old, new = cut(base.resid), cut(base.resid, layer + 1), cut(source.resid, layer + 1)
         find, store = STORES.get(site, (None, None))
