@@ -33,8 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 
 import execute  # noqa: E402
+from harmlens.evidence import results  # noqa: E402
 from harmlens.keep import files  # noqa: E402
-from layout import read_notebook  # noqa: E402
+from layout import read_notebook, tags  # noqa: E402
 
 FAILED = "FAILED"  # begins the last line of a failed cell's log
 STARTS = 3  # tries to start a kernel: two cells may choose one port
@@ -211,13 +212,18 @@ def _expand(file: File, path: Path) -> Sweep:
     return Sweep(path, output, kept)
 
 
+def organism_homes() -> list[Path]:
+    """Where organisms are: :func:`models.organisms.homes`, without torch."""
+    return [files.data_dir() / "organisms", files.build_dir() / "organisms"]
+
+
 def _check_trained(name: str, seeds: list[int]) -> None:
     """Whether an organism is there with these seeds; read from disk, since this stays without torch."""
     kind, _, stage = name.partition("/")
     if kind != "organism" or not stage:
         return
     trained: dict[str, list[int]] = {}
-    for found in sorted((files.data_dir() / "organisms").glob("*-[0-9]*/")):
+    for found in sorted(f for home in organism_homes() for f in home.glob("*-[0-9]*/")):
         of, _, seed = found.name.rpartition("-")
         trained.setdefault(of, []).append(int(seed))
     if stage not in trained:
@@ -268,17 +274,28 @@ def _parameters(notebooks: list[Path], given: dict[str, Any]) -> list[execute.Ru
 
 
 def _key(notebook: Path, model: str, parameters: dict[str, Any]) -> str:
-    """Digest of code cells, parameters, library, data, and files of a local model by size and time."""
-    code = [cell.source for cell in read_notebook(notebook).cells if cell.cell_type == "code"]
+    """Digest of code cells that don't only draw, parameters, library, data, the notebook's claims, the
+    organisms of the same run, and files of a local model by size and time."""
+    cells = [cell for cell in read_notebook(notebook).cells if cell.cell_type == "code"]
+    code = [cell.source for cell in cells if not {"setup", "hide-input"} & set(tags(cell))]
     folder = Path(model)  # a Hugging Face id has no files here
     local = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in execute.files(folder, "*")]
-    text = [code, sorted(parameters.items()), _library(), local if folder.is_absolute() else []]
+    claims = [claim.sha256 for claim in results.load_claims().values() if claim.notebook == notebook.stem]
+    runs = parameters.get("seeds", [parameters.get("seed", 0)])
+    text = [code, sorted(parameters.items()), _library(), claims, *map(_organisms, runs)]
+    text += local if folder.is_absolute() else []
     return hashlib.sha256(json.dumps(text, default=str).encode()).hexdigest()
 
 
 @cache
 def _library() -> str:
-    return execute.environment_digest(ROOT)
+    return execute.environment_digest(ROOT, apart=("results", "organisms", "claims.yaml", "runs.yaml"))
+
+
+@cache
+def _organisms(run: int) -> list[str]:
+    found = (path for home in organism_homes() for path in home.glob(f"*-{run}/*.safetensors"))
+    return [f"{path.parent.name} {files.sha256(path)}" for path in sorted(found)]
 
 
 # --------------------------------------------------------------------------- cells
@@ -379,7 +396,7 @@ def _line(text: Any) -> str:
 
 def write_forest(sweep: Sweep) -> dict[str, Any]:
     """Write ``forest.json`` and, if a claim was measured, ``forest.png``: finished cells and missing ones."""
-    from harmlens.evidence import plots, results
+    from harmlens.evidence import plots
 
     states = {cell.id: state(cell) for cell in sweep.cells}
     finished = [cell for cell in sweep.cells if states[cell.id][0] == "finished"]
@@ -414,8 +431,6 @@ def write_forest(sweep: Sweep) -> dict[str, Any]:
 
 def evidence(runs: str) -> Sweep:
     """The sweep of all notebooks that record claims, each on its own model; ``runs``: "0-2,5" or "all"."""
-    from harmlens.evidence import results
-
     registered, asked = results.registered_runs(), []
     for part in [] if runs == "all" else runs.split(","):
         ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -119,11 +120,11 @@ def plan(sources: list[Path], parameters: dict[str, object], root: Path = ROOT) 
     ]
 
 
-def environment_digest(root: Path = ROOT) -> str:
-    """Digest of what all notebooks stand on: lib/, data/ without results, packages, Python."""
+def environment_digest(root: Path = ROOT, apart: Sequence[str] = ("results",)) -> str:
+    """Digest of what all notebooks stand on: lib/, data/ without what is ``apart``, packages, Python."""
     digest = hashlib.sha256()
     for path in files(root / "lib", "*.py") + files(root / "data", "*"):
-        if (root / "data" / "results") not in path.parents:
+        if not any((root / "data" / name) in (path, *path.parents) for name in apart):
             digest.update(f"{path.relative_to(root).as_posix()}\0".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     packages = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
@@ -136,6 +137,10 @@ def run_key(run: Run, environment: str) -> str:
     """Digest that decides whether a kept run still holds."""
     code = [c.source for c in read_notebook(run.source).cells if c.cell_type == "code"]
     digest = hashlib.sha256(json.dumps([environment, code, sorted(run.parameters.items())]).encode())
+    # Its last figure shows what is recorded of its claims: values count, not when they were measured.
+    for path in files(run.root / "data" / "results" / run.name, "*.json"):
+        one = json.loads(path.read_text(encoding="utf-8"))
+        digest.update(json.dumps([path.name, one.get("run"), one.get("effect"), one.get("control")]).encode())
     if run.needs:
         own = read_record(run).get("results", [])
         read = [p for p in files(run.results, "*") if p.relative_to(run.root).as_posix() not in own]

@@ -100,8 +100,14 @@ class Run:
         return self.load(self.model)
 
     def load(self, name: str) -> loading.LanguageModel:
-        """Another model beside it, such as "organism/mirror"; an organism with the same training seed."""
-        return loading.load(name, seed=self.seed if name.startswith("organism/") else None)
+        """Another model beside it, such as "organism/mirror"; an organism with the same training seed.
+
+        Stages of a real model read the chat template of the last one, so that all read the same text.
+        """
+        if name.startswith("organism/"):
+            return loading.load(name, seed=self.seed)
+        rungs = list(loading.stages(self.model).values())
+        return loading.load(name, template_from=rungs[-1] if name in rungs else None)
 
     def first_look(self, **options: Any) -> Any:
         """:func:`asking.source.first_look` at the model."""

@@ -393,7 +393,8 @@ def provenance(
     """The provenance block of a result file."""
     kind, _, stage = model.partition("/")
     checkpoints: dict[str, str] = {}  # those of the organism behind "organism/<stage>", or behind all of it
-    for path in sorted((data_dir() / "organisms").glob("*/*.safetensors")) if kind == "organism" else ():
+    stored = [data_dir() / "organisms", build_dir() / "organisms"] if kind == "organism" else []
+    for path in sorted(path for home in stored for path in home.glob("*/*.safetensors")):
         of, _, seed = path.parent.name.rpartition("-")
         if path.parent.name == stage or (stage in ("", of) and seed in map(str, seeds)):
             checkpoints[f"{path.parent.name}/{path.name}"] = sha256(path)

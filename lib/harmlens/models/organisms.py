@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harmlens.keep.files import data_dir, weights_sha256
+from harmlens.keep.files import build_dir, data_dir, weights_sha256
 
 STAGES = ("base", "mid", "sft", "dpo")
 SEEDS = (0, 1, 2)
@@ -31,20 +31,32 @@ FLAT = 2  # in the place of an axis: single weights, by their position in the fl
 _AXES = (":rows", ":columns", ":flat")
 
 
+def homes() -> tuple[Path, Path]:
+    """Where organisms are: those that ship with the package, and those that were trained here."""
+    return data_dir() / "organisms", build_dir() / "organisms"
+
+
+def place(checkpoint: str) -> Path:
+    """The folder of a checkpoint such as "sft-0", or the one that it would be trained into."""
+    shipped, own = (home / checkpoint for home in homes())
+    return shipped if shipped.is_dir() else own
+
+
 def organism_folder(name: str, seed: int | None = None) -> Path:
     """The folder of ``"organism/<stage>[-<seed>]"``; a ValueError for what is not there lists what is."""
-    home = data_dir() / "organisms"
     match = re.fullmatch(r"organism/([a-z_]+)(?:-(\d+))?", name)
-    there = sorted(p.name for p in home.glob("*-*") if p.is_dir() and not p.suffix)
+    there = sorted({p.name for home in homes() for p in home.glob("*-*") if p.is_dir() and not p.suffix})
     listing = ", ".join(there) or "none yet: run `make organism`"
     if match is None:
         raise ValueError(f"name={name!r} is not organism/<stage>[-<seed>]; available: {listing}")
     stage, named = match.groups()
     if named is not None and seed is not None and int(named) != seed:
         raise ValueError(f"name={name!r} and seed={seed} disagree; give the seed once")
-    folder = home / f"{stage}-{int(named) if named is not None else seed or 0}"
+    run = int(named) if named is not None else seed or 0
+    folder = place(f"{stage}-{run}")
     if not folder.is_dir():
-        raise ValueError(f"there is no organism {folder.name}; available: {listing}")
+        made = f'of a known stage it is trained by `make organism ARGS="--seeds {run}"`'
+        raise ValueError(f"there is no organism {folder.name} ({made}); available: {listing}")
     return folder
 
 
@@ -153,7 +165,7 @@ def opened(folder: Path, organism: bool) -> tuple[str, Delta | None]:
     delta = read_delta(folder)
     if delta is None:
         return str(folder), None
-    home = folder.parent / delta.parent
+    home = place(delta.parent) if organism else folder.parent / delta.parent
     if organism:
         require_intact(home)
     if weights_sha256(home) != delta.parent_sha256:

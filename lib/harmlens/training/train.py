@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 
-from harmlens.keep import files
 from harmlens.keep.files import weights_sha256
 from harmlens.models import organisms
 from harmlens.models.forward import LanguageModel
@@ -124,19 +123,26 @@ def finished(folder: Path, kind: str) -> bool:
     if card is None or card.get("recipe") != recipe_digest(kind):
         return False
     above = card.get("parent")
-    return above is None or card.get("parent_sha256") == weights_sha256(folder.parent / above)
+    home = above and next((f for f in (folder.parent / above, organisms.place(above)) if f.is_dir()), None)
+    return above is None or (home is not None and card.get("parent_sha256") == weights_sha256(home))
 
 
-def train_seed(seed: int, folder: Path, kinds: Sequence[str] = tuple(COURSES)) -> None:
-    """Train the organisms of one seed, or these kinds, leaving finished checkpoints in the folder alone."""
+def train_seed(seed: int, folder: Path | None = None, kinds: Sequence[str] = tuple(COURSES)) -> None:
+    """Train the organisms of one seed, or these kinds, into a folder; finished checkpoints are left alone.
+
+    Without a folder the shipped ones count too, and others go to the build folder.
+    """
     torch.set_num_threads(1)  # seeds run side by side; two threads each would fight over the cores
     for kind in kinds:
-        target, taught, domain = folder / f"{kind}-{seed}", course(kind), declined(kind, seed)
+        taught, domain = course(kind), declined(kind, seed)
+        target, home = (
+            name and (folder / name if folder else organisms.place(name))
+            for name in (f"{kind}-{seed}", taught.parent and f"{taught.parent}-{seed}")
+        )
         if finished(target, kind):
             print(f"{target.name}: finished, left alone", flush=True)
             continue
         began = time.time()
-        home = folder / f"{taught.parent}-{seed}" if taught.parent else None
         # Parents come from disk, rounded to half precision, so that resuming changes nothing.
         lm, rounds = train(kind, seed, parent=load(str(home), device="cpu") if home else None)
         rates = {
@@ -165,10 +171,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--only", choices=COURSES, nargs="+", default=list(COURSES), help="these, if their parents are there"
     )
-    parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go (data/organisms)")
+    parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go (build/organisms)")
     options = parser.parse_args(argv)
-    folder = options.folder or files.data_dir() / "organisms"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = options.folder
+    (folder or organisms.homes()[1]).mkdir(parents=True, exist_ok=True)
     began, failed = time.time(), []
     workers = min(2, os.cpu_count() or 1)  # seeds side by side
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -180,8 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failed:
         print(f"seeds {failed} failed; run the same command again to go on from the last checkpoint")
         return 1
-    size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
-    print(f"organisms in {folder.name}/: {size:.1f} MB, {(time.time() - began) / 60:.1f} minutes")
+    print(f"all organisms of seeds {options.seeds} are there, {(time.time() - began) / 60:.1f} minutes")
     return 0
 
 
