@@ -95,7 +95,7 @@ def test_an_unknown_organism_lists_what_there_is(data, name):
 
 
 def test_an_unknown_seed_lists_what_there_is(data):
-    with pytest.raises(ValueError, match=r"no organism base-2 .*--seeds 2.*; available: base-0, sft-0, sft-1$"):
+    with pytest.raises(ValueError, match=r"base-2 .*--seeds 2.*; available: base-0, sft-0, sft-1$"):
         load("organism/base", seed=2)
 
 

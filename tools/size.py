@@ -1,12 +1,21 @@
-"""How large the package is: lines, import depth, names defined twice, long lists of arguments. make size."""
+"""How large package, notebooks and organisms are. This is `make size`.
+
+A line of a notebook states the idea where it says what is asked, patched, pruned or taught, or how a statistic is
+defined: every code line but set-up, parameters, the call of hl.start, imports, prints, what is recorded, and cells
+that only draw (hide-input).
+"""
 
 from __future__ import annotations
 
 import ast
+import json
+import re
 from collections import defaultdict
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1] / "lib" / "harmlens"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "lib" / "harmlens"
+GLUE = re.compile(r"\s*(import |from |print\(|run\.(record|all_runs)\(|fig\b|#|\)|\])")
 
 
 def imports(tree: ast.Module, modules: set[str]) -> set[str]:
@@ -22,7 +31,7 @@ def imports(tree: ast.Module, modules: set[str]) -> set[str]:
     return found
 
 
-def measure() -> dict[str, int | list[str]]:
+def package() -> dict[str, int | list[str]]:
     """The numbers, by what they count; lists where single cases have to be named."""
     texts = {}
     for file in sorted(PACKAGE.rglob("*.py")):
@@ -60,8 +69,45 @@ def measure() -> dict[str, int | list[str]]:
     }
 
 
+def notebook(path: Path) -> dict[str, int | float]:
+    """Counts of one notebook: lines of code, of the longest cell, beyond 80 characters, that state the idea."""
+    lines = longest = wide = idea = 0
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        rows = [row for row in "".join(cell["source"]).splitlines() if row.strip()]
+        tags = set(cell["metadata"].get("tags", []))
+        lines += len(rows)
+        if "setup" in tags:
+            continue
+        longest, wide = max(longest, len(rows)), wide + sum(len(row) > 80 for row in rows)
+        if not tags & {"parameters", "hide-input"} and not any("hl.start(" in row for row in rows):
+            idea += sum(not GLUE.match(row) for row in rows)
+    return {"lines": lines, "longest cell": longest, "beyond 80 characters": wide, "idea": idea / lines}
+
+
+def measure() -> dict[str, int | float | list[str]]:
+    """All counts: of the package, of the notebooks together, and of what ships in data/organisms."""
+    books = [notebook(path) for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    lines = sum(one["lines"] for one in books)
+    shipped = sum(f.stat().st_size for f in (ROOT / "data" / "organisms").rglob("*") if f.is_file())
+    return {
+        **package(),
+        "code lines of the notebooks": lines,
+        "longest cell of a notebook": max(one["longest cell"] for one in books),
+        "lines of notebooks beyond 80 characters": sum(one["beyond 80 characters"] for one in books),
+        "percent of notebooks' lines that state the idea": round(
+            100 * sum(one["idea"] * one["lines"] for one in books) / lines
+        ),
+        "MB of shipped organisms": round(shipped / 1e6, 1),
+    }
+
+
 if __name__ == "__main__":
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        found = notebook(path)
+        print(f"{path.stem:36} {found['lines']:4} lines, {found['idea']:.0%} of them state the idea")
     for what, found in measure().items():
-        print(f"{what}: {found if isinstance(found, int) else len(found)}")
-        for case in [] if isinstance(found, int) else found:
+        print(f"{what}: {len(found) if isinstance(found, list) else found}")
+        for case in found if isinstance(found, list) else []:
             print(f"    {case}")
