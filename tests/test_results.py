@@ -540,3 +540,17 @@ def test_the_forest_draws_every_run_rings_one_and_says_the_word(tmp_path):
     plots.plt.close(figure)
     with pytest.raises(ValueError, match="rows is empty"):
         plots.forest([])
+
+
+def test_a_quick_run_counts_only_where_there_is_no_other(tmp_path):
+    mine, shipped = tmp_path / "mine", tmp_path / "shipped"
+    quick = {"params": {"quick": True}}
+    results.record("V4", Estimate(0.2, 0.1, 0.3, 12), model="organism/sft", run=0, folder=mine, **quick)
+    (alone,) = results.findings([mine])
+    assert alone.value == 0.2
+    results.record("V4", Estimate(0.9, 0.8, 1.0, 108), model="organism/sft", run=0, folder=shipped)
+    (one,) = results.findings([mine, shipped])
+    assert one.value == 0.9 and len(one.runs) == 1
+    results.record("V4", Estimate(0.3, 0.1, 0.4, 12), model="organism/sft", run=1, folder=mine, **quick)
+    (one,) = results.findings([mine, shipped])
+    assert one.value == 0.9 and len(one.runs) == 1

@@ -1,8 +1,8 @@
 """How large package, notebooks and organisms are. This is `make size`.
 
-A line of a notebook states the idea where it says what is asked, patched, pruned or taught, or how a statistic is
-defined: every code line but set-up, parameters, the call of hl.start, imports, prints, what is recorded, and cells
-that only draw (hide-input).
+A line of a notebook states the idea where it says what is asked, patched, pruned or taught, or how a statistic
+is defined: every code line but set-up, parameters, the call of hl.start, imports, prints, what is recorded, and
+cells that only draw (hide-input).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def package() -> dict[str, int | list[str]]:
 
 
 def notebook(path: Path) -> dict[str, int | float]:
-    """Counts of one notebook: lines of code, of the longest cell, beyond 80 characters, that state the idea."""
+    """Counts of one notebook: code lines, the longest cell, those beyond 80 characters, those of the idea."""
     lines = longest = wide = idea = 0
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] != "code":

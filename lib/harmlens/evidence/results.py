@@ -19,6 +19,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -143,6 +144,11 @@ class Measurement:
     unit: Text
     note: str = ""
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def quick(self) -> bool:
+        """Measured on a few items only, to try things out."""
+        return bool(self.provenance.get("params", {}).get("quick"))
 
 
 @dataclass(frozen=True)
@@ -375,6 +381,11 @@ def notebook_sha256(name: str) -> str | None:
     path = root / "notebooks" / f"{name}.ipynb" if root else None
     if path is None or not path.is_file():
         return None
+    return _code_sha256(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _code_sha256(path: Path, changed: int) -> str:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     apart = {"setup", "parameters", "hide-input"}
     code = [
@@ -418,7 +429,8 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
     Of a claim that was measured twice on a run, the earlier folder's counts, and within a folder the newer
     file's. What can't be used is named in a :class:`ResultFileWarning`, and the others still load: a damaged
     file, a second one of the same claim and run, one that was measured under another wording of its claim or
-    by another version of its notebook, a run that ``data/runs.yaml`` doesn't register.
+    by another version of its notebook, a run that ``data/runs.yaml`` doesn't register. A quick run counts
+    only where there is no other.
     """
     claims, registered = load_claims(), registered_runs()
     found: dict[tuple[str, str, int], Measurement] = {}
@@ -439,7 +451,9 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
             if len(both) > 1:
                 newer = both[1][0].relative_to(folder).as_posix()
                 _left_out(folder, both[0][0], f"{newer} is newer, of the same claim and run. Delete one")
-        found = {key: one for key, (_, one) in here.items()} | found
+        for key, (_, one) in here.items():
+            if key not in found or (found[key].quick and not one.quick):
+                found[key] = one
     return list(found.values())
 
 
@@ -480,6 +494,7 @@ def findings(folders: Iterable[str | Path] | None = None) -> list[Finding]:
     for claim in load_claims():
         for model in sorted(model for name, model in runs if name == claim):
             some = sorted(runs[claim, model], key=lambda one: one.run)
+            some = [one for one in some if not one.quick] or some
             effect = over_runs([_estimate(one.effect, one.n) for one in some])
             controls = [one.control for one in some if one.control is not None]
             control = None
