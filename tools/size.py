@@ -1,8 +1,8 @@
 """How large package, notebooks and organisms are. This is `make size`.
 
-A line of a notebook states the idea where it says what is asked, patched, pruned or taught, or how a statistic
-is defined: every code line but set-up, parameters, the call of hl.start, imports, prints, what is recorded, and
-cells that only draw (hide-input).
+A line of a notebook states the idea where it says what is asked, patched, pruned or taught, or how a
+statistic is defined: every code line but set-up, parameters, the call of hl.start, imports, prints, what is
+recorded, and cells that only draw (hide-input).
 """
 
 from __future__ import annotations
