@@ -21,7 +21,6 @@ PAIRS = prompts.pairs("prompt", n=4)
 UNITS = tiny.SHAPE.hidden
 EVERY = {0: range(UNITS), 1: range(UNITS)}
 SOME = {0: [3, 9], 1: [1, 40, 41]}
-GATE = lecture.defined("06")  # edits of the notebook's own
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +262,7 @@ def test_setting_units_to_the_sources_values_is_patching(lm):
     value = interventions.activations(lm, sources, SOME)
     target = {layer: rows[0] for layer, rows in value.items()}
     # the lower layer changes what the upper one computes, but both are set
-    with interventions.overwriting(lm, SOME, GATE.toward(target)):
+    with interventions.overwriting(lm, SOME, lambda layer, values: target[layer].expand_as(values)):
         got = forward.last_logits(lm, texts)
     torch.testing.assert_close(got, interventions.patched_logits(lm, texts, sources, SOME), atol=1e-4, rtol=0)
 
@@ -291,22 +290,21 @@ def test_where_tells_the_prompt_from_the_answer(lm, where):
     assert len(seen) == (1 if where == "prompt" else 3)  # the last word that is written is never read
 
 
-def test_a_dose_goes_part_of_the_way(lm):
-    texts, target = _texts(lm, "x0"), {1: torch.tensor([2.0, -1.0])}
+def test_notebook_06_holds_units_at_given_values(lm):
+    texts, target = _texts(lm, "x0"), torch.tensor([2.0, -1.0])
     own = interventions.activations(lm, texts, {1: [5, 6]})[1]
-    edit = GATE.toward(target, dose=0.25)
-    torch.testing.assert_close(edit(1, own[:, None])[:, 0], 0.75 * own + 0.25 * target[1])
+    held = lecture.defined("06").held(target)(1, own[:, None])
+    assert held.shape == own[:, None].shape and (held == target).all()
 
 
-def test_resampling_takes_whole_rows_of_the_bank():
-    bank = {0: torch.arange(12.0).view(6, 2), 1: torch.arange(12.0).view(6, 2) + 100}
-    edit, again = GATE.resample(bank, seed=1), GATE.resample(bank, seed=1)
+def test_notebook_06_resamples_whole_rows_of_its_bank():
+    bank = torch.arange(12.0).view(6, 2)
+    page = lecture.defined("06", bank=bank, rng=np.random.default_rng(1))
     values = torch.zeros(5, 1, 2)
-    low, high = edit(0, values), edit(1, values)
-    assert torch.equal(low + 100, high)  # all layers from the same prompts
-    assert all(row.tolist() in bank[0].tolist() for row in low[:, 0])
-    assert torch.equal(low, again(0, values))
-    assert not torch.equal(low, edit(0, values))  # drawn anew for the next run
+    first, second = page.resampled(0, values), page.resampled(0, values)
+    assert first.shape == values.shape
+    assert all(row.tolist() in bank.tolist() for row in first[:, 0])
+    assert not torch.equal(first, second)  # drawn anew for the next run
 
 
 # --------------------------------------------------------------------------- bad input
