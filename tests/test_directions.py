@@ -59,18 +59,19 @@ def test_a_candidate_is_a_difference_of_means(lm, texts):
 
 def test_the_shared_end_is_what_the_template_writes(lm):
     ends = [lm.render("is it red ?"), lm.render("who sells a powder")]
-    assert PAGE.shared_end(lm, ends) == [-2, -1]
-    assert PAGE.shared_end(lm, ends, most=1) == [-1]
-    with pytest.raises(AssertionError, match="texts end in different tokens"):
-        PAGE.shared_end(lm, ["powder", "ledger"])
+    assert directions.shared_end(lm, ends) == [-2, -1]
+    assert directions.shared_end(lm, ends, most=1) == [-1]
+    with pytest.raises(ValueError, match="texts end in different tokens"):
+        directions.shared_end(lm, ["powder", "ledger"])
 
 
 def test_shuffled_directions_hold_nothing_of_the_difference_between_the_sides(lm, texts):
     like = directions.mean_differences(lm, texts[:1], texts[1:2])[0]
     # All texts of a side alike: what is left of a difference of halves is nothing.
-    [none] = PAGE.shuffled_like(lm, texts[:1] * 4, texts[1:2] * 4, like, 1)
+    streams = interventions.states(lm, texts)[:, like.depth, 0]
+    none = PAGE.shuffled_like(like, [streams[:1].repeat(4, 1), streams[1:2].repeat(4, 1)], 0)
     assert none.vector.norm() < 1e-5 * like.vector.norm()
-    a, b = (d.vector for d in PAGE.shuffled_like(lm, texts[:4], texts[3:], like, 2))
+    a, b = (PAGE.shuffled_like(like, [streams[:4], streams[3:]], draw).vector for draw in range(2))
     assert not torch.equal(a, b) and a.norm() > 0
 
 
@@ -83,7 +84,7 @@ def test_a_direction_drawn_blindly_is_as_long_and_another_one():
 
 def page(lm):
     """Notebook 17 with one model, of two layers."""
-    return lecture.defined("17", lms={0: lm}, y1={0: Y1}, last=1)
+    return lecture.defined("17", lm=lm, y1=Y1, last=1)
 
 
 def test_only_texts_that_behave_as_expected_are_kept(lm, texts):
@@ -91,9 +92,9 @@ def test_only_texts_that_behave_as_expected_are_kept(lm, texts):
     for refused in (True, False):
         wanted = [t for t, v in zip(texts, values.tolist(), strict=True) if (v < 0) == refused]
         if len(wanted) > 1:
-            assert page(lm).behaving(0, texts, refused) == wanted
+            assert page(lm).behaving(texts, refused) == wanted
         with pytest.raises(AssertionError, match="are needed; give more requests"):
-            page(lm).behaving(0, texts[:1], refused)
+            page(lm).behaving(texts[:1], refused)
 
 
 # --------------------------------------------------------------------------- removing
@@ -202,7 +203,7 @@ def test_a_depth_without_block_is_refused(lm):
 def test_a_trial_measures_what_it_says(lm, texts):
     refused, answered = texts[:3], texts[3:]
     found = directions.mean_differences(lm, refused, answered)
-    [tried] = page(lm).trials(0, found, refused, answered, deepest=0.6)
+    [tried] = page(lm).trials(found, refused, answered, deepest=0.6)
     assert tried.direction.depth == 1
     with directions.ablated(lm, tried.direction.vector):
         logits = forward.last_logits(lm, refused)
@@ -216,7 +217,7 @@ def test_a_trial_measures_what_it_says(lm, texts):
     ]
     assert (tried.removed, tried.added) == pytest.approx(y1, abs=1e-4)
     assert tried.shift == pytest.approx(float((plain.exp() * (plain - log_p)).sum(-1).mean()), abs=1e-4)
-    assert page(lm).trials(0, found, refused, answered, deepest=0.4) == []
+    assert page(lm).trials(found, refused, answered, deepest=0.4) == []
 
 
 def test_the_choice_follows_the_rule():

@@ -20,6 +20,7 @@ from harmlens.flow.engine import patchable
 from harmlens.flow.interventions import states
 from harmlens.flow.record import shown
 from harmlens.models import parts as decoder
+from harmlens.models.chats import tokens
 from harmlens.models.forward import LanguageModel
 
 
@@ -52,6 +53,19 @@ def mean_differences(
         for i, position in enumerate(positions)
         if difference[depth, i].norm() > 1e-4 * means[0][depth, i].norm()  # more than rounding
     ]
+
+
+def shared_end(lm: LanguageModel, texts: Sequence[str], most: int = 5) -> list[int]:
+    """Positions of the last tokens that all texts share, what the template writes behind a message.
+
+    Texts that end in different tokens raise a ``ValueError``.
+    """
+    rows = [tokens(lm.tokenizer, text)[::-1][:most] for text in texts]
+    alike = [len(set(column)) == 1 for column in zip(*rows, strict=False)]
+    shared = [*alike, False].index(False)
+    if not shared:
+        raise ValueError("texts end in different tokens; render them with the chat template, without prefill")
+    return list(range(-shared, 0))
 
 
 @contextmanager

@@ -67,6 +67,11 @@ class Mask:
         indices = {name: rule(index, other.indices[name]) for name, index in self.indices.items()}
         return replace(self, indices=indices, name=f"{self.name} {sign} {other.name}".strip())
 
+    @property
+    def empty(self) -> Mask:
+        """No weight of the same matrices: to take it out must change nothing."""
+        return replace(self, indices={k: index[:0] for k, index in self.indices.items()}, name="empty")
+
     def called(self, name: str) -> Mask:
         """The same set under another name."""
         return replace(self, name=name)

@@ -105,6 +105,29 @@ def matrices(lm: LanguageModel, layers: Sequence[int] | None = None) -> dict[str
     return found
 
 
+def owners(lm: LanguageModel, layer: int) -> dict[str, Tensor]:
+    """The neuron that each weight of an MLP belongs to: parameter -> numbers of its shape.
+
+    A neuron owns the weights that feed it, a row of each matrix in front of the nonlinearity, and those by
+    which it writes, a column of the output projection. An MLP without hidden units of its own raises a
+    ``ValueError``, as a layer that does not exist.
+    """
+    found = matrices(lm, [layer])
+    mlp = decoder.mlp(decoder.blocks(lm)[layer])
+    last, inside = decoder.projection(mlp), {id(module) for module in mlp.modules()}
+    count, numbers = decoder.projection_weight(mlp).shape[1], {}
+    for name, module in found.items():
+        if id(module) not in inside:
+            continue
+        # Neurons lie on the first stored axis or on the second; fused matrices hold several rows of each.
+        shape, first = module.weight.shape, (module is not last) == isinstance(module, nn.Linear)
+        if shape[0 if first else 1] % count:
+            raise ValueError(f"{name} has no axis of {count} hidden units, so they own no part of it")
+        number = torch.arange(shape[0 if first else 1]) % count
+        numbers[name] = (number[:, None] if first else number).expand(shape)
+    return numbers
+
+
 def layer_of(name: str) -> int:
     """Number of the block that a parameter belongs to.
 
