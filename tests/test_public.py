@@ -198,6 +198,9 @@ def test_system_messages_are_written_for_several_tokenizers(family):
 def test_types_and_draws_of_requests(source):
     assert source.types() == ["poisoning", "slander", "theft", "trapping"]
     assert source.types(harmful=False) == []
+    assert sorted(source.answered_types(True)) == source.types()
+    with pytest.raises(ValueError, match="0 types of harmless requests that are answered, and 1 are needed"):
+        source.answered_types(False, least=1)
     some = source.rows(True, "train", types="theft")
     assert some and {e.kind for e in some} == {"theft"}
     assert len(source.rows(True, n=5)) == 5 == len(set(source.rows(True, n=5, seed=1)))

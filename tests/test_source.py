@@ -104,6 +104,7 @@ def test_tasks_of_the_world():
     for kind in ("explanation/effect", "explanation/reason"):
         assert WORLD.task(kind, "evaluation", n=5, seed=1) == tasks.questions(items, kind)
     assert WORLD.types() == world.domains(True) and WORLD.types(False) == world.domains(False)
+    assert WORLD.answered_types(True) == list(WORLD.types()) and len(WORLD.answered_types(False, most=2)) == 2
 
 
 # --------------------------------------------------------------------------- the first look

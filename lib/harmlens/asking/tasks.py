@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -346,3 +347,18 @@ class Source:
         if kind == "benign":
             return joined([self._task(part, split, **options) for part in ("served", "facts")], kind)
         return self._task(kind, split, **options)
+
+    def answered_types(self, harmful: bool, *, least: int = 0, most: int = 6) -> list[str]:
+        """The types of one side that a model answers behind the prefilled start, in training and evaluation
+        requests: at most so many, those with the most answers; a ValueError where there are too few."""
+        counts, side = {}, "harmful" if harmful else "harmless"
+        for name in self.types(harmful):
+            with suppress(ValueError):  # it has none
+                counts[name] = [len(self.task(side, s, types=name)) for s in ("train", "evaluation")]
+        enough = [name for name in counts if min(counts[name]) > 2]
+        if len(enough) < least:
+            raise ValueError(
+                f"data={self.name!r} has {len(enough)} types of {side} requests that are answered, and "
+                f"{least} are needed; give other data"
+            )
+        return sorted(enough, key=lambda name: -sum(counts[name]))[:most]
