@@ -182,6 +182,17 @@ def test_places_that_a_text_does_not_have(lm, options, message):
         interventions.states(lm, tiny.texts(lm)[:1], **options)
 
 
+def test_a_probe_finds_what_a_straight_cut_can_tell():
+    rng = np.random.default_rng(0)
+    rows, truth = rng.normal(size=(200, 3)), rng.random(200) < 0.5
+    told = rows + [0, 8, 0] * truth[:, None]
+    assert interventions.probe(told[:100], truth[:100], told[100:], truth[100:]).tolist() == [1.0] * 100
+    wrong = interventions.probe(told[:100], truth[:100], torch.tensor(told[100:]), ~truth[100:])
+    assert wrong.tolist() == [0.0] * 100
+    blind = interventions.probe(rows[:100], truth[:100], rows[100:], truth[100:])
+    assert 0.3 < blind.mean() < 0.7
+
+
 def test_summed_embeddings_ignore_the_order_of_words(lm):
     a, b, c = interventions.summed_embeddings(lm, ["salted draught", "draught salted", "salted salted"])
     table = lm.model.get_input_embeddings().weight.detach()

@@ -1,6 +1,7 @@
 """Activations read, and overwritten while a model runs or writes.
 
-:func:`states` reads the residual stream, :func:`activations` hidden units (as in :mod:`flow.neurons`).
+:func:`states` reads the residual stream, :func:`activations` hidden units (as in :mod:`flow.neurons`);
+:func:`probe` asks what a straight cut through such values tells.
 :func:`overwriting` changes units by a rule in everything that is run within it. :func:`generate_patched` is
 *dynamic patching*: at every step of generation the units take the values that another prompt's run gives on
 the same words so far.
@@ -15,8 +16,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial as given
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from harmlens.flow.engine import check_units, patchable
@@ -88,6 +91,20 @@ def summed_embeddings(lm: LanguageModel, texts: Sequence[str]) -> Float[Tensor, 
     """Sum of the input embeddings of each text's tokens: all that a bag of words holds."""
     table = lm.model.get_input_embeddings().weight
     return torch.stack([table[row].sum(0).float().cpu() for row in _rows(lm, texts)])
+
+
+def probe(train: ArrayLike, labels: ArrayLike, test: ArrayLike, truth: ArrayLike) -> np.ndarray:
+    """1 for each row of ``test`` that a linear probe gets right, fitted on standardised features of ``train``.
+
+    A :class:`sklearn.linear_model.LogisticRegression`; its ValueError where the labels are all alike.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    fitted.fit(np.asarray(train), labels)
+    return (fitted.predict(np.asarray(test)) == np.asarray(truth)).astype(float)
 
 
 @torch.no_grad()
