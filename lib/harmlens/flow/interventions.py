@@ -94,7 +94,7 @@ def summed_embeddings(lm: LanguageModel, texts: Sequence[str]) -> Float[Tensor, 
 
 
 def probe(train: ArrayLike, labels: ArrayLike, test: ArrayLike, truth: ArrayLike) -> np.ndarray:
-    """1 for each row of ``test`` that a linear probe gets right, fitted on standardised features of ``train``.
+    """1 for each row of ``test`` that a linear probe gets right, fitted on standardised ``train``.
 
     A :class:`sklearn.linear_model.LogisticRegression`; its ValueError where the labels are all alike.
     """
