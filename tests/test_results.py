@@ -506,6 +506,14 @@ def test_the_answer_of_a_notebook_has_the_words_of_its_claims(tmp_path):
     assert results.answer("00_model_organism", [tmp_path]) == f"{runs}**replicated**: {said}."
     assert "**not replicated**" in results.answer("00_model_organism", [tmp_path], model="owner/model")
     assert "no claim" in results.answer("05_neurons", [tmp_path]).lower()
+    assert results.answer("18_your_own_model", [tmp_path]) == ""  # no claim is its own
+
+
+def test_a_result_names_the_notebook_that_measured_it(folder):
+    results.record("V4", **good(notebook="18_your_own_model"))
+    (got,) = results.load_measurements([folder])
+    assert got.notebook == "18_your_own_model"
+    assert got.provenance["sha256"]["notebook"] == results.notebook_sha256("18_your_own_model")
 
 
 def test_command_line_writes_the_same_rows_and_a_summary(tmp_path, capsys):

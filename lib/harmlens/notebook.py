@@ -86,8 +86,8 @@ class Run:
     how many items, requests or pairs are asked at most, None for all.
     """
 
-    def __init__(self, parameters: Mapping[str, Any]) -> None:
-        self.parameters = dict(parameters)
+    def __init__(self, parameters: Mapping[str, Any], notebook: str = "") -> None:
+        self.parameters, self.notebook = dict(parameters), notebook
         self.model = parameters.get("model", "organism/sft")
         self.seed = parameters.get("seed", parameters.get("seeds", [0])[0])
         self.quick = parameters.get("quick", False)
@@ -179,8 +179,13 @@ class Run:
             print(f"{claim} {unless or 'not tested: there is no value'}")
             return
         made = {"params": self.parameters, "folder": self.folder, "note": note, "run": self.seed}
+        made["notebook"] = self.notebook
         if not model:
-            made |= {"revision": self.lm.revision, "device": str(self.lm.device)}
+            made |= {
+                "revision": self.lm.revision,
+                "device": str(self.lm.device),
+                "dtype": self.lm.model.dtype,
+            }
         if not (model or self.model).startswith("organism"):
             made["run"] = 0
         results.record(claim, effect, control, model=model or self.model, **made)
@@ -255,11 +260,11 @@ def start(notebook: str = "", /, **parameters: Any) -> Run:
         if plain:
             print(f"no parameters of this notebook, ignored: {', '.join(plain)}")
     caller[_STARTED] = True
-    if notebook:
+    if notebook and (told := results.answer(notebook, results.default_folders()[1:])):
         from IPython.display import Markdown, display
 
-        display(Markdown(results.answer(notebook, results.default_folders()[1:])))
-    return Run(parameters)
+        display(Markdown(told))
+    return Run(parameters, notebook)
 
 
 def _rule(name: str) -> tuple[Callable[[Any], bool], str]:

@@ -103,10 +103,13 @@ def _curve(ax: Axes, values: Sequence[Estimate], colour: str, alpha: float, labe
     ax.plot([e.value for e in values], "o-", ms=4, color=colour, label=label)
 
 
-def bars(groups: Mapping[str, Mapping[str, Estimate]], *, ylabel: str, colours: Mapping[str, str]) -> Figure:
+def bars(
+    groups: Mapping[str, Mapping[str, Estimate]], *, ylabel: str, colours: Mapping[str, str] | None = None
+) -> Figure:
     """Grouped bars with intervals; the single training seeds as dots where there are any."""
     fig, ax = plt.subplots(figsize=(6.8, 3.6))
     series = list(dict.fromkeys(name for row in groups.values() for name in row))
+    colours = {**dict(zip(series, PALETTE.values(), strict=False)), **(colours or {})}
     width = 0.8 / len(series)
     for i, row in enumerate(groups.values()):
         for name, e in row.items():

@@ -310,13 +310,14 @@ def record(
     *,
     model: str,
     run: int = 0,
+    notebook: str = "",
     note: str = "",
     folder: str | Path | None = None,
     **made: Any,
 ) -> Path:
     """Write the result file of one claim on one run, ``<folder>/<model>/run-<run>/<claim>.json``.
 
-    Unit and notebook are those of the claim. Machine paths are shortened. A file of the same name is
+    The unit is that of the claim. Machine paths are shortened. A file of the same name is
     replaced; one of other weights (trained anew, or another commit) is put aside, and a warning says where.
 
     Args:
@@ -325,6 +326,7 @@ def record(
         control: what the claim's control is, and what it gave in this run.
         model: organism ("organism/sft"), folder or Hugging Face id; called :func:`keep.files.model_name`.
         run: the training seed of an organism.
+        notebook: what measured it; default the claim's own.
         note: one sentence for the reader of the scorecard.
         folder: default :func:`results_dir`.
         made: how it was measured, for :func:`keep.files.provenance`: ``params``, ``device``, ...
@@ -337,23 +339,24 @@ def record(
     if claim not in claims:
         raise ValueError(f"claim: {claim!r} is not in claims.yaml; known are {', '.join(claims)}")
     if effect.per_seed:  # a notebook that loops over its runs
-        made = {name: value for name, value in made.items() if name not in ("unit", "notebook")}
+        made.pop("unit", None)
         for seed, one in effect.per_seed.items():
             beside = control and (control[0], control[1].per_seed.get(seed, control[1]))
             path = record(claim, one, beside, model=model, run=seed, note=note, folder=folder, **made)
         return path
     known, role = claims[claim], "real"
+    notebook = notebook or known.notebook
     if organism := model.partition("/")[0] == "organism":
         role = registered_runs().get(int(run), "unregistered")
     content: dict[str, Any] = {
         "schema": SCHEMA, "claim": claim, "model": files.model_name(model), "run": int(run),
-        "role": role, "notebook": known.notebook,
+        "role": role, "notebook": notebook,
         "effect": _span(effect), "control": control and {"name": control[0], **_span(control[1])},
         "diff": control and _span(effect.minus(control[1])), "n": int(effect.n), "unit": known.unit,
         "note": files.portable(note),
     }  # fmt: skip
     checked = _measured(content, claims)
-    sums = {"claim": known.sha256, "notebook": notebook_sha256(known.notebook), "library": _library_sha256()}
+    sums = {"claim": known.sha256, "notebook": notebook_sha256(notebook), "library": _library_sha256()}
     about = files.provenance(model, seeds=[int(run)] if organism else [], **made)
     content["provenance"] = about | {"sha256": sums}
     content["sum"] = _sum(content)
@@ -544,10 +547,13 @@ def _row(claim: Claim, finding: Finding | None) -> dict[str, Any]:
 
 
 def answer(notebook: str, folders: Iterable[str | Path] | None = None, *, model: str = "") -> str:
-    """One sentence on what a notebook's claims came to: their words, by the recorded runs of a model.
+    """One sentence on what a notebook's claims came to: their words, by the recorded runs of a model; ""
+    where no claim is its own.
 
     ``model``: default the organism of each claim that was measured.
     """
+    if notebook not in {claim.notebook for claim in load_claims().values()}:
+        return ""
     rows = [row for row in scorecard(folders) if row["notebook"] == notebook]
     rows = [row for row in rows if row["model"] and row["model"].startswith(model or "organism")]
     if not rows:
