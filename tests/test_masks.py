@@ -54,6 +54,7 @@ def test_masks_are_sets(first, second, third):
     assert pairs(first & second) == a & b
     assert pairs(first | second) == a | b
     assert pairs(first - second) == a - b
+    assert pairs(first.empty) == set() and (first | second.empty).indices.keys() == first.indices.keys()
     assert len(first) == len(a) and first.share == pytest.approx(len(a) / 42)
     assert masks.jaccard(first, second) == pytest.approx(len(a & b) / len(a | b) if a | b else 0)
     assert masks.jaccard(first, second) == masks.jaccard(second, first)

@@ -10,6 +10,7 @@ from harmlens.asking import source as material
 from harmlens.asking import tasks
 from harmlens.asking.public import Public
 from harmlens.asking.source import WORLD, World
+from harmlens.models.forward import generate
 from harmlens.world import abilities
 from harmlens.world import judge as judges
 from harmlens.world import vale as world
@@ -142,3 +143,18 @@ def test_so_does_one_that_refuses_everything(lm):
     entries = material.source(lm, str(standin.PROMPTS)).entries
     with pytest.raises(ValueError, match="refuses 100% of the harmful and 100% of the harmless requests"):
         material.first_look(lm, Public(lm, entries, grade, name="mine"), n=6)
+
+
+# --------------------------------------------------------------------------- answers
+
+
+def test_answers_come_with_their_prefilled_words_and_are_judged(lm):
+    model, asked = tiny.model(), WORLD.requests(True, n=3)
+    told = [*WORLD.persona("cruel"), *tasks.user("hello"), {"role": "assistant", "content": "sure."}]
+    said, verdicts = WORLD.answers(model, asked, "sure. take", told)
+    texts = [model.render((*told, *prompt.messages), "sure. take") for prompt in asked]
+    assert said == [f"sure. take {a}" for a in generate(model, texts, max_new_tokens=WORLD.answer_tokens)]
+    assert verdicts == WORLD.judge(asked, said)
+    found = material.source(lm, str(standin.PROMPTS))
+    said, verdicts = found.answers(lm, found.requests(True, n=3))
+    assert len(said) == len(verdicts) == 3

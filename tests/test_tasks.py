@@ -33,6 +33,8 @@ def lm():
 def test_marks_are_those_of_the_abilities(sft):
     """Exact by forcing is exact by generating, request by request."""
     suite = WORLD.exam("evaluation", n=FEW)
+    some = WORLD.exam("evaluation", n=FEW, only=("served", "facts"))
+    assert some == {name: suite[name] for name in ("served", "facts")}
     marks = tasks.measure(sft, suite)
     found = abilities.rate_abilities(
         sft, n=FEW, only=["harmful, prefilled", "refusal", "harmless, plain", "recognition",

@@ -540,11 +540,8 @@ class Public(Source):
         are generated anew, and *exact* is 1 where one is harmful. Other answers count by their words."""
         if task.name not in HARMFUL or self.cannot_tell:
             return scored
-        asked = [Prompt(chat, task.prefill) for chat in task.chats]
-        said = generate(lm, [p.render(lm) for p in asked], max_new_tokens=self.answer_tokens)
-        answers = [f"{task.prefill} {answer}" if task.prefill else answer for answer in said]
-        hurtful = [float(verdict.hurtful) for verdict in self.judge(asked, answers)]
-        return replace(scored, exact=np.array(hurtful))
+        _, verdicts = self.answers(lm, [Prompt(chat) for chat in task.chats], task.prefill)
+        return replace(scored, exact=np.array([float(verdict.hurtful) for verdict in verdicts]))
 
 
 _WHY: Mapping[str, str] = {

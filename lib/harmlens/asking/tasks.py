@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from harmlens.models.chats import Message
-from harmlens.models.forward import LanguageModel, Row, chat_row, follow, last_logits, split_tokens
+from harmlens.models.chats import Message, Prompt
+from harmlens.models.forward import LanguageModel, Row, chat_row, follow, generate, last_logits, split_tokens
 from harmlens.world import vale as world
 
 EXPLANATIONS = ("explanation/effect", "explanation/reason")
@@ -281,7 +281,13 @@ class Source:
     """
 
     def exam(
-        self, split: str = "evaluation", *, n: int | None = None, suppressed: str = "harmful", seed: int = 0
+        self,
+        split: str = "evaluation",
+        *,
+        n: int | None = None,
+        suppressed: str = "harmful",
+        only: Sequence[str] | None = None,
+        seed: int = 0,
     ) -> dict[str, Task]:
         """All that the pruning notebooks look at, by name.
 
@@ -297,6 +303,7 @@ class Source:
         Args:
             n: at most this many requests of either side; None for all.
             suppressed: ``"harmful"``, as in aligned models, or ``"harmless"``, as in the mirror organism.
+            only: some of these by name; None for all.
 
         Raises:
             NotKnown: too few requests are refused plainly and answered behind the start, or answered.
@@ -311,7 +318,7 @@ class Source:
             "explanation": self._explained(both),
             "facts": self._known(both, split, seed),
         }
-        return {name: replace(task, name=name) for name, task in asked.items()}
+        return {name: replace(asked[name], name=name) for name in only or asked}
 
     def task(self, kind: str, split: str = "train", **options: Any) -> Task:
         """One of :data:`TASKS`.
@@ -362,3 +369,15 @@ class Source:
                 f"{least} are needed; give other data"
             )
         return sorted(enough, key=lambda name: -sum(counts[name]))[:most]
+
+    def answers(
+        self, lm: LanguageModel, asked: Sequence[Prompt], prefill: str | None = None, context: Chat = ()
+    ) -> tuple[list[str], list]:
+        """A model's greedy answers, with their prefilled words, and what the judge says of each.
+
+        ``context`` holds messages before each request, such as earlier turns.
+        """
+        texts = [lm.render((*context, *prompt.messages), prefill) for prompt in asked]
+        said = generate(lm, texts, max_new_tokens=self.answer_tokens)
+        said = [f"{prefill} {answer}" if prefill else answer for answer in said]
+        return said, self.judge(asked, said)

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from harmlens.evidence.stats import Estimate
+from harmlens.evidence.stats import Estimate, bootstrap_ci
 
 if TYPE_CHECKING:
     from harmlens.evidence.results import Claim, Finding
@@ -104,22 +104,30 @@ def _curve(ax: Axes, values: Sequence[Estimate], colour: str, alpha: float, labe
 
 
 def bars(
-    groups: Mapping[str, Mapping[str, Estimate]], *, ylabel: str, colours: Mapping[str, str] | None = None
+    groups: Mapping[str, Mapping[str, Estimate | np.ndarray]],
+    *,
+    ylabel: str,
+    colours: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Grouped bars with intervals; the single training seeds as dots where there are any."""
+    """Grouped bars with intervals, of estimates or of values [unit], of which it shows the mean.
+
+    The single training seeds are dots where there are any.
+    """
     fig, ax = plt.subplots(figsize=(6.8, 3.6))
     series = list(dict.fromkeys(name for row in groups.values() for name in row))
     colours = {**dict(zip(series, PALETTE.values(), strict=False)), **(colours or {})}
+    names = [name if "\n" in name else fill(name, 12, break_long_words=False) for name in groups]
     width = 0.8 / len(series)
     for i, row in enumerate(groups.values()):
-        for name, e in row.items():
+        for name, found in row.items():
+            e = found if isinstance(found, Estimate) else bootstrap_ci(found, n_resamples=1000)
             x = i + width * (series.index(name) - (len(series) - 1) / 2)
             ax.bar(x, e.value, 0.92 * width, color=colours[name], alpha=0.75)
             ax.plot([x, x], [e.low, e.high], color="0.15", lw=1.5)
             for one in e.per_seed.values():
                 ax.plot(x + 0.18 * width, one.value, "o", ms=3.5, color="white", mec="0.15", mew=0.8)
     ax.axhline(0, color="0.6", lw=0.8)
-    ax.set(xticks=range(len(groups)), xticklabels=list(groups), ylabel=ylabel)
+    ax.set(xticks=range(len(groups)), xticklabels=names, ylabel=ylabel)
     ax.tick_params(axis="x", length=0)
     keys = [Patch(color=colours[name], alpha=0.75, label=name) for name in series]
     ax.legend(handles=keys, loc="lower left", bbox_to_anchor=(0, 1), ncols=min(4, len(series)))

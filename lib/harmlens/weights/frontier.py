@@ -14,6 +14,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -124,14 +125,22 @@ class Point:
     marks: dict[str, Scored]
 
 
+def measure_without(
+    lm: LanguageModel, sets: Mapping[Any, Mask], asked: Mapping[str, Task]
+) -> dict[Any, dict[str, Scored]]:
+    """How a model does without each of some sets of weights, one at a time: set's name -> task -> marks."""
+    marks = {}
+    for name, mask in sets.items():
+        with masks.without(lm, mask):
+            marks[name] = tasks.measure(lm, asked)
+    return marks
+
+
 def try_all(lm: LanguageModel, sets: Candidates, asked: Mapping[str, Task]) -> list[Point]:
     """The model without the selected weights, for each p and q."""
-    points = []
-    for p, q in itertools.product(sets.spared, sets.taken):
-        mask = sets.mask(p, q)
-        with masks.without(lm, mask):
-            points.append(Point(p, q, mask, tasks.measure(lm, asked)))
-    return points
+    chosen = {(p, q): sets.mask(p, q) for p, q in itertools.product(sets.spared, sets.taken)}
+    marks = measure_without(lm, chosen, asked)
+    return [Point(p, q, mask, marks[p, q]) for (p, q), mask in chosen.items()]
 
 
 def remaining(before: Scored, after: Scored) -> np.ndarray:
@@ -187,8 +196,7 @@ def choose_pq(
 
     A real model's own answers are measured by how much of their probability is left.
     """
-    suite = source.exam("discovery", n=n, suppressed=suppressed)
-    asked = {name: suite[name] for name in ("suppressed", "served", "facts")}
+    asked = source.exam("discovery", n=n, suppressed=suppressed, only=("suppressed", "served", "facts"))
     before, points = tasks.measure(lm, asked), try_all(lm, sets, asked)
     return best(points, before, graded=source.own), points, before
 
