@@ -234,9 +234,8 @@ def test_notebook_07_cuts_a_text_behind_the_last_place_of_some_words(lm):
         page.up_to(text, "salt")
 
 
-@pytest.mark.parametrize("notebook", ["00", "07"])
-def test_a_probe_finds_a_linear_rule_and_neither_an_exclusive_or_nor_noise(notebook):
-    probe, rng = lecture.defined(notebook).probe, np.random.default_rng(0)
+def test_a_probe_finds_a_linear_rule_and_neither_an_exclusive_or_nor_noise():
+    probe, rng = interventions.probe, np.random.default_rng(0)
     x, z = rng.normal(size=(600, 6)), rng.normal(size=(400, 6))
     rules = {
         "linear": [t[:, 2] > 0.3 for t in (x, z)],
