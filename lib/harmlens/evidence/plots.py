@@ -116,7 +116,7 @@ def bars(
     fig, ax = plt.subplots(figsize=(6.8, 3.6))
     series = list(dict.fromkeys(name for row in groups.values() for name in row))
     colours = {**dict(zip(series, PALETTE.values(), strict=False)), **(colours or {})}
-    names = [name if "\n" in name else fill(name, 12, break_long_words=False) for name in groups]
+    names = [name if "\n" in name else fill(name, 10, break_long_words=False) for name in groups]
     width = 0.8 / len(series)
     for i, row in enumerate(groups.values()):
         for name, found in row.items():
