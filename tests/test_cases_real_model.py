@@ -113,7 +113,7 @@ def test_tasks_of_different_lengths_side_by_side():
     two = frontier.together(np.array([0.0, 1.0, 1.0, 1.0]), np.array([1.0, 0.0]))
     np.testing.assert_array_equal(two, [[0.5, 1.0], [1.0, 0.0]])
     uneven = frontier.together(np.arange(5.0), np.zeros(2))
-    assert uneven.shape == (2, 2) and uneven[:, 0].tolist() == [1.0, 3.5]
+    assert uneven.shape == (2, 2) and uneven[:, 0].tolist() == [2.0, 2.0]
 
 
 # --------------------------------------------------------------------------- a model that does not refuse

@@ -267,9 +267,12 @@ def find_weights(
 
 
 def together(*columns: np.ndarray) -> np.ndarray:
-    """Scored of tasks side by side, [group, task]: means of as many groups as the shortest has marks."""
+    """Scored of tasks side by side, [group, task]: means of as many groups as the shortest has marks.
+
+    Group i has each k-th mark from i on: of two questions about each of k items, both about item i.
+    """
     k = min(map(len, columns))
-    return np.stack([[part.mean() for part in np.array_split(column, k)] for column in columns], axis=1)
+    return np.stack([[column[i::k].mean() for i in range(k)] for column in columns], axis=1)
 
 
 def untested(source: Material, *, harm: bool = False, judged: bool = True, **before: float) -> str:
