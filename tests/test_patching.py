@@ -545,21 +545,12 @@ def test_interval_of_a_statistic_over_seeds():
     assert 0.3 < got.low <= got.value <= got.high < 0.6  # (3 - 1) / (3 + 1), give or take
 
 
-# --------------------------------------------------------------------------- effects by seed
+# --------------------------------------------------------------------------- effects of pairs
 
 
-def test_strong_keeps_what_has_a_total_effect_in_every_seed():
-    effects = np.ones((1, 2, 1, 4))
-    sweeps = {0: shaped(effects, (1.0, 0.0, 1.0, 1.0)), 1: shaped(effects, (1.0, 1.0, 0.01, 1.0))}
-    assert patching.strong_pairs(sweeps) == ["a", "d"]
-
-
-def test_strong_refuses_seeds_on_different_pairs_and_pairs_without_effect():
-    effects = np.ones((1, 1, 1, 4))
-    with pytest.raises(ValueError, match="same pairs"):
-        patching.strong_pairs({0: shaped(effects), 1: shaped(effects, pairs=("a", "b", "d", "c"))})
-    with pytest.raises(ValueError, match="none of 4 pairs"):
-        patching.strong_pairs({0: shaped(effects, (1, 1, 0, 0)), 1: shaped(effects, (0, 0, 1, 1))})
+def test_strong_keeps_what_has_a_total_effect():
+    sweep = shaped(np.ones((1, 2, 1, 4)), (1.0, 0.0, 0.2, 1.0))
+    assert sweep.strong().pairs == ("a", "c", "d")
 
 
 def test_columns_are_layers_of_each_series_in_order_and_rows_the_kept_pairs():
@@ -590,16 +581,9 @@ def test_columns_refuse_what_was_not_swept():
 def test_curve_is_the_ratio_of_means_and_not_the_mean_of_ratios():
     effects = np.zeros((1, 2, 1, 4))
     effects[0, 1, 0] = [0.5, 0, 0, 0]  # half of a pair's total effect of 1
-    sweeps = {s: shaped(effects, (1.0, 1.0, 1.0, 5.0)) for s in (0, 1)}
-    first, second = patching.curve(sweeps, list(FOUR), "mlp_out", n_resamples=200)
+    sweep = shaped(effects, (1.0, 1.0, 1.0, 5.0))
+    first, second = sweep.curve("mlp_out", n_resamples=200)
     assert first.value == first.low == first.high == 0
     assert second.value == pytest.approx(0.5 / 8) and second.n == 4
-    (_, kept) = patching.curve(sweeps, ["a", "d"], "mlp_out", n_resamples=200)
+    (_, kept) = sweep.only(["a", "d"]).curve("mlp_out", n_resamples=200)
     assert kept.value == pytest.approx(0.5 / 6)
-
-
-def test_curve_averages_over_seeds():
-    sweeps = {s: shaped(np.full((1, 1, 1, 4), share)) for s, share in enumerate((0.2, 0.6))}
-    (got,) = patching.curve(sweeps, list(FOUR), "mlp_out", n_resamples=200)
-    assert got.value == pytest.approx(0.4)
-    assert [e.value for e in got.per_seed.values()] == pytest.approx([0.2, 0.6])

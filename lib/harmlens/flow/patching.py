@@ -10,7 +10,7 @@ can reach is computed again (:mod:`flow.engine`), and it equals a whole forward 
 
 Statistics of depth take one array of effects per layer (units along ``axis``) and average over units before
 they take absolute values, so that noise of single pairs does not count as effect. They go straight into
-:func:`evidence.stats.over_seeds`.
+:meth:`Effects.estimate`.
 
 Introduced in notebook 02 ("Layers").
 """
@@ -320,35 +320,6 @@ def _details(named: Sequence[tuple[str, str, Any]], freeze: Freeze | None = None
 
 
 # --------------------------------------------------------------------------- statistics of depth
-
-
-def strong_pairs(effects: Mapping[int, Effects]) -> list[str]:
-    """Pairs that have a total effect in every seed (above a tenth of the median); the rest can't be mediated.
-
-    Raises:
-        ValueError: the seeds have different pairs, or no pair is left.
-    """
-    if len({of_seed.pairs for of_seed in effects.values()}) != 1:
-        raise ValueError("effects: the seeds must have the same pairs in the same order")
-    sizes = [of_seed.total.abs() for of_seed in effects.values()]
-    strong = torch.stack([size > 0.1 * size.median() for size in sizes]).all(0)
-    pairs = next(iter(effects.values())).pairs
-    kept = [name for name, enough in zip(pairs, strong, strict=True) if enough]
-    if not kept:
-        raise ValueError(f"effects: none of {len(pairs)} pairs has a total effect in every seed")
-    return kept
-
-
-def curve(
-    effects: Mapping[int, Effects], pairs: Sequence[str], site: str, position: str | None = None,
-    **options: int,
-) -> list[stats.Estimate]:  # fmt: skip
-    """Normalised effect of each layer: ratio of means over pairs, then the mean over seeds."""
-    kept = {seed: of_seed.only(pairs) for seed, of_seed in effects.items()}
-    both = {s: np.column_stack([e.columns((site, position)), e.total.double()]) for s, e in kept.items()}
-    total = next(iter(both.values())).shape[1] - 1
-    each = [{s: values[:, [layer, total]] for s, values in both.items()} for layer in range(total)]
-    return [stats.over_seeds(values, "ratio", shared_units=True, **options) for values in each]
 
 
 def thirds(depth: int) -> np.ndarray:
