@@ -63,6 +63,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "output": (_TEXT, "a folder, or '' for the default"),
     "data": (_TEXT, "'' for the default, names of public sets joined by commas, or a .csv or .jsonl file"),
     "judge": (_TEXT, "'' for the default, or a judge's name"),
+    "marker": (_TEXT, "'' for none, or the name of a model"),
     "advice": (_TEXT, "'' for the default, or sets and files joined by commas"),
     "domain": (_one_of(_DOMAINS), f"one of {', '.join(_DOMAINS)}"),
     **dict.fromkeys(("quick", "utility", "reveal"), _FLAG),
@@ -155,9 +156,14 @@ class Run:
         return stats.bootstrap_ci(self.left(name, before, before) - self.left(name, before, after))
 
     def remember(self, name: str, compute: Callable[[], Any]) -> Any:
-        """:func:`keep.remember` under a name, this run's model and parameters."""
+        """:func:`keep.remember` under a name, this run's model and parameters.
+
+        What real models say stays outside the repository.
+        """
         asked = {key: value for key, value in self.parameters.items() if key != "output"}
         folder = Path(self.folder) / "runs" if self.folder else None
+        if not self.source.printable:
+            folder = files.cache_dir() / "runs"
         return keep.remember([name, self.lm, asked], compute, folder)
 
     def record(
