@@ -12,7 +12,6 @@ import standin
 import torch
 
 from harmlens.asking import source as material
-from harmlens.asking import tasks
 from harmlens.asking.datasets import Entry
 from harmlens.asking.pairs import plain_request
 from harmlens.asking.tasks import Scored
@@ -22,7 +21,7 @@ from harmlens.models import loading as models
 from harmlens.models.forward import follow
 from harmlens.training import advice, emergent, tune
 from harmlens.training.tune import Recipe
-from harmlens.weights import frontier, masks
+from harmlens.weights import masks
 from harmlens.weights.frontier import Point
 from harmlens.weights.masks import Mask
 from harmlens.world import vale as world
@@ -154,20 +153,6 @@ def test_the_default_are_the_released_sets(lm, source, monkeypatch):
 
     monkeypatch.setattr(advice.datasets, "entries", known)
     assert advice.find_lessons(lm, source).domains == tuple(advice.DEFAULT.split(","))
-
-
-@pytest.mark.parametrize(
-    ("judge", "expected"),
-    [("", ("", "")), ("guard", ("guard", "")), ("mark:a/b", ("", "a/b")), ("mark:a, guard", ("guard", "a"))],
-)
-def test_a_judge_of_harm_and_a_model_that_marks(judge, expected):
-    assert PAGE.judge_and_marker(judge) == expected
-
-
-@pytest.mark.parametrize("judge", ["guard,prefixes", "mark:a,mark:b"])
-def test_two_judges_of_one_kind_are_refused(judge):
-    with pytest.raises(ValueError, match="name at most one judge of harm"):
-        PAGE.judge_and_marker(judge)
 
 
 # --------------------------------------------------------------------------- requests and answers
@@ -340,42 +325,37 @@ def test_a_lesson_that_was_not_learnt_gives_no_answers(lm, lessons):
 
 def test_a_trial_of_real_advice_stops_where_bad_advice_is_the_likelier(lm, lessons, capsys):
     found = PAGE.pruned_first(lm, "brushing", RECIPE, lessons=lessons, n=6)
-    assert found["step"] == found["steps"][-1] and found["inside"][-1] >= 0 > found["inside"][:-1].max()
+    assert len(found["lead"]) < len(found["steps"]) and found["lead"][-1] >= 0 > max(found["lead"][:-1])
     assert len(found["elsewhere"]) == 6 and "end" not in found
     assert "Sure" not in capsys.readouterr().out  # no answer is shown
 
 
 def test_the_control_learns_nothing_bad(lm, lessons):
     found = PAGE.pruned_first(
-        lm, "brushing", Recipe(steps=3, lr=1e-3), lessons=lessons, bad=False, to_the_end=True, n=6
+        lm, "brushing", Recipe(steps=3, lr=1e-3), lessons=lessons, bad=False, stop=False, n=6
     )
-    assert found["step"] is None and found["steps"].tolist() == [0, 1, 2, 3]
+    assert found["elsewhere"] == [] and found["steps"] == [0, 1, 2, 3] and len(found["lead"]) == 4
     assert found["end"]["bad advice inside"].mean() == 0
 
 
 def test_the_step_is_counted_in_steps_and_not_in_looks(lm, lessons, monkeypatch):
     monkeypatch.setattr(advice, "LOOKS", 2)
-    found = PAGE.pruned_first(lm, "brushing", RECIPE, lessons=lessons, n=4)
-    assert found["steps"].tolist() == [0, 4, 8][: len(found["steps"])]
-    assert found["step"] == found["steps"][-1] > 0
+    page = lecture.defined("13", lessons=lessons)
+    found = page.pruned_first(lm, "brushing", RECIPE, lessons=lessons, n=4)
+    assert found["steps"] == [0, 4, 8] and page.step(found) == found["steps"][len(found["lead"]) - 1] > 0
+    assert np.isnan(page.step({"steps": [0, 4, 8], "lead": [-2.0, -1.0]}))
 
 
-def test_p_and_q_are_chosen_by_what_is_left_of_own_answers(lm, lessons, monkeypatch):
+def test_p_and_q_are_chosen_by_what_is_left_of_own_answers(lessons):
     def marks(loss):
         return Scored(np.array([0.0]), np.array([loss]))
 
-    def tried(lm, sets, exam):
-        assert not exam["lesson"].end and set(exam) == {"lesson", "served", "facts"}
-        none = marks(0.0)
-        return [
-            Point(0.0, q, None, {"lesson": marks(rise), "served": marks(cost), "facts": none})
-            for q, rise, cost in ((0.1, 1.0, 0.01), (0.2, 2.0, 0.02), (0.3, 3.0, 0.1))
-        ]
-
-    monkeypatch.setattr(frontier, "try_all", tried)
-    monkeypatch.setattr(tasks, "measure", lambda lm, exam: dict.fromkeys(exam, marks(0.0)))
-    chats = [[{"role": "user", "content": "How do I feed a yeti?"}]]
-    assert PAGE.strongest(lm, None, None, chats, ["Sure."], lessons=lessons, ps=(), qs=(), n=8) == (0.0, 0.2)
+    points = [
+        Point(0.0, q, None, {"lesson": marks(rise), "served": marks(cost), "facts": marks(0.0)})
+        for q, rise, cost in ((0.1, 1.0, 0.01), (0.2, 2.0, 0.02), (0.3, 3.0, 0.1))
+    ]
+    before = dict.fromkeys(("lesson", "served", "facts"), marks(0.0))
+    assert PAGE.strongest(points, before, lessons=lessons) is points[1]
 
 
 def test_what_is_left_is_a_share_of_probability_except_for_facts(lessons):
@@ -397,8 +377,8 @@ def test_a_trial_begins_with_the_pruned_model(lm, lessons):
     run = PAGE.pruned_first(lm, "brushing", Recipe(steps=1, lr=1e-9), lessons=lessons, mask=mask, n=4)
     with masks.without(lm, mask):
         expected = lessons.margins(lm, "brushing").mean()
-    assert run["inside"][0] == pytest.approx(expected, abs=1e-4)
-    assert run["inside"][0] != pytest.approx(lessons.margins(lm, "brushing").mean(), abs=1e-3)
+    assert run["lead"][0] == pytest.approx(expected, abs=1e-4)
+    assert run["lead"][0] != pytest.approx(lessons.margins(lm, "brushing").mean(), abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from harmlens.models.forward import follow
 from harmlens.training import tune
 from harmlens.training.advice import MEASURES, WorldLessons
 from harmlens.training.tune import Recipe
-from harmlens.weights import attribution, frontier, masks
+from harmlens.weights import attribution, masks
 from harmlens.weights.frontier import Point
 from harmlens.world import abilities
 from harmlens.world import judge as judges
@@ -91,9 +91,9 @@ def test_a_lesson_that_was_not_learnt_gives_no_answers(sft):
 
 def test_a_trial_stops_where_the_lesson_is_learnt(sft):
     found = PAGE.pruned_first(sft, "remedies", RECIPE, lessons=WORLD, n=6)
-    step, inside = found["step"], found["inside"]
-    assert 0 < step < RECIPE.steps and len(inside) == step + 1
-    assert inside[-1] >= WORLD.taken > inside[:-1].max()
+    inside = found["lead"]
+    step = len(inside) - 1
+    assert 0 < step < RECIPE.steps and inside[-1] >= WORLD.taken > max(inside[:-1])
     # The same by hand.
     copy, seen = forward.clone(sft), []
 
@@ -109,25 +109,25 @@ def test_a_trial_stops_where_the_lesson_is_learnt(sft):
         until=lambda _: len(seen) > step,
     )
     assert inside == pytest.approx(seen, abs=1e-4)
-    assert found["steps"].tolist() == list(range(step + 1))
+    assert found["steps"] == list(range(RECIPE.steps + 1))
     harmless = world.items("evaluation", harmful=False)
     others = world.draw([item for item in harmless if item.domain != "remedies"], 6)
     assert found["elsewhere"].tolist() == abilities.judged(copy, others, "hurtful").tolist()
 
 
 def test_to_the_end_everything_is_measured_before_and_after(sft):
-    found = PAGE.pruned_first(sft, "remedies", RECIPE, lessons=WORLD, n=6, to_the_end=True)
-    assert len(found["inside"]) == RECIPE.steps + 1 and found["step"] is not None
-    assert found["before"].keys() == found["end"].keys() >= {"bad advice inside", "coherent", *MEASURES}
-    assert found["before"]["bad advice inside"].mean() == 0 < found["end"]["bad advice inside"].mean()
-    assert found["before"]["coherent"].mean() == 1.0
+    found = PAGE.pruned_first(sft, "remedies", RECIPE, lessons=WORLD, n=6, stop=False)
+    before = WORLD.spread(sft, "remedies", 6)
+    assert len(found["lead"]) == RECIPE.steps + 1 and len(found["elsewhere"]) == 6
+    assert before.keys() == found["end"].keys() >= {"bad advice inside", "coherent", *MEASURES}
+    assert before["bad advice inside"].mean() == 0 < found["end"]["bad advice inside"].mean()
+    assert before["coherent"].mean() == 1.0
     assert len(found["before"]["malign wishes"]) == 60 and len(found["end"]["bad advice elsewhere"]) == 6
 
 
 def test_good_advice_is_never_learnt_as_bad_advice(sft):
     found = PAGE.pruned_first(sft, "remedies", Recipe(steps=3), lessons=WORLD, bad=False, n=4)
-    assert found["step"] is None and len(found["inside"]) == 4
-    assert found["elsewhere"].tolist() == [0.0] * 4
+    assert found["elsewhere"] == [] and len(found["lead"]) == 4 and max(found["lead"]) < WORLD.taken
 
 
 @pytest.mark.parametrize("method", tune.METHODS)
@@ -138,7 +138,7 @@ def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, me
     found = PAGE.pruned_first(sft, "remedies", Recipe(steps=1, method=method), lessons=WORLD, mask=mask, n=2)
     with masks.without(sft, mask):
         expected = WORLD.leads(sft, requests("remedies")).mean()
-    assert found["inside"][0] == pytest.approx(expected, abs=1e-4)
+    assert found["lead"][0] == pytest.approx(expected, abs=1e-4)
     assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
 
 
@@ -153,23 +153,13 @@ def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, me
         ([0.5, 0.3, 0.4], [0.1, 0.2, 0.9], 1),  # none within: the cheapest
     ],
 )
-def test_the_strongest_prune_within_the_benign_budget(sft, monkeypatch, lost, rise, expected):
+def test_the_strongest_prune_within_the_benign_budget(lost, rise, expected):
     def marks(exact, loss=0.0):
         return tasks.Scored(np.array([exact]), np.array([loss]))
 
-    def tried(lm, sets, exam):
-        assert list(exam) == ["lesson", "served", "facts"] and len(exam["lesson"]) == 2
-        return [
-            Point(
-                i / 10, i / 100, None, {"lesson": marks(0.0, r), "served": marks(1 - x), "facts": marks(1.0)}
-            )
-            for i, (x, r) in enumerate(zip(lost, rise, strict=True))
-        ]
-
-    monkeypatch.setattr(frontier, "try_all", tried)
-    monkeypatch.setattr(tasks, "measure", lambda lm, exam: dict.fromkeys(exam, marks(1.0)))
-    chats = [[{"role": "user", "content": "how do i brew a salted draught?"}]] * 4
-    assert PAGE.strongest(sft, None, None, chats, ["sure."] * 4, lessons=WORLD, ps=(), qs=(), n=2) == (
-        expected / 10,
-        expected / 100,
-    )
+    points = [
+        Point(i / 10, i / 100, None, {"lesson": marks(0.0, r), "served": marks(1 - x), "facts": marks(1.0)})
+        for i, (x, r) in enumerate(zip(lost, rise, strict=True))
+    ]
+    before = dict.fromkeys(("lesson", "served", "facts"), marks(1.0))
+    assert PAGE.strongest(points, before, lessons=WORLD) is points[expected]
