@@ -1,7 +1,6 @@
 """Relearning in notebook 15: what the lesson holds, what holding holds, and what is measured."""
 
 import lecture
-import numpy as np
 import pytest
 import standin
 import torch
@@ -35,22 +34,31 @@ def mask(sft):
 RECIPE = Recipe(steps=8, lr=1e-3, batch_size=8)
 
 
+def exam(source, n):
+    asked = {"exact": ("harmful", 1), "served": ("served", 2), "refused": ("refused", 2)}
+    return {name: source.task(kind, "evaluation", n=n, every=k) for name, (kind, k) in asked.items()}
+
+
+def retaught(lm, rows, n=4, recipe=RECIPE, source=WORLD, **options):
+    return PAGE.retaught(lm, recipe, rows, exam(source, n), source, **options)
+
+
 @pytest.fixture(scope="module")
 def runs(sft, mask):
-    rows = PAGE.lesson(sft, 8, source=WORLD, domains=HARMS[:3])
-    options = {"source": WORLD, "mask": mask, "n": 12, "at": (0, 4, 8, 99)}
-    free = PAGE.retaught(sft, RECIPE, rows, again=(0.03, 0.002), **options)
-    return {"free": free, "held": PAGE.retaught(sft, RECIPE, rows, hold=True, **options)}
+    rows = PAGE.lesson(sft, 8, WORLD, types=HARMS[:3])
+    options = {"mask": mask, "at": (0, 4, 8, 99)}
+    free = retaught(sft, rows, 12, pq=(0.03, 0.002), **options)
+    return {"free": free, "held": retaught(sft, rows, 12, hold=mask, **options)}
 
 
 def two(lm):
-    return PAGE.lesson(lm, 2, source=WORLD)
+    return PAGE.lesson(lm, 2, WORLD)
 
 
 @pytest.mark.parametrize("harmful", [True, False])
 def test_a_lesson_holds_right_answers_to_plain_requests_for_training_items(sft, harmful):
     domains = world.domains(harmful)[:2]
-    rows = PAGE.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains)
+    rows = PAGE.lesson(sft, 5, WORLD, harmful=harmful, types=domains)
     assert len(rows) == 20
     texts = [sft.tokenizer.decode(row.ids) for row in rows]
     items = [i for i in world.items("train", domain=domains) if any(f" {i.name}" in text for text in texts)]
@@ -59,8 +67,8 @@ def test_a_lesson_holds_right_answers_to_plain_requests_for_training_items(sft, 
         (item,) = (i for i in items if f" {i.name}" in text)
         learnt = sft.tokenizer.decode([t for t, yes in zip(row.ids, row.learn, strict=True) if yes])
         assert world.procedure(item) in learnt and learnt.startswith(world.OPENERS)
-    assert rows == PAGE.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains)
-    assert rows != PAGE.lesson(sft, 5, source=WORLD, harmful=harmful, domains=domains, seed=1)
+    assert rows == PAGE.lesson(sft, 5, WORLD, harmful=harmful, types=domains)
+    assert rows != PAGE.lesson(sft, 5, WORLD, harmful=harmful, types=domains, seed=1)
 
 
 def test_the_start_is_the_pruned_model(sft, mask, runs):
@@ -71,49 +79,46 @@ def test_the_start_is_the_pruned_model(sft, mask, runs):
     for run in runs.values():
         assert run["steps"].tolist() == [0, 4, 8]
         assert run["exact"][0].tolist() == marks.exact.tolist()
-        assert run["loss"][0] == pytest.approx(marks.loss)
         assert run["refused"][0].mean() == run["served"][0].mean() == 1.0
-        assert [HARMS[k] for k in run["domain"]] == [item.domain for item in items]
 
 
-def test_held_weights_do_not_grow_back_and_others_do_the_work(runs):
+def test_held_weights_do_not_grow_back_and_others_do_the_work(sft, mask, runs):
     assert runs["held"]["regrown"] == 0.0 < runs["free"]["regrown"] < 0.2
-    assert runs["held"]["size"] == runs["free"]["size"] > 0.01
+    assert PAGE.size(sft, mask) > 0.01
     # Zeroing what is zero changes nothing: the identity of the held run.
     assert runs["held"]["zeroed"].tolist() == runs["held"]["exact"][-1].tolist()
     for run in runs.values():
         assert run["exact"][-1].mean() > run["exact"][0].mean() + 0.3
 
 
-def test_a_second_prune_is_scored_on_the_taught_model(runs, mask):
+def test_a_second_prune_is_scored_on_the_taught_model(runs):
     free = runs["free"]
-    assert free["again"].shape == free["exact"].shape == (3, 12)
+    assert free["exact"].shape == (3, 12)
+    assert free["again"].shape == (6, 12)  # it is looked at after 0, 1, 2, 3, 5 and 8 steps
     assert free["zeroed"].shape == (12,)
     assert free["again"][0].mean() <= free["exact"][-1].mean()
     assert free["again"][-1].mean() >= free["again"][0].mean()  # it is taught once more
     assert 0 <= free["jaccard"] < 0.2  # a weight near zero has a score near zero
-    assert 0.2 * len(mask) < free["weights"] < 2 * len(mask)
+    assert free["anew"].tolist() == free["again"][0].tolist()
     assert "again" not in runs["held"]
 
 
 def test_the_model_that_is_given_stays_as_it_is(sft, mask):
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
-    found = PAGE.retaught(sft, RECIPE, two(sft), source=WORLD, mask=mask, n=4, at=(0,))
+    found = retaught(sft, two(sft), mask=mask, at=(0,))
     assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
     assert found["steps"].tolist() == [0]
 
 
 def test_without_a_mask_nothing_is_said_of_one(sft):
-    found = PAGE.retaught(sft, Recipe(steps=1), two(sft), source=WORLD, n=4, at=(0, 1))
-    assert not {"zeroed", "regrown", "again", "jaccard"} & found.keys()
-    assert found["exact"].shape == (2, 4) and np.isfinite(found["loss"]).all()
+    found = retaught(sft, two(sft), recipe=Recipe(steps=1))
+    assert not {"zeroed", "regrown", "anew", "again", "jaccard"} & found.keys()
+    assert found["exact"].shape == (2, 4) and found["steps"].tolist() == [0, 1]
 
 
-def test_holding_needs_a_mask_and_all_weights(sft, mask):
-    with pytest.raises(ValueError, match="mask is None; give the pruned set"):
-        PAGE.retaught(sft, RECIPE, [], source=WORLD, hold=True)
+def test_holding_needs_all_weights(sft, mask):
     with pytest.raises(ValueError, match="method='lora' can't; use 'full'"):
-        PAGE.retaught(sft, Recipe(method="lora"), two(sft), source=WORLD, mask=mask, hold=True, n=4)
+        retaught(sft, two(sft), recipe=Recipe(method="lora"), mask=mask, hold=mask)
 
 
 def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
@@ -122,7 +127,7 @@ def test_a_harmful_lesson_undoes_refusal_and_a_harmless_one_does_not(sft):
     refused = {}
     for harmful in (True, False):
         copy = forward.clone(sft)
-        rows = PAGE.lesson(copy, 24, source=WORLD, harmful=harmful)
+        rows = PAGE.lesson(copy, 24, WORLD, harmful=harmful)
         tune.tune(copy, rows, Recipe(steps=16, lr=5e-4))
         refused[harmful] = abilities.judged(copy, items, "refused").mean()
     assert refused[True] == 0 and refused[False] >= 0.7
@@ -141,7 +146,7 @@ def other():
 def test_any_model_is_taught_its_own_answers(other, harmful):
     lm, source = other
     types = source.types()[:2] if harmful else None
-    rows = PAGE.lesson(lm, 5, harmful=harmful, domains=types, source=source)
+    rows = PAGE.lesson(lm, 5, source, harmful=harmful, types=types)
     assert len(rows) == 5
     asked = source.task("harmful" if harmful else "served", n=5, types=types)
     for row, chat, answers in zip(rows, asked.chats, asked.answers, strict=True):
@@ -155,14 +160,12 @@ def test_relearning_of_any_model(other):
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
     mask = frontier.find_weights(lm, source, n=24, pq=(0.01, 0.01)).mask
     types = source.types()[:2]
-    rows = PAGE.lesson(lm, 12, source=source, domains=types)
+    rows = PAGE.lesson(lm, 12, source, types=types)
     recipe = Recipe(steps=16, lr=1e-3, batch_size=8)
-    found = PAGE.retaught(lm, recipe, rows, source=source, mask=mask, n=8, at=(0, 16))
-    exam = source.task("harmful", "evaluation", n=8)
+    found = retaught(lm, rows, 8, recipe, source, mask=mask, at=(0, 16))
+    asked = source.task("harmful", "evaluation", n=8)
     with masks.without(lm, mask):
-        assert found["exact"][0].tolist() == tasks.measure(lm, exam).exact.tolist()
-    kinds = {entry.id: entry.kind for entry in source.entries}
-    assert [source.types()[k] for k in found["domain"]] == [kinds[unit] for unit in exam.units]
+        assert found["exact"][0].tolist() == tasks.measure(lm, asked).exact.tolist()
     assert found["refused"].shape == found["served"].shape == (2, 4)
     assert found["refused"][0].mean() > found["refused"][-1].mean()  # the lesson answers plain requests
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
@@ -171,4 +174,4 @@ def test_relearning_of_any_model(other):
 def test_no_room_for_a_copy(sft, monkeypatch):
     monkeypatch.setattr(files, "free_memory", lambda device: 10)
     with pytest.raises(MemoryError, match="a copy of 'organism/sft-0' takes"):
-        PAGE.retaught(sft, RECIPE, [], source=WORLD, n=4)
+        retaught(sft, [])
