@@ -77,9 +77,8 @@ def test_the_start_is_the_pruned_model(sft, mask, runs):
     with masks.without(sft, mask):
         marks = tasks.measure(sft, asked)
     for run in runs.values():
-        assert run["steps"].tolist() == [0, 4, 8]
+        assert run["exact"].shape == (3, 12)
         assert run["exact"][0].tolist() == marks.exact.tolist()
-        assert run["refused"][0].mean() == run["served"][0].mean() == 1.0
 
 
 def test_held_weights_do_not_grow_back_and_others_do_the_work(sft, mask, runs):
@@ -93,7 +92,6 @@ def test_held_weights_do_not_grow_back_and_others_do_the_work(sft, mask, runs):
 
 def test_a_second_prune_is_scored_on_the_taught_model(runs):
     free = runs["free"]
-    assert free["exact"].shape == (3, 12)
     assert free["again"].shape == (6, 12)  # it is looked at after 0, 1, 2, 3, 5 and 8 steps
     assert free["zeroed"].shape == (12,)
     assert free["again"][0].mean() <= free["exact"][-1].mean()
@@ -107,13 +105,13 @@ def test_the_model_that_is_given_stays_as_it_is(sft, mask):
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
     found = retaught(sft, two(sft), mask=mask, at=(0,))
     assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
-    assert found["steps"].tolist() == [0]
+    assert found["exact"].shape == (1, 4)
 
 
 def test_without_a_mask_nothing_is_said_of_one(sft):
     found = retaught(sft, two(sft), recipe=Recipe(steps=1))
     assert not {"zeroed", "regrown", "anew", "again", "jaccard"} & found.keys()
-    assert found["exact"].shape == (2, 4) and found["steps"].tolist() == [0, 1]
+    assert found["exact"].shape == (2, 4)
 
 
 def test_holding_needs_all_weights(sft, mask):
@@ -166,8 +164,9 @@ def test_relearning_of_any_model(other):
     asked = source.task("harmful", "evaluation", n=8)
     with masks.without(lm, mask):
         assert found["exact"][0].tolist() == tasks.measure(lm, asked).exact.tolist()
-    assert found["refused"].shape == found["served"].shape == (2, 4)
-    assert found["refused"][0].mean() > found["refused"][-1].mean()  # the lesson answers plain requests
+    assert found["refused"].shape == found["served"].shape == (4,)
+    refused = tasks.measure(lm, exam(source, 8)["refused"]).exact
+    assert refused.mean() > found["refused"].mean()  # the lesson answers plain requests
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
 
 
