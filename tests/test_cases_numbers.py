@@ -36,10 +36,6 @@ def test_t20_a_drop_of_nothing_is_refused():
     nothing = before_and_after(0, 0, never=3)
     with pytest.raises(ValueError, match="values: nothing was there before"):
         stats.bootstrap_ci(nothing, "relative drop")
-    with pytest.raises(ValueError, match=r"values\[1\]: nothing was there before"):
-        stats.over_seeds({0: before_and_after(3, 0), 1: nothing}, "relative drop")
-    with pytest.raises(ValueError, match=r"values\[1\]: nothing was there before"):
-        stats.over_seeds({0: before_and_after(3, 0), 1: nothing}, "relative drop", shared_units=True)
     with pytest.raises(ValueError, match="absent"):
         frontier.relative_drop(np.zeros(3), np.zeros(3))
     with pytest.raises(ValueError, match="nothing was there before"):  # something came, nothing went
@@ -65,26 +61,14 @@ def test_t20_all_gone_is_exact_over_the_units_that_had_it(had, never):
 def test_t20_one_of_a_hundred_says_next_to_nothing():
     one = before_and_after(1, 0, never=99)
     assert stats.bootstrap_ci(one, "relative drop").ci == pytest.approx((0.025, 1.0))
-    assert stats.over_seeds({0: one}, "relative drop").ci == pytest.approx((0.025, 1.0))
-    apart = stats.over_seeds({0: one, 1: one}, "relative drop")
-    assert apart.n == 2 and apart.ci == exact(2, 2)
-    shared = stats.over_seeds({0: one, 1: one}, "relative drop", shared_units=True)
-    assert shared.n == 1 and shared.ci == exact(1, 1)
-    other = [[0, 0], *one[:-1]]  # the second seed had it on another item
-    assert stats.over_seeds({0: one, 1: other}, "relative drop", shared_units=True).n == 2
 
 
-@given(st.integers(3, 9), st.integers(1, 2), st.integers(0, 200), st.booleans())
+@given(st.integers(3, 9), st.integers(1, 2), st.integers(0, 200))
 @settings(max_examples=20, deadline=None)
-def test_t20_units_without_the_ability_change_nothing(had, left, never, shared):
+def test_t20_units_without_the_ability_change_nothing(had, left, never):
     few, many = before_and_after(had, left), before_and_after(had, left, never)
     assert stats.bootstrap_ci(few, "relative drop", **FAST) == stats.bootstrap_ci(
         many, "relative drop", **FAST
-    )
-    few, many = ({0: v, 1: v} for v in (few, many))
-    options = {"shared_units": shared, **FAST}
-    assert stats.over_seeds(few, "relative drop", **options) == stats.over_seeds(
-        many, "relative drop", **options
     )
 
 

@@ -71,15 +71,6 @@ def test_the_same_organism_by_name_seed_and_folder(data):
     assert load("organism/sft-1").revision != ways[0].revision
 
 
-def test_a_family_has_one_model_per_seed(data):
-    members = models.family("organism/sft", [1, 0])
-    assert [(seed, lm.name) for seed, lm in members.items()] == [(1, "organism/sft-1"), (0, "organism/sft-0")]
-    folder = str(data / "organisms" / "base-0")
-    assert [*models.family(folder, [0, 1, 2])] == [0]
-    with pytest.raises(ValueError, match="seed=1 disagree"):
-        models.family("organism/sft-0", [0, 1])
-
-
 def test_precision_can_be_chosen(data):
     assert load("organism/sft", dtype=torch.float16).model.dtype == torch.float16
     assert load("organism/sft", dtype="bfloat16").model.dtype == torch.bfloat16
@@ -323,16 +314,19 @@ def test_a_model_without_a_ladder_is_told_which_models_have_one():
 
 
 def test_all_rungs_read_the_template_of_the_last_one(home):
-    base = models.family(str(home / "base"), [0], stage="base")[0]  # the folder has no template of its own
-    assert base.render("hi") == models.load(str(standin.FOLDER)).render("hi")
-    assert weights_sha256(home / "base") == base.revision
+    def look(lm):  # the folder has no template of its own
+        return lm.render("hi"), lm.revision
+
+    said, revision = models.at_stage(str(home / "base"), "base", 0, look)
+    assert said == models.load(str(standin.FOLDER)).render("hi")
+    assert weights_sha256(home / "base") == revision
 
 
 def test_a_stage_that_is_not_there(home):
     with pytest.raises(ValueError, match=r"stage='dpo' is not on the ladder of .*; there: base, sft"):
-        models.family(str(home / "sft"), [0], stage="dpo")
+        models.at_stage(str(home / "sft"), "dpo", 0, str)
     with pytest.raises(ValueError, match="there: none are known"):
-        models.family(str(standin.FOLDER), [0], stage="sft")
+        models.at_stage(str(standin.FOLDER), "sft", 0, str)
 
 
 def test_a_visited_rung_is_gone_afterwards(home):
@@ -346,11 +340,6 @@ def test_a_visited_rung_is_gone_afterwards(home):
     gc.collect()
     assert seen[0]() is None
     assert models.at_stage("organism/sft", "dpo", 1, measure) == "organism/dpo-1"
-
-
-def test_one_model_or_one_for_each_seed(home):
-    assert list(models.family("organism/sft", [0, 2], stage="base")) == [0, 2]
-    assert list(models.family(str(home / "sft"), [1, 2], stage="base")) == [0]
 
 
 # --------------------------------------------------------------------------- notebook 02

@@ -1,6 +1,5 @@
 """The first cell after the parameters: wrong names and values stop the notebook there."""
 
-import sys
 import warnings
 from types import SimpleNamespace
 
@@ -54,8 +53,8 @@ def organisms(data, monkeypatch, settled):
     monkeypatch.setenv("HARMLENS_DATA", str(data))
 
 
-GOOD = "model = 'organism/sft'\nseeds = [0, 1]\nquick = True\nn = 8\noutput = ''\n"
-NAMES = ("model", "seeds", "quick", "n", "output")
+GOOD = "model = 'organism/sft'\nseed = 1\nquick = True\nn = 8\noutput = ''\n"
+NAMES = ("model", "seed", "quick", "n", "output")
 
 
 def test_valid_parameters_pass(capsys):
@@ -72,7 +71,7 @@ def test_a_process_takes_one_thread_unless_told_otherwise(monkeypatch):
 
 
 def test_valid_injected_parameters_pass():
-    run(GOOD, *NAMES, injected="n = 200\nquick = False\nseeds = [1]")
+    run(GOOD, *NAMES, injected="n = 200\nquick = False\nseed = 1")
 
 
 @pytest.mark.parametrize(
@@ -102,11 +101,9 @@ def test_several_unknown_names_are_all_listed():
         ("n = True", "n=True is not valid"),
         ("n = 2.5", r"n=2\.5 is not valid"),
         ("n = '20'", "n='20' is not valid"),
-        ("seeds = []", r"seeds=\[\] is not valid: it must be a list of integers from 0"),
-        ("seeds = 0", "seeds=0 is not valid"),
-        ("seeds = [0, '1']", "seeds=.* is not valid"),
-        ("seeds = [-1]", r"seeds=\[-1\] is not valid"),
-        ("seeds = [0, 0]", r"seeds=\[0, 0\] is not valid"),
+        ("seed = []", r"seed=\[\] is not valid: it must be an integer from 0"),
+        ("seed = '1'", "seed='1' is not valid"),
+        ("seed = -1", "seed=-1 is not valid"),
         ("model = ''", "model='' is not valid"),
         ("model = None", "model=None is not valid"),
         ("output = None", "output=None is not valid"),
@@ -143,7 +140,7 @@ def test_every_kind_of_parameter(parameter, good, bad):
 
 @pytest.mark.parametrize(
     "injected",
-    ["model = 'organism/rlhf'", "model = 'organism/base'", "seeds = [0, 1, 2]", "model = 'organism'"],
+    ["model = 'organism/rlhf'", "model = 'organism/base'", "seed = 2", "model = 'organism'"],
 )
 def test_an_organism_that_is_not_there_stops_at_once(injected):
     with pytest.raises(ValueError, match=r"available: sft-0, sft-1$"):
@@ -157,7 +154,7 @@ def test_a_name_that_is_no_model_stops_at_once(tmp_path, monkeypatch):
 
 
 def test_a_folder_may_be_named(data):
-    run(GOOD, *NAMES, injected=f"model = {str(data / 'organisms' / 'sft-0')!r}\nseeds = [0]")
+    run(GOOD, *NAMES, injected=f"model = {str(data / 'organisms' / 'sft-0')!r}\nseed = 0")
 
 
 def test_variables_of_the_readers_own_are_named_as_ignored(capsys):
@@ -205,11 +202,6 @@ def test_the_cell_may_be_run_again_after_the_notebook_was():
 def test_a_parameter_without_a_rule_is_the_authors_mistake():
     with pytest.raises(TypeError, match="no rule for a parameter called 'colour'"):
         run("colour = 'red'", "colour")
-
-
-def test_glue_without_a_book_does_nothing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "myst_nb", None)
-    assert notebook.glue("effect", 3) is None
 
 
 def test_cells_about_the_world_alone_are_left_out_where_something_else_is_asked(capsys):
@@ -261,7 +253,6 @@ def test_a_run_loads_what_is_asked_for_and_keeps_and_records_under_its_model(
     figure = made.all_runs("V4")  # this run and the shipped ones
     assert len(figure.axes) >= 1 and "left out" not in capsys.readouterr().out
     matplotlib.pyplot.close(figure)
-    assert made.say("finding", "text") is None
 
 
 def test_the_answer_of_the_recorded_runs_is_shown_under_the_title(data, monkeypatch):

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harmlens.asking import pairs as prompts
-from harmlens.evidence import stats
 from harmlens.flow import engine, outcomes, patching
 from harmlens.flow.engine import SITES, Freeze
 from harmlens.flow.outcomes import Outcome, Replies, Reply, TokenSets
@@ -531,18 +530,18 @@ STATISTICS = {"late_surplus": patching.late_surplus, "mlp_surplus": patching.mlp
 
 @pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_work_on_many_resamples_at_once(name):
-    """over_seeds hands them [resample, unit]; each row must give what it gives alone."""
+    """A bootstrap hands them [resample, unit]; each row must give what it gives alone."""
     layers = [np.random.default_rng(i).normal(1, 1, size=(5, 7)) for i in range(6)]
     together = STATISTICS[name](*layers, axis=-1)
     assert together.shape == (5,)
     assert np.allclose(together, [STATISTICS[name](*(layer[i] for layer in layers)) for i in range(5)])
 
 
-def test_interval_of_a_statistic_over_seeds():
-    values = {s: np.random.default_rng(s).normal([3, 0, 1, 0], 0.1, size=(20, 4)) for s in (0, 1)}
-    got = stats.over_seeds(values, patching.mlp_surplus, shared_units=True, n_resamples=200)
-    assert set(got.per_seed) == {0, 1} and got.n == 20
-    assert 0.3 < got.low <= got.value <= got.high < 0.6  # (3 - 1) / (3 + 1), give or take
+def test_interval_of_a_statistic_over_pairs():
+    values = np.random.default_rng(0).normal([3, 0, 1, 0], 0.1, size=(20, 4)).T.reshape(2, 2, 1, 20)
+    found = shaped(values, total=np.ones(20), pairs=tuple(map(str, range(20))))
+    got = found.estimate(patching.mlp_surplus, "mlp_out", "attn_out", n_resamples=200)
+    assert got.n == 20 and 0.3 < got.low <= got.value <= got.high < 0.6  # (3 - 1) / (3 + 1), give or take
 
 
 # --------------------------------------------------------------------------- effects of pairs

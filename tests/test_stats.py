@@ -117,74 +117,23 @@ def test_bad_counts_are_refused(k, n, name):
         stats.proportion_ci(k, n)
 
 
-# ------------------------------------------------------------------ seeds
-
-
-def test_over_seeds_counts_every_seed_alike():
-    got = stats.over_seeds({0: [0.0, 2.0], 1: [5.0, 5.0, 5.0, 5.0]})
-    assert got.value == pytest.approx((1.0 + 5.0) / 2)
-    assert got.n == 6
-    assert {key: est.value for key, est in got.per_seed.items()} == {0: 1.0, 1: 5.0}
-    assert got.low < 3.0 < got.high  # seeds that differ widen the interval
-
-
-def test_differences_between_seeds_widen_the_interval():
-    rng = np.random.default_rng(4)
-    alike = {seed: rng.normal(0, 1, 50) for seed in range(4)}
-    apart = {seed: values + 3 * seed for seed, values in alike.items()}
-    narrow, wide = stats.over_seeds(alike), stats.over_seeds(apart)
-    assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
-
-
-def test_one_seed_is_the_plain_bootstrap():
-    values = np.random.default_rng(5).normal(size=30)
-    alone, plain = stats.over_seeds({7: values}, shared_units=True), stats.bootstrap_ci(values)
-    assert (alone.value, alone.n) == (plain.value, plain.n)
-    assert alone.ci == pytest.approx(plain.ci, rel=0.15)
-
-
-def test_shared_units_are_drawn_together():
-    values = np.random.default_rng(6).normal(size=40)
-    same = dict.fromkeys(
-        range(5), values
-    )  # five seeds that agree on every item: five times the same evidence
-    shared, separate = stats.over_seeds(same, shared_units=True), stats.over_seeds(same)
-    assert shared.n == 40 and separate.n == 200
-    assert shared.ci == pytest.approx(stats.bootstrap_ci(values).ci, rel=0.15)
-    assert separate.high - separate.low < 0.7 * (shared.high - shared.low)
-    with pytest.raises(ValueError, match="shared_units"):
-        stats.over_seeds({0: [1.0, 2.0], 1: [1.0, 2.0, 3.0]}, shared_units=True)
-
-
-def test_ratio_over_seeds():
-    got = stats.over_seeds({0: [[1, 2], [3, 4]], 1: [[2, 2], [2, 2]]}, "ratio", **FAST)
-    assert got.value == pytest.approx((4 / 6 + 1) / 2)
+# ------------------------------------------------------------------ what never varies, coverage
 
 
 def test_outcomes_that_never_vary_keep_an_honest_interval():
-    got = stats.over_seeds({0: [1] * 30, 1: [1] * 30})
-    assert got.ci == stats.proportion_ci(60, 60).ci
-    assert stats.over_seeds({0: [0] * 30, 1: [1] * 30}).ci == (0.0, 1.0)
-
-
-def test_over_seeds_names_the_bad_seed():
-    with pytest.raises(ValueError, match=r"values\[3\]: 1 of 2 units"):
-        stats.over_seeds({1: [1.0, 2.0], 3: [1.0, math.nan]})
-    with pytest.raises(ValueError, match="no seeds given"):
-        stats.over_seeds({})
+    assert stats.bootstrap_ci([1] * 60).ci == stats.proportion_ci(60, 60).ci
+    assert stats.bootstrap_ci([0] * 60).ci == stats.proportion_ci(0, 60).ci
 
 
 def test_coverage_on_simulated_data():
     """Loose on purpose: the nominal 95 % must neither be missed widely nor be met by a useless interval."""
     rng, hits, widths, runs = np.random.default_rng(7), 0, [], 120
     for run in range(runs):
-        seeds = {seed: rng.normal(rng.normal(1.0, 0.1), 1.0, size=40) for seed in range(6)}
-        got = stats.over_seeds(seeds, n_resamples=400, seed=run)
+        got = stats.bootstrap_ci(rng.normal(1.0, 1.0, size=60), n_resamples=400, seed=run)
         hits += got.low <= 1.0 <= got.high
         widths.append(got.high - got.low)
     assert hits / runs >= 0.88
-    exact = 2 * 1.96 * math.sqrt(0.1**2 / 6 + 1.0 / 240)
-    assert np.mean(widths) < 1.6 * exact
+    assert np.mean(widths) < 1.3 * 2 * 1.96 / math.sqrt(60)
 
 
 # ------------------------------------------------------------------ differences, recorded runs

@@ -27,7 +27,7 @@ from harmlens.evidence import plots, results, stats
 from harmlens.evidence.stats import Estimate
 from harmlens.flow import outcomes
 from harmlens.keep import files
-from harmlens.models import loading, organisms
+from harmlens.models import loading
 from harmlens.weights import frontier
 from harmlens.world import vale as world
 
@@ -59,7 +59,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda v: isinstance(v, str) and v.strip() != "", "a model's name"),
     "stages": (_some_of(_one_of(loading.ORDER)), f"a list of stages out of {list(loading.ORDER)}"),
     "seed": (_from(0), "an integer from 0"),
-    "seeds": (_some_of(_from(0)), f"a list of integers from 0, such as {list(organisms.SEEDS)}"),
     "output": (_TEXT, "a folder, or '' for the default"),
     "data": (_TEXT, "'' for the default, names of public sets joined by commas, or a .csv or .jsonl file"),
     "judge": (_TEXT, "'' for the default, or a judge's name"),
@@ -68,16 +67,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "domain": (_one_of(_DOMAINS), f"one of {', '.join(_DOMAINS)}"),
     **dict.fromkeys(("quick", "utility", "reveal"), _FLAG),
 }
-
-
-def glue(name: str, text: str) -> None:
-    """Keep a sentence for the book's other pages; without the book's tools installed, do nothing."""
-    try:
-        from IPython.display import Markdown
-        from myst_nb import glue as keep
-    except ImportError:
-        return
-    keep(name, Markdown(text), display=False)
 
 
 class Run:
@@ -90,7 +79,7 @@ class Run:
     def __init__(self, parameters: Mapping[str, Any], notebook: str = "") -> None:
         self.parameters, self.notebook = dict(parameters), notebook
         self.model = parameters.get("model", "organism/sft")
-        self.seed = parameters.get("seed", parameters.get("seeds", [0])[0])
+        self.seed = parameters.get("seed", 0)
         self.quick = parameters.get("quick", False)
         self.folder = parameters.get("output") or None
         self.n = 12 if self.quick else parameters.get("n")
@@ -219,8 +208,6 @@ class Run:
         ]
         return plots.forest(rows, run=self.seed if own.startswith("organism") else 0, own=own)
 
-    say = staticmethod(glue)
-
     def _ipython_display_(self) -> None:
         """Nothing is shown of a run where a cell ends with :func:`start`."""
 
@@ -252,8 +239,7 @@ def start(notebook: str = "", /, **parameters: Any) -> Run:
     model = parameters.get("model", "")
     if model not in ("", "all"):  # fail here rather than after minutes of work
         organism = model.split("/")[0] == "organism"
-        for seed in parameters.get("seeds", [parameters.get("seed")]) if organism else [None]:
-            loading.locate(model, seed)
+        loading.locate(model, parameters.get("seed") if organism else None)
     # One thread each: models of this size only slow down when processes share the cores.
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         torch.set_num_threads(1)

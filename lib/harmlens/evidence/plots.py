@@ -109,10 +109,7 @@ def bars(
     ylabel: str,
     colours: Mapping[str, str] | None = None,
 ) -> Figure:
-    """Grouped bars with intervals, of estimates or of values [unit], of which it shows the mean.
-
-    The single training seeds are dots where there are any.
-    """
+    """Grouped bars with intervals, of estimates or of values [unit], of which it shows the mean."""
     fig, ax = plt.subplots(figsize=(6.8, 3.6))
     series = list(dict.fromkeys(name for row in groups.values() for name in row))
     colours = {**dict(zip(series, PALETTE.values(), strict=False)), **(colours or {})}
@@ -124,8 +121,6 @@ def bars(
             x = i + width * (series.index(name) - (len(series) - 1) / 2)
             ax.bar(x, e.value, 0.92 * width, color=colours[name], alpha=0.75)
             ax.plot([x, x], [e.low, e.high], color="0.15", lw=1.5)
-            for one in e.per_seed.values():
-                ax.plot(x + 0.18 * width, one.value, "o", ms=3.5, color="white", mec="0.15", mew=0.8)
     ax.axhline(0, color="0.6", lw=0.8)
     ax.set(xticks=range(len(groups)), xticklabels=names, ylabel=ylabel)
     ax.tick_params(axis="x", length=0)
@@ -138,14 +133,12 @@ def layers(
     panels: Mapping[str, Mapping[str, Sequence[Estimate]]], *, ylabel: str, colours: Mapping[str, str]
 ) -> Figure:
     """Effects of layers (title -> series -> one estimate for each): a panel for each title, a curve with its
-    band for each series, the single training seeds as thin lines."""
+    band for each series."""
     fig, axes = plt.subplots(1, len(panels), figsize=(3.7 * len(panels), 3.3), sharey=True, squeeze=False)
     for ax, (title, curves) in zip(axes[0], panels.items(), strict=True):
         ax.axhline(0, color="0.6", lw=0.8, zorder=0)
         for name, values in curves.items():
             _curve(ax, values, colours[name], 0.18, label=name)
-            for seed in values[0].per_seed:
-                ax.plot([e.per_seed[seed].value for e in values], color=colours[name], lw=0.7, alpha=0.6)
         ax.set(xlabel="layer", title=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel(ylabel)

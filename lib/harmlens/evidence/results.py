@@ -338,12 +338,6 @@ def record(
     claims = load_claims()
     if claim not in claims:
         raise ValueError(f"claim: {claim!r} is not in claims.yaml; known are {', '.join(claims)}")
-    if effect.per_seed:  # a notebook that loops over its runs
-        made.pop("unit", None)
-        for seed, one in effect.per_seed.items():
-            beside = control and (control[0], control[1].per_seed.get(seed, control[1]))
-            path = record(claim, one, beside, model=model, run=seed, note=note, folder=folder, **made)
-        return path
     known, role = claims[claim], "real"
     notebook = notebook or known.notebook
     if organism := model.partition("/")[0] == "organism":

@@ -13,8 +13,8 @@ import inspect
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 
 import numpy as np
@@ -27,16 +27,12 @@ _TAIL = 0.025  # on each side of a 95 % interval
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its confidence interval and the number of independent units behind it.
-
-    ``per_seed`` holds the estimates of the single training seeds where there are several.
-    """
+    """A value with its confidence interval and the number of independent units behind it."""
 
     value: float
     low: float
     high: float
     n: int
-    per_seed: Mapping[int, Estimate] = field(default_factory=dict, hash=False, repr=False)
     draws: np.ndarray | None = field(default=None, hash=False, repr=False, compare=False)  # of a bootstrap
 
     @property
@@ -71,56 +67,49 @@ _STATISTICS: dict[str, Callable] = {
 }
 
 
-def _columns(name: str, values: ArrayLike) -> tuple[np.ndarray, ...]:
+def _columns(values: ArrayLike) -> tuple[np.ndarray, ...]:
     """The columns of ``values`` [units] or [units, columns]; refuses what no statistic can be taken of."""
     try:
         array = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: expected one number (or row of numbers) per unit; {error}") from None
+        raise ValueError(f"values: expected one number (or row of numbers) per unit; {error}") from None
     if array.ndim not in (1, 2):
-        raise ValueError(f"{name}: expected shape [units] or [units, columns], got {array.shape}")
+        raise ValueError(f"values: expected shape [units] or [units, columns], got {array.shape}")
     if array.size == 0:
-        raise ValueError(f"{name}: is empty; there is nothing to estimate from")
+        raise ValueError("values: is empty; there is nothing to estimate from")
     if not np.isfinite(array).all():
         bad = int((~np.isfinite(array)).any(axis=tuple(range(1, array.ndim))).sum())
         raise ValueError(
-            f"{name}: {bad} of {len(array)} units are NaN or infinite; drop or repair them first"
+            f"values: {bad} of {len(array)} units are NaN or infinite; drop or repair them first"
         )
     if len(array) < 2:
-        raise ValueError(f"{name}: has one unit only; an interval needs at least two")
+        raise ValueError("values: has one unit only; an interval needs at least two")
     return (array,) if array.ndim == 1 else tuple(np.ascontiguousarray(array.T))
 
 
-def _prepared(
-    values: Mapping[str, ArrayLike], statistic: str | Callable, shared: bool = False
-) -> tuple[Callable, dict[str, tuple[np.ndarray, ...]]]:
-    """The statistic as a function, and the columns of each entry that it is taken of.
+def _prepared(values: ArrayLike, statistic: str | Callable) -> tuple[Callable, tuple[np.ndarray, ...]]:
+    """The statistic as a function, and the columns that it is taken of.
 
-    For a relative drop only units with something before or after count, the same of every entry if
-    ``shared``: of a unit that never had the ability, nothing can go.
+    For a relative drop only units with something before or after count: of a unit that never had the
+    ability, nothing can go.
     """
-    columns = {name: _columns(name, array) for name, array in values.items()}
-    lengths = {name: len(each[0]) for name, each in columns.items()}
-    if shared and len(set(lengths.values())) > 1:
-        raise ValueError(f"shared_units: the seeds have different numbers of units, {lengths}")
+    columns = _columns(values)
     if callable(statistic):
         return statistic, columns
     if statistic not in _STATISTICS:
         raise ValueError(f"statistic: {statistic!r} is unknown; use {sorted(_STATISTICS)} or a function")
-    needed, given = 1 if statistic == "mean" else 2, sorted({len(each) for each in columns.values()})
-    if given != [needed]:
-        raise ValueError(f"statistic: {statistic!r} needs {needed} column(s) of values, got {given}")
+    needed = 1 if statistic == "mean" else 2
+    if len(columns) != needed:
+        raise ValueError(f"statistic: {statistic!r} needs {needed} column(s) of values, got {len(columns)}")
     if statistic == "relative drop":
-        for name, (before, _) in columns.items():
-            if not before.mean() > 0:
-                raise ValueError(
-                    f"{name}: nothing was there before (mean {before.mean():g}), so there is no relative "
-                    "drop. Measure an ability that the model has, or report what is there after"
-                )
-        counts = {name: np.any(each, axis=0) for name, each in columns.items()}
-        if shared:
-            counts = dict.fromkeys(columns, np.any(list(counts.values()), axis=0))
-        columns = {name: tuple(column[counts[name]] for column in each) for name, each in columns.items()}
+        before = columns[0]
+        if not before.mean() > 0:
+            raise ValueError(
+                f"values: nothing was there before (mean {before.mean():g}), so there is no relative "
+                "drop. Measure an ability that the model has, or report what is there after"
+            )
+        counts = np.any(columns, axis=0)
+        columns = tuple(column[counts] for column in columns)
     return _STATISTICS[statistic], columns
 
 
@@ -140,7 +129,7 @@ def _distribution(
     return result.bootstrap_distribution
 
 
-def _interval(distribution: np.ndarray, value: float, n: int, per_seed: Mapping | None = None) -> Estimate:
+def _interval(distribution: np.ndarray, value: float, n: int) -> Estimate:
     if not np.isfinite(distribution).all():
         raise ValueError(
             "statistic: is not finite on some resamples, since too few units have a denominator (or an "
@@ -148,7 +137,7 @@ def _interval(distribution: np.ndarray, value: float, n: int, per_seed: Mapping 
         )
     low, high = (float(x) for x in np.quantile(distribution, (_TAIL, 1 - _TAIL)))
     # the interval always holds its own point estimate: percentile intervals of skewed statistics may not
-    return Estimate(value, min(low, value), max(high, value), n, per_seed or {}, distribution)
+    return Estimate(value, min(low, value), max(high, value), n, distribution)
 
 
 def _exact(columns: Sequence[np.ndarray], statistic: str | Callable, n: int) -> Estimate | None:
@@ -158,12 +147,12 @@ def _exact(columns: Sequence[np.ndarray], statistic: str | Callable, n: int) -> 
     there or of nothing: each unit that had the ability, whole or in part, is one trial.
     """
     if statistic == "relative drop" and min(column.min() for column in columns) >= 0:
-        before, after = (np.concatenate(columns[i::2]) for i in (0, 1))
+        before, after = columns
         if not after.any():
             return proportion_ci(n, n)
         return proportion_ci(0, n) if (after == before).all() else None
     first = columns[0][0]
-    alike = statistic == "mean" and first in (0, 1) and all((column == first).all() for column in columns)
+    alike = statistic == "mean" and first in (0, 1) and (columns[0] == first).all()
     return proportion_ci(int(first * n), n) if alike else None
 
 
@@ -192,8 +181,7 @@ def bootstrap_ci(
         ValueError: ``values`` empty, not finite, of one unit only; ``statistic`` unknown; a relative drop of
             what was not there before; a denominator that is zero on some resamples.
     """
-    function, prepared = _prepared({"values": values}, statistic)
-    columns = prepared["values"]
+    function, columns = _prepared(values, statistic)
     n = len(columns[0])
     if exact := _exact(columns, statistic, n):
         return exact
@@ -243,57 +231,6 @@ def over_runs(runs: Sequence[Estimate], *, n_resamples: int = N_RESAMPLES, seed:
     picked = rng.integers(len(runs), size=(n_resamples, len(runs)))
     draws = rng.normal(values[picked], spread[picked]).mean(axis=1)
     return _interval(draws, float(values.mean()), max(run.n for run in runs))
-
-
-def over_seeds(
-    values: Mapping[int, ArrayLike],
-    statistic: str | Callable = "mean",
-    *,
-    shared_units: bool = False,
-    n_resamples: int = N_RESAMPLES,
-    seed: int = 0,
-) -> Estimate:
-    """Hierarchical bootstrap: training seeds are resampled, then the units within each.
-
-    The value is the mean over seeds of the statistic within a seed, so every seed counts alike.
-    ``per_seed`` of the answer holds each seed's own estimate; with one seed this is :func:`bootstrap_ci`.
-
-    Args:
-        values: training seed -> values [units] or [units, columns], as for :func:`bootstrap_ci`.
-        shared_units: True if row i is the same item or request in every seed. The same units are then drawn
-            for all seeds at once, since an item that is hard for one seed is hard for the others too, and n
-            counts the items (of a relative drop, those that any seed could do), else the units of all seeds.
-        statistic, n_resamples, seed: as for :func:`bootstrap_ci`.
-
-    With few seeds a bootstrap of seeds is too narrow: its variance is (seeds - 1) / seeds of the right one.
-
-    Raises:
-        ValueError: no seeds; bad values (names the seed); ``shared_units`` with unequal lengths.
-    """
-    if not values:
-        raise ValueError("values: no seeds given; expected {seed: values of its units}")
-    named = {f"values[{key}]": array for key, array in values.items()}
-    function, columns = _prepared(named, statistic, shared_units)
-    streams = {key: seed if shared_units else (seed, i) for i, key in enumerate(columns)}
-    per_seed = {
-        int(key): bootstrap_ci(array, statistic, n_resamples=n_resamples, seed=stream)
-        for (key, array), stream in zip(values.items(), streams.values(), strict=True)
-    }
-    value = float(np.mean([estimate.value for estimate in per_seed.values()]))
-    lengths = [len(each[0]) for each in columns.values()]
-    n = lengths[0] if shared_units else sum(lengths)
-    if exact := _exact([column for each in columns.values() for column in each], statistic, n):
-        return replace(exact, per_seed=per_seed)
-
-    draws = np.stack([  # [seeds, resamples]; with shared units column b is the same draw in every row
-        _distribution(function, each, n_resamples, streams[key]) for key, each in columns.items()
-    ])  # fmt: skip
-    rng = np.random.default_rng([seed, len(columns), n_resamples])
-    picked = rng.integers(len(draws), size=(n_resamples, len(draws)))
-    resample = (
-        np.arange(n_resamples)[:, None] if shared_units else rng.integers(n_resamples, size=picked.shape)
-    )
-    return _interval(draws[picked, resample].mean(axis=1), value, n, per_seed)
 
 
 def matched(

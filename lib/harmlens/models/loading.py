@@ -158,27 +158,19 @@ def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> 
     return chosen if len(chosen) >= least else found
 
 
-def family(name: str, seeds: Sequence[int], *, stage: str | None = None) -> dict[int, LanguageModel]:
-    """The same organism for several training seeds, or the one model there is under key 0.
-
-    Another ``stage`` of the model's ladder (else a ValueError) reads the chat template of the last one, so
-    that every stage reads the same text.
-    """
-    lent = None
-    if stage is not None:
-        found = stages(name)
-        if stage not in found:
-            there = ", ".join(found) or "none are known"
-            raise ValueError(f"stage={stage!r} is not on the ladder of {name!r}; there: {there}")
-        name, lent = found[stage], list(found.values())[-1]
-    if not _is_organism(name):
-        return {0: load(name, template_from=lent)}
-    return {seed: load(name, seed=seed) for seed in seeds}
-
-
 def at_stage(model: str, stage: str, seed: int, measure: Callable[[LanguageModel], T]) -> T:
-    """What a function says of one stage, which is loaded for it and gone afterwards: it must not keep it."""
-    (lm,) = family(model, [seed], stage=stage).values()
+    """What a function says of one stage, which is loaded for it and gone afterwards: it must not keep it.
+
+    Stages of a real model read the chat template of the last one, so that all read the same text. A
+    ValueError where the model has no such stage.
+    """
+    found = stages(model)
+    if stage not in found:
+        there = ", ".join(found) or "none are known"
+        raise ValueError(f"stage={stage!r} is not on the ladder of {model!r}; there: {there}")
+    name = found[stage]
+    own = {"seed": seed} if _is_organism(name) else {"template_from": list(found.values())[-1]}
+    lm = load(name, **own)
     try:
         return measure(lm)
     finally:
