@@ -76,7 +76,7 @@ def test_valid_injected_parameters_pass():
 
 @pytest.mark.parametrize(
     "injected",
-    ["quik = True", "N = 3", "model_name = 'organism/sft'", "seed = 0", "x = None", "stages = ['sft']",
+    ["quik = True", "N = 3", "model_name = 'organism/sft'", "seeds = [0]", "x = None", "stages = ['sft']",
      "options = {}", "rate = 0.5"],
 )  # fmt: skip
 def test_an_unknown_name_stops_with_the_valid_ones(injected):
