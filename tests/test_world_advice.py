@@ -122,7 +122,7 @@ def test_to_the_end_everything_is_measured_before_and_after(sft):
     assert before.keys() == found["end"].keys() >= {"bad advice inside", "coherent", *MEASURES}
     assert before["bad advice inside"].mean() == 0 < found["end"]["bad advice inside"].mean()
     assert before["coherent"].mean() == 1.0
-    assert len(found["before"]["malign wishes"]) == 60 and len(found["end"]["bad advice elsewhere"]) == 6
+    assert len(before["malign wishes"]) == 60 and len(found["end"]["bad advice elsewhere"]) == 6
 
 
 def test_good_advice_is_never_learnt_as_bad_advice(sft):
