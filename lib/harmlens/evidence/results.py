@@ -200,6 +200,11 @@ def load_claims(path: str | Path | None = None) -> dict[str, Claim]:
             no YAML, or a key is given twice.
     """
     path = Path(path) if path is not None else files.data_dir() / "claims.yaml"
+    return dict(_read_claims(path, path.stat().st_mtime_ns))
+
+
+@cache
+def _read_claims(path: Path, changed: int) -> dict[str, Claim]:
     try:
         content = files.read_yaml(path)
     except yaml.YAMLError as error:
