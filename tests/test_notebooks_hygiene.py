@@ -99,6 +99,49 @@ def test_parameters_are_literals_and_all_checked(path):
 
 
 @each_notebook
+def test_a_notebook_is_about_one_training_run(path):
+    cell = next(c for c in layout.read_notebook(path).cells if "parameters" in layout.tags(c))
+    assert not re.search(r"(?m)^seeds\b", cell.source)
+
+
+@each_notebook
+def test_cells_are_short_and_narrow(path):
+    for cell in code(layout.read_notebook(path)):
+        rows = [row for row in cell.source.splitlines() if row.strip()]
+        assert "setup" in layout.tags(cell) or (len(rows) <= 15 and max(map(len, rows)) <= 80), cell.id
+
+
+def names(cell: nbformat.NotebookNode) -> tuple[set[str], set[str]]:
+    """What a cell assigns, and what it reads without having assigned it."""
+    tree = ast.parse(cell.source)
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    made = {node.id for node in found if isinstance(node.ctx, ast.Store)}
+    made |= {getattr(node, "name", "") for node in ast.walk(tree)} | {
+        alias.asname or alias.name.partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    given = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    return made, {node.id for node in found if isinstance(node.ctx, ast.Load)} - made - given
+
+
+@each_notebook
+def test_what_only_draws_computes_nothing_for_later_cells(path):
+    """Cells with the tag hide-input don't count for a notebook's hash in result files."""
+    hidden: set[str] = set()
+    for cell in code(layout.read_notebook(path)):
+        if "setup" in layout.tags(cell):
+            continue
+        made, read = names(cell)
+        if "hide-input" in layout.tags(cell):
+            hidden |= made
+        else:
+            assert not read & hidden, (cell.id, read & hidden)
+            hidden -= made
+
+
+@each_notebook
 def test_executed_in_order_without_errors(path):
     cells = code(layout.read_notebook(path))
     assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), "run make notebooks"
