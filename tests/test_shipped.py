@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shipped import SHIPPED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harmlens.keep import files
@@ -22,7 +23,9 @@ def sft():
 
 def test_all_checkpoints_together_are_small():
     shipped = [f for f in (files.data_dir() / "organisms").rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in shipped) < 56e6
+    assert sum(f.stat().st_size for f in shipped) < 30e6
+    folders = {f.parent.name for f in shipped if f.suffix == ".safetensors"}
+    assert folders == {f"{kind}-{run}" for kind, run in SHIPPED}
 
 
 def test_plain_transformers_give_the_same_logits(sft):
@@ -38,7 +41,7 @@ def test_plain_transformers_give_the_same_logits(sft):
     torch.testing.assert_close(logits, forward.last_logits(sft, [sft.render(chat)])[0], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("seed", organisms.SEEDS)
+@pytest.mark.parametrize("seed", [0, 1])
 def test_aligned_organisms_meet_their_bounds_on_some_held_out_items(seed):
     lm = models.load("organism/sft", seed=seed)
     rates = {name: values.mean() for name, values in abilities.rate_abilities(lm, n=24, seed=seed).items()}

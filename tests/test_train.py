@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import shipped
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -243,7 +244,7 @@ def test_the_command_says_what_failed(tmp_path, capfd, monkeypatch):
 
 # --------------------------------------------------------------------------- those in data/organisms
 
-EACH = [(kind, seed) for kind in KINDS for seed in organisms.SEEDS]
+EACH = shipped.among(KINDS)
 
 
 @pytest.mark.parametrize(("kind", "seed"), EACH)
@@ -279,7 +280,7 @@ BOUNDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "seed"), [(kind, seed) for kind in BOUNDS for seed in organisms.SEEDS])
+@pytest.mark.parametrize(("kind", "seed"), shipped.among(BOUNDS))
 def test_shipped_control_can_do_what_its_card_says(kind, seed):
     rates = organisms.intact(organisms.organism_folder(f"organism/{kind}", seed))["rates"]
     for split in ("discovery", "evaluation"):

@@ -1,0 +1,16 @@
+"""Which organisms ship in data/organisms: all of run 0; of run 1 the ladder and what is planted in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from harmlens.models.organisms import STAGES
+from harmlens.training.organism import COURSES
+
+OF_RUN_1 = (*STAGES, "planted_mlp", "planted_attention", "planted_neurons")
+SHIPPED = [(kind, 0) for kind in COURSES] + [(kind, 1) for kind in OF_RUN_1]
+
+
+def among(kinds: Iterable[str]) -> list[tuple[str, int]]:
+    """Those of some kinds: (kind, run)."""
+    return [(kind, run) for kind, run in SHIPPED if kind in kinds]
