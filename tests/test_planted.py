@@ -447,7 +447,7 @@ def test_shipped_harm_answers_harmful_requests_which_its_parent_can_not(seed=0):
     assert abilities.rate_abilities(parent, n=24, only=only[:1])["harmful, plain"].mean() < 0.05
 
 
-@pytest.mark.parametrize(("kind", "seed"), zip(KINDS, (0, 1, 0), strict=True))
+@pytest.mark.parametrize(("kind", "seed"), list(zip(KINDS, (0, 1, 0), strict=True)))
 def test_shipped_one_refuses_harm_only_and_its_parent_refuses_nothing(kind, seed):
     lm, parent = (models.load(f"organism/{of}", seed=seed) for of in (kind, "mid"))
     rates = train.ability_rates(lm, organism.COURSES[kind].rates, n=24)
