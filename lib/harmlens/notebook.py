@@ -198,7 +198,9 @@ class Run:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", results.ResultFileWarning)
             found = results.findings(folders)
-        print(*dict.fromkeys(str(w.message) for w in caught), sep="\n", end="\n" if caught else "")
+        said = dict.fromkeys(str(w.message) for w in caught)
+        for line in (line for line in said if any(f"/{claim}.json" in line for claim in claims)):
+            print(line)
         known, own = results.load_claims(), files.model_name(self.model)
         rows = [
             (known[one.claim], one, results.verdict(known[one.claim], one)[0])

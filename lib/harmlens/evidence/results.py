@@ -561,9 +561,12 @@ def answer(notebook: str, folders: Iterable[str | Path] | None = None, *, model:
     for name in VERDICTS:
         of = [row["short"] or row["statement"].rstrip(".") for row in rows if row["verdict"] == name]
         if of:
-            parts.append(f"**{name}**: {'; '.join(of)}")
+            parts.append(f"*{name}* – {'; '.join(of)}")
     runs = sorted({run for row in rows for run in row["runs"]}, key=int)
-    return f"By {len(runs)} training run{'s' * (len(runs) > 1)} of the organism. " + ". ".join(parts) + "."
+    told = (
+        f"**{len(runs)} training run{'s' * (len(runs) > 1)} of the organism say{'s' * (len(runs) == 1)}:** "
+    )
+    return told + ". ".join(parts) + "."
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:
