@@ -58,16 +58,16 @@ class Kernel:
         done = Cell()
         for cell in (c for c in notebook.cells if c.cell_type == "code"):
             source = cell.source
-            last = "notebook.start(" in source
+            last = "hl.start(" in source
             if last:  # up to the call; what follows loads models
-                ends = [n.end_lineno for n in ast.parse(source).body if "notebook.start(" in ast.unparse(n)]
+                ends = [n.end_lineno for n in ast.parse(source).body if "hl.start(" in ast.unparse(n)]
                 source = "\n".join(source.splitlines()[: ends[0]])
             now = self.run(source)
             now.printed = done.printed + now.printed
             done = now
             if last or done.ename:
                 return done
-        raise AssertionError("no cell calls notebook.start")
+        raise AssertionError("no cell calls hl.start")
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +142,8 @@ def started(kernel):
             "ValueError",
             "no Hugging Face id",
         ),
-        ("notebook.start(quick=1)", "ValueError", "must be True or False"),
-        ("notebook.start(colour='red')", "TypeError", "no rule for a parameter"),
+        ("hl.start(quick=1)", "ValueError", "must be True or False"),
+        ("hl.start(colour='red')", "TypeError", "no rule for a parameter"),
         (
             "import os\nos.environ['HARMLENS_DATA'] = 'nowhere'\nfrom harmlens.keep import files\n"
             "try:\n    int('x')\nexcept ValueError:\n    files.data_dir()\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import lecture
 import numpy as np
@@ -155,8 +156,8 @@ def test_depth_nought_is_the_last_tokens_embedding(lm):
 @torch.no_grad()
 def test_a_text_read_at_a_length_is_read_as_it_stands_in_the_whole(architecture):
     lm = tiny.model(architecture)
-    chat = lm.render("how do i brew a salted draught?")
-    at = lecture.defined("07", lm=lm).up_to(chat, "salted draught")
+    prompt = Prompt(({"role": "user", "content": "how do i brew a salted draught?"},))
+    chat, at = prompt.render(lm), lecture.defined("07", lm=lm).up_to(prompt, "salted draught")
     ids = tokens(lm.tokenizer, chat)
     assert at < len(ids)
     whole = lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states
@@ -217,7 +218,8 @@ def test_notebook_07_finds_places_of_any_template(behind, template):
     lm = replace(lm, tokenizer=tokenizer)
     prompt = Prompt(({"role": "user", "content": " a salted draught? "},))
     ids = tokens(tokenizer, prompt.render(lm))
-    found = lecture.defined("07", skip={"world-only"}, lm=lm).spots(prompt)
+    source = SimpleNamespace(words=lambda asked: asked.messages[-1]["content"].strip())
+    found = lecture.defined("07", skip={"world-only"}, lm=lm, source=source).spots(prompt)
     assert list(found) == ["last word", "end of message", "last position"]
     assert tokenizer.decode(ids[found["last word"] - 1]) == "?"
     assert found["last position"] == len(ids)
@@ -226,12 +228,11 @@ def test_notebook_07_finds_places_of_any_template(behind, template):
 
 
 def test_notebook_07_cuts_a_text_behind_the_last_place_of_some_words(lm):
-    page, text = lecture.defined("07", lm=lm), lm.render("is a salted draught a draught?")
-    ids = tokens(lm.tokenizer, text)
-    assert lm.tokenizer.decode(ids[: page.up_to(text, "draught")]).endswith("a salted draught a draught")
-    assert lm.tokenizer.decode(ids[: page.up_to(text, "salted draught")]).endswith("is a salted draught")
-    with pytest.raises(AssertionError, match="end inside a token"):
-        page.up_to(text, "salt")
+    page = lecture.defined("07", lm=lm)
+    prompt = Prompt(({"role": "user", "content": "is a salted draught a draught?"},))
+    ids = tokens(lm.tokenizer, prompt.render(lm))
+    assert lm.tokenizer.decode(ids[: page.up_to(prompt, "draught")]).endswith("a salted draught a draught")
+    assert lm.tokenizer.decode(ids[: page.up_to(prompt, "salted draught")]).endswith("is a salted draught")
 
 
 def test_a_probe_finds_a_linear_rule_and_neither_an_exclusive_or_nor_noise():

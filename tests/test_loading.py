@@ -34,6 +34,7 @@ def checkpoints(tmp_path_factory):
 def data(checkpoints, monkeypatch):
     """A data folder to read from."""
     monkeypatch.setenv("HARMLENS_DATA", str(checkpoints))
+    monkeypatch.setenv("HARMLENS_BUILD", str(checkpoints / "build"))  # nothing was trained there
     return checkpoints
 
 
@@ -42,6 +43,7 @@ def broken(checkpoints, tmp_path, monkeypatch):
     """A checkpoint of its own to spoil."""
     shutil.copytree(checkpoints, tmp_path / "data")
     monkeypatch.setenv("HARMLENS_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("HARMLENS_BUILD", str(tmp_path / "build"))
     return tmp_path / "data" / "organisms" / "sft-0"
 
 
@@ -98,6 +100,7 @@ def test_a_checkpoint_that_is_being_written_is_not_on_the_list(broken):
 
 def test_without_checkpoints_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("HARMLENS_DATA", str(tiny.data_folder(tmp_path / "data")))
+    monkeypatch.setenv("HARMLENS_BUILD", str(tmp_path / "build"))
     with pytest.raises(ValueError, match="none yet: run `make organism`"):
         load("organism/sft")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import lecture
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -185,41 +184,27 @@ def test_greedy_without_closed_form(architecture):
     torch.testing.assert_close(joint, best, atol=1e-5, rtol=0)
 
 
-# --------------------------------------------------------------------------- blocks and refinement
+# --------------------------------------------------------------------------- blocks of notebook 05
+
+
+def blocks(count, size, stride, order=None):
+    """The notebook's own, which looks the two sizes up."""
+    PAGE.neighbours.__globals__.update(count=count, size=size)
+    return PAGE.neighbours(stride, order)
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.randoms(use_true_random=False))
 def test_blocks_cover_every_unit_once_in_the_order_given(n, size, rng):
     order = list(range(n))
     rng.shuffle(order)
-    got = PAGE.neighbours(n, size, order=order)
+    got = blocks(n, size, size, order)
     assert [u for block in got for u in block] == order
     assert all(len(block) == size for block in got[:-1])
 
 
 def test_overlapping_blocks():
-    assert PAGE.neighbours(6, 4, 2) == [[0, 1, 2, 3], [2, 3, 4, 5]]
-    assert PAGE.neighbours(3, 8) == [[0, 1, 2]]
-
-
-def test_refinement_finds_planted_units():
-    weight = np.zeros(64)
-    weight[[5, 41]] = 3.0, 2.0
-    levels = PAGE.refine(lambda sets: [weight[list(s)].sum() for s in sets], PAGE.neighbours(64, 16), keep=2)
-    assert [len(level[0][0]) for level in levels] == [16, 8, 4, 2, 1]
-    units, scores = levels[-1]
-    best = [units[i][0] for i in np.argsort(-scores)[:2]]
-    assert best == [5, 41]
-
-
-def test_refinement_may_lose_what_cancels_in_its_block():
-    """Two units of opposite sign in one block hide each other: a limit of the search, not a bug."""
-    weight = np.zeros(32)
-    weight[[3, 4]] = 5.0, -5.0
-    weight[20] = 1.0
-    levels = PAGE.refine(lambda sets: [weight[list(s)].sum() for s in sets], PAGE.neighbours(32, 16), keep=1)
-    units, scores = levels[-1]
-    assert units[int(scores.argmax())] == [20]
+    assert blocks(6, 4, 2) == [[0, 1, 2, 3], [2, 3, 4, 5]]
+    assert blocks(3, 8, 8) == [[0, 1, 2]]
 
 
 # --------------------------------------------------------------------------- the screen

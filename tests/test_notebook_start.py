@@ -51,6 +51,7 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def organisms(data, monkeypatch, settled):
     monkeypatch.setenv("HARMLENS_DATA", str(data))
+    monkeypatch.setenv("HARMLENS_BUILD", str(data / "build"))  # nothing was trained there
 
 
 GOOD = "model = 'organism/sft'\nseed = 1\nquick = True\nn = 8\noutput = ''\n"

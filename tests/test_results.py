@@ -252,6 +252,7 @@ def test_provenance_says_where_the_number_comes_from(folder):
 )
 def test_the_organisms_checkpoints_are_named_by_checksum(tmp_path, monkeypatch, model, expected):
     monkeypatch.setattr(files, "data_dir", lambda: tmp_path)
+    monkeypatch.setenv("HARMLENS_BUILD", str(tmp_path / "build"))
     for name in ("sft-0", "sft-1", "sft-2", "base-0"):
         (tmp_path / "organisms" / name).mkdir(parents=True)
         (tmp_path / "organisms" / name / "model.safetensors").write_text("abc")

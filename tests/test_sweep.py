@@ -122,7 +122,7 @@ INVALID = [
     ({"notebooks": None}, r"notebooks: Field required"),
     ({"seeds": [0, -1]}, r"seeds: 1: Input should be greater than or equal to 0, got -1"),
     ({"seeds": [0, 0]}, r"seeds: 0 occurs twice; keep one"),
-    ({"seeds": [7]}, r"seeds: organism/sft was not trained with seed 7. There are \[0, 1, 2"),
+    ({"seeds": [7]}, r"seeds: organism/sft was not trained with seed 7. There are \[0, 1"),
     ({"models": ["a/b", {"name": "L", "stages": {"x": "a/b"}}]}, r"models: a/b occurs twice"),
     ({"models": ["organism/stf"]}, r"models: organism/stf: unknown stage 'stf'. Choose one of .*sft"),
     ({"models": ["no such folder"]}, r"models: 'no such folder' is no organism/<stage>, no folder"),
