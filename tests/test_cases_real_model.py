@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 
-import lecture
 import numpy as np
 import pytest
 import standin
@@ -171,17 +170,6 @@ def test_first_words_that_are_no_openings_are_named(lm):
 
 
 # --------------------------------------------------------------------------- checks
-
-
-def test_a_check_is_as_long_as_the_model_is_small(lm):
-    assert lecture.defined("02").affordable(lm, 152) == list(range(152))
-
-    class Large:
-        def num_parameters(self):
-            return 135_000_000
-
-    few = lecture.defined("02").affordable(dataclasses.replace(lm, model=Large()), 1200)
-    assert 8 <= len(few) <= 40 and few[0] == 0 and few[-1] == 1199 and len(set(few)) == len(few)
 
 
 def test_the_default_judge_and_a_judge_of_harm_are_asked_alike(lm):
