@@ -212,26 +212,21 @@ def _expand(file: File, path: Path) -> Sweep:
     return Sweep(path, output, kept)
 
 
-def organism_homes() -> list[Path]:
-    """Where organisms are: :func:`models.organisms.homes`, without torch."""
-    return [files.data_dir() / "organisms", files.build_dir() / "organisms"]
-
-
 def _check_trained(name: str, seeds: list[int]) -> None:
     """Whether an organism is there with these seeds; read from disk, since this stays without torch."""
     kind, _, stage = name.partition("/")
     if kind != "organism" or not stage:
         return
-    trained: dict[str, list[int]] = {}
-    for found in sorted(f for home in organism_homes() for f in home.glob("*-[0-9]*/")):
+    trained: dict[str, set[int]] = {}
+    for found in sorted(f for home in files.organism_homes() for f in home.glob("*-[0-9]*/")):
         of, _, seed = found.name.rpartition("-")
-        trained.setdefault(of, []).append(int(seed))
+        trained.setdefault(of, set()).add(int(seed))
     if stage not in trained:
         raise SweepError(f"models: {name}: unknown stage {stage!r}. Choose one of {', '.join(trained)}")
-    if strange := sorted(set(seeds) - set(trained[stage])):
+    if strange := sorted(set(seeds) - trained[stage]):
         raise SweepError(
-            f"seeds: {name} was not trained with seed {strange[0]}. There are {trained[stage]}; the others "
-            f'are made by: make organism ARGS="--seeds {" ".join(map(str, strange))}"'
+            f"seeds: {name} was not trained with seed {strange[0]}. There are {sorted(trained[stage])}; "
+            f'the others are made by: make organism ARGS="--seeds {" ".join(map(str, strange))}"'
         )
 
 
@@ -294,7 +289,7 @@ def _library() -> str:
 
 @cache
 def _organisms(run: int) -> list[str]:
-    found = (path for home in organism_homes() for path in home.glob(f"*-{run}/*.safetensors"))
+    found = (path for home in files.organism_homes() for path in home.glob(f"*-{run}/*.safetensors"))
     return [f"{path.parent.name} {files.sha256(path)}" for path in sorted(found)]
 
 

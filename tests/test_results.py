@@ -547,6 +547,11 @@ def test_the_forest_draws_every_run_rings_one_and_says_the_word(tmp_path):
     threshold = results.load_claims()["V4"].rule.threshold
     assert any(line.get_linestyle() == "--" and line.get_xdata()[0] == threshold for line in ax.lines)
     plots.plt.close(figure)
+    figure = plots.forest([(results.load_claims()["V4"], one, "replicated")], run=0, own="owner/model")
+    assert not any(
+        line.get_markeredgecolor() == "black" for line in figure.axes[0].lines
+    )  # no run of its own
+    plots.plt.close(figure)
     with pytest.raises(ValueError, match="rows is empty"):
         plots.forest([])
 

@@ -194,20 +194,22 @@ def forest(rows: Sequence[tuple[Claim, Finding, str]], *, run: int | None = None
     """Recorded runs: a row for each (claim, finding, word), a dot for each run, each row on its own scale.
 
     The bar is the interval over runs, hollow dots are controls, the dashed line is the threshold. The dot of
-    ``run`` is ringed, and rows of the model ``own`` stand out where others are shown too.
+    ``run`` is ringed in rows of organisms if the model ``own`` is one, else in its own. Others are named.
     """
     if not rows:
         raise ValueError("rows is empty: no run of these claims is recorded yet; record one first")
     fig, axes = plt.subplots(len(rows), 1, figsize=(7.2, 0.72 * len(rows) + 0.5), squeeze=False)
     for ax, (claim, found, word) in zip(axes[:, 0], rows, strict=True):
-        colour = PALETTE["blue"] if found.model.startswith("organism") else HARMFUL
+        organism = found.model.startswith("organism")
+        colour = PALETTE["blue"] if organism else HARMFUL
         ax.plot(found.ci, [0, 0], color=colour, lw=7, alpha=0.2, solid_capstyle="butt")
         heights = np.linspace(0.5, -0.5, len(found.runs)) if len(found.runs) > 1 else [0.0]
         for y, one in zip(heights, found.runs, strict=True):
             if one.control:
                 ax.plot(one.control.value, y, "o", ms=5, color="0.5", mfc="white")
             ax.plot([one.effect.low, one.effect.high], [y, y], color=colour, lw=1)
-            ringed = {"mec": "black", "mew": 1.8, "ms": 8} if one.run == run else {"ms": 6}
+            this = one.run == run and (not own or organism == own.startswith("organism"))
+            ringed = {"mec": "black", "mew": 1.8, "ms": 8} if this else {"ms": 6}
             ax.plot(one.effect.value, y, "o", color=colour, zorder=3, **ringed)
         ax.axvline(claim.rule.threshold, ls="--", lw=1, color="0.4", zorder=0)
         label = fill(claim.short or claim.statement.partition(":")[0], 34)

@@ -84,6 +84,11 @@ def build_dir() -> Path:
     return folder_from("HARMLENS_BUILD") or (root / "build" if root else Path.cwd() / "harmlens-build")
 
 
+def organism_homes() -> tuple[Path, Path]:
+    """Where organisms are: those that ship with the package, and those that were trained here."""
+    return data_dir() / "organisms", build_dir() / "organisms"
+
+
 def cache_dir() -> Path:
     """The folder for public data sets and completions of real models: HARMLENS_CACHE, or below ``~/.cache``.
 
@@ -393,7 +398,7 @@ def provenance(
     """The provenance block of a result file."""
     kind, _, stage = model.partition("/")
     checkpoints: dict[str, str] = {}  # those of the organism behind "organism/<stage>", or behind all of it
-    stored = [data_dir() / "organisms", build_dir() / "organisms"] if kind == "organism" else []
+    stored = organism_homes() if kind == "organism" else ()
     for path in sorted(path for home in stored for path in home.glob("*/*.safetensors")):
         of, _, seed = path.parent.name.rpartition("-")
         if path.parent.name == stage or (stage in ("", of) and seed in map(str, seeds)):

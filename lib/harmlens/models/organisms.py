@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from harmlens.keep.files import build_dir, data_dir, weights_sha256
+from harmlens.keep.files import organism_homes, weights_sha256
 
 STAGES = ("base", "mid", "sft", "dpo")
 SEEDS = (0, 1, 2)
@@ -31,21 +31,16 @@ FLAT = 2  # in the place of an axis: single weights, by their position in the fl
 _AXES = (":rows", ":columns", ":flat")
 
 
-def homes() -> tuple[Path, Path]:
-    """Where organisms are: those that ship with the package, and those that were trained here."""
-    return data_dir() / "organisms", build_dir() / "organisms"
-
-
 def place(checkpoint: str) -> Path:
     """The folder of a checkpoint such as "sft-0", or the one that it would be trained into."""
-    shipped, own = (home / checkpoint for home in homes())
+    shipped, own = (home / checkpoint for home in organism_homes())
     return shipped if shipped.is_dir() else own
 
 
 def organism_folder(name: str, seed: int | None = None) -> Path:
     """The folder of ``"organism/<stage>[-<seed>]"``; a ValueError for what is not there lists what is."""
     match = re.fullmatch(r"organism/([a-z_]+)(?:-(\d+))?", name)
-    there = sorted({p.name for home in homes() for p in home.glob("*-*") if p.is_dir() and not p.suffix})
+    there = sorted({p.name for home in organism_homes() for p in home.glob("*-*/") if not p.suffix})
     listing = ", ".join(there) or "none yet: run `make organism`"
     if match is None:
         raise ValueError(f"name={name!r} is not organism/<stage>[-<seed>]; available: {listing}")

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from harmlens.keep.files import weights_sha256
+from harmlens.keep.files import organism_homes, weights_sha256
 from harmlens.models import organisms
 from harmlens.models.forward import LanguageModel
 from harmlens.models.loading import load
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=None, help="where checkpoints go (build/organisms)")
     options = parser.parse_args(argv)
     folder = options.folder
-    (folder or organisms.homes()[1]).mkdir(parents=True, exist_ok=True)
+    (folder or organism_homes()[1]).mkdir(parents=True, exist_ok=True)
     began, failed = time.time(), []
     workers = min(2, os.cpu_count() or 1)  # seeds side by side
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
