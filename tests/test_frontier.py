@@ -169,8 +169,9 @@ def test_settings_are_those_of_the_shipped_models():
     for revision, entry in settings.items():
         assert set(entry) == {"model", "p", "q"}
         assert 0 <= entry["p"] <= 1 and 0 < entry["q"] <= 1
-        folder = organisms.organism_folder(entry["model"])
-        assert models.weights_sha256(folder) == revision, f"run python tools/settings.py {entry['model']}"
+        folder = files.data_dir() / "organisms" / entry["model"].removeprefix("organism/")
+        if folder.is_dir():  # not every run is shipped
+            assert models.weights_sha256(folder) == revision, f"run python tools/settings.py {entry['model']}"
 
 
 def test_without_settings_p_and_q_are_settled_once(sft, monkeypatch):

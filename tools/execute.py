@@ -139,7 +139,7 @@ def run_key(run: Run, environment: str) -> str:
     digest = hashlib.sha256(json.dumps([environment, code, sorted(run.parameters.items())]).encode())
     # Its last figure shows what is recorded of its claims: values count, not when they were measured.
     for path in files(run.root / "data" / "results" / run.name, "*.json"):
-        one = json.loads(path.read_text(encoding="utf-8"))
+        one = read_json(path)
         digest.update(json.dumps([path.name, one.get("run"), one.get("effect"), one.get("control")]).encode())
     if run.needs:
         own = read_record(run).get("results", [])
@@ -150,11 +150,16 @@ def run_key(run: Run, environment: str) -> str:
     return digest.hexdigest()
 
 
-def read_record(run: Run) -> dict:
+def read_json(path: Path) -> dict:
+    """What a file holds; nothing where it is missing or damaged."""
     try:
-        return json.loads(run.record.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
+
+
+def read_record(run: Run) -> dict:
+    return read_json(run.record)
 
 
 def is_kept(run: Run, key: str) -> bool:
