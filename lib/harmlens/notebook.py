@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 
 from harmlens import __version__, keep
 from harmlens.asking import source as material
-from harmlens.evidence import plots, results, stats
+from harmlens.evidence import claims as claims_
+from harmlens.evidence import plots, results, stats, words
 from harmlens.evidence.stats import Estimate
 from harmlens.flow import outcomes
 from harmlens.keep import files
@@ -164,16 +165,17 @@ class Run:
         note: str = "",
         unless: str = "",
         model: str = "",
+        **told: Any,
     ) -> None:
         """:func:`evidence.results.record` of this run, and a line that says what was recorded.
 
-        ``unless`` says why the claim can't be tested here; nothing is written then. ``model`` is named where
-        the claim is about another one than the run's.
+        ``unless`` says why the claim can't be tested here; the run counts as one without a value then.
+        ``model`` is named where the claim is about another one than the run's; ``values`` and ``attainable``
+        go to :func:`evidence.results.record`.
         """
         if unless or effect is None:
-            print(f"{claim} {unless or 'not tested: there is no value'}")
-            return
-        made = {"params": self.parameters, "folder": self.folder, "note": note, "run": self.seed}
+            effect, control, note = None, None, unless or "there is no value"
+        made = {"params": self.parameters, "folder": self.folder, "note": note, "run": self.seed, **told}
         made["notebook"] = self.notebook
         if not model:
             made |= {
@@ -184,7 +186,7 @@ class Run:
         if not (model or self.model).startswith("organism"):
             made["run"] = 0
         results.record(claim, effect, control, model=model or self.model, **made)
-        print(claim, effect, *(("  control:", control[1]) if control else ()))
+        print(claim, effect or note, *(("  control:", control[1]) if control else ()))
 
     def all_runs(self, *claims: str) -> Figure:
         """All recorded runs of these claims, this one marked: dots for runs, the control, threshold and word.
@@ -201,9 +203,9 @@ class Run:
         said = dict.fromkeys(str(w.message) for w in caught)
         for line in (line for line in said if any(f"/{claim}.json" in line for claim in claims)):
             print(line)
-        known, own = results.load_claims(), files.model_name(self.model)
+        known, own, said = claims_.load_claims(), files.model_name(self.model), words.all_words(found)
         rows = [
-            (known[one.claim], one, results.verdict(known[one.claim], one)[0])
+            (known[one.claim], one, said[one.claim, one.model][0])
             for claim in claims
             for one in found
             if one.claim == claim and (one.model == own or one.model.startswith("organism"))

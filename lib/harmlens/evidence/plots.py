@@ -202,17 +202,27 @@ def forest(rows: Sequence[tuple[Claim, Finding, str]], *, run: int | None = None
     for ax, (claim, found, word) in zip(axes[:, 0], rows, strict=True):
         organism = found.model.startswith("organism")
         colour = PALETTE["blue"] if organism else HARMFUL
-        ax.plot(found.ci, [0, 0], color=colour, lw=7, alpha=0.2, solid_capstyle="butt")
-        heights = np.linspace(0.5, -0.5, len(found.runs)) if len(found.runs) > 1 else [0.0]
-        for y, one in zip(heights, found.runs, strict=True):
+        if found.effect:
+            ax.plot(
+                [found.effect.low, found.effect.high],
+                [0, 0],
+                color=colour,
+                lw=7,
+                alpha=0.2,
+                solid_capstyle="butt",
+            )
+        shown = [one for one in found.runs if one.effect]
+        heights = np.linspace(0.5, -0.5, len(shown)) if len(shown) > 1 else [0.0] * len(shown)
+        for y, one in zip(heights, shown, strict=True):
             if one.control:
                 ax.plot(one.control.value, y, "o", ms=5, color="0.5", mfc="white")
             ax.plot([one.effect.low, one.effect.high], [y, y], color=colour, lw=1)
             this = one.run == run and (not own or organism == own.startswith("organism"))
             ringed = {"mec": "black", "mew": 1.8, "ms": 8} if this else {"ms": 6}
             ax.plot(one.effect.value, y, "o", color=colour, zorder=3, **ringed)
-        ax.axvline(claim.rule.threshold, ls="--", lw=1, color="0.4", zorder=0)
-        label = fill(claim.short or claim.statement.partition(":")[0], 34)
+        if claim.rule:
+            ax.axvline(claim.rule.threshold, ls="--", lw=1, color="0.4", zorder=0)
+        label = fill(claim.short, 34)
         model = "" if found.model in ("", own) else f" on {found.model}"
         ax.set_ylabel(f"{label}\n{claim.id}{model}", rotation=0, ha="right", va="center", fontsize=8)
         ax.text(1.02, 0.5, fill(word, 12), transform=ax.transAxes, va="center", fontsize=9)
