@@ -399,12 +399,16 @@ def write_forest(sweep: Sweep) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", results.ResultFileWarning)
         found = results.findings(cell.folder / "results" for cell in finished)
-    known, rows, claims = results.load_claims(), [], {}
+    known, words, rows, claims = results.load_claims(), results.all_words(found), [], {}
     for one in found:
         claim, label = known[one.claim], labels.get(one.model, one.model)
-        word, runs = results.verdict(claim, one)[0], {run.run: run.effect.value for run in one.runs}
+        word = words[one.claim, one.model][0]
         rows.append((claim, replace(one, model=label), word))
-        row = {"value": one.value, "ci": one.ci, "verdict": word, "runs": runs}
+        row: dict[str, Any] = {
+            "word": word,
+            "runs": {run.run: run.effect.value for run in one.runs if run.effect},
+        }
+        row |= {"value": one.effect.value, "ci": [one.effect.low, one.effect.high]} if one.effect else {}
         claims.setdefault(claim.id, {})[label] = row
     content = {
         "cells": len(sweep.cells), "finished": len(finished), "claims": claims,

@@ -491,6 +491,7 @@ def test_h21_a_result_of_other_weights_is_put_aside_and_named():
     assert one.effect.value == 0.9
 
 
+MET = {"exact harmful answers before": 0.9}
 EDITS = {
     "effect": lambda c: c | {"effect": {"value": 0.9, "low": 0.85, "high": 0.95}},
     "one number": lambda c: c | {"effect": c["effect"] | {"value": 0.45}},
@@ -516,11 +517,11 @@ def test_h32_an_edited_result_is_left_out_with_a_warning(edit):
 @pytest.mark.parametrize(
     ("claim", "changes", "message"),
     [
-        ("V4", other(20.0), r"effect: 20 is no share, which lies in 0 to 1. Is it in percent\?"),
+        ("V4", other(20.0), r"effect: 20 is no share, in 0 to 1. Is it in percent\?"),
         ("V4", {"control": ("chance", Estimate(20.0, 20.0, 20.0, 3))}, r"control: 20 is no share"),
         ("V4", other(-0.1), "no share"),
-        ("C1", other(-1.5), "no difference of shares, which lies in -1 to 1"),
-        ("R1a", other(1.2), "no relative drop"),
+        ("C1", other(-1.5), "no difference of shares, in -1 to 1"),
+        ("R1a", other(1.2, values=MET), "no relative drop"),
         ("R3b", other(1.2), "no Jaccard index"),
     ],
 )
@@ -532,7 +533,7 @@ def test_h32_what_cannot_be_is_not_recorded(claim, changes, message):
 
 def test_h32_shipped_results_and_unbounded_scales_are_taken():
     results.record("V5", **other(6.4, model="some/model"))
-    results.record("R1a", **other(-3.0, model="some/model"))  # more than before
+    results.record("R1a", **other(-3.0, model="some/model", values=MET))  # more than before
     found = results.load_measurements()
     assert len(found) == 2 + len(list((data_dir() / "results").rglob("*.json")))
 
@@ -540,7 +541,7 @@ def test_h32_shipped_results_and_unbounded_scales_are_taken():
 @pytest.mark.parametrize("line", ["    reason: again\n", "    rule: {threshold: 0.9, threshold: 0.1}\n"])
 def test_h32_a_key_given_twice_in_the_registry_is_refused(tmp_path, line):
     file = tmp_path / "claims.yaml"
-    whole = (data_dir() / "claims.yaml").read_text()
+    whole = (data_dir() / "claims.yaml").read_text().partition("\n# What was changed")[0]
     file.write_text(whole)
     assert results.load_claims(file)
     file.write_text(whole.rstrip("\n") + "\n" + line)

@@ -247,19 +247,20 @@ def test_a_run_loads_what_is_asked_for_and_keeps_and_records_under_its_model(
     made.record("V4", Estimate(0.5, 0.4, 0.6, 12), ("chance", Estimate(0.0, 0.0, 0.1, 12)))
     made.record("V5", None)
     made.record("V5", Estimate(0.5, 0.4, 0.6, 12), unless="only of organisms")
-    assert "V5 not tested: there is no value\nV5 only of organisms" in capsys.readouterr().out
-    (found,) = results.load_measurements([tmp_path])
+    assert "V5 there is no value\nV5 only of organisms" in capsys.readouterr().out
+    found, without = results.load_measurements([tmp_path])
     assert (found.claim, found.model, found.run, found.unit) == ("V4", "organism/sft", 1, "request")
     assert found.provenance["params"]["quick"] is True
+    assert (without.claim, without.effect, without.note) == ("V5", None, "only of organisms")
     figure = made.all_runs("V4")  # this run and the shipped ones
-    assert len(figure.axes) >= 1 and "left out" not in capsys.readouterr().out
+    assert len(figure.axes) >= 1 and "answer/" not in capsys.readouterr().out
     matplotlib.pyplot.close(figure)
 
 
 def test_the_answer_of_the_recorded_runs_is_shown_under_the_title(data, monkeypatch):
     shown = []
     monkeypatch.setattr("IPython.display.display", lambda text: shown.append(text.data))
-    monkeypatch.setattr(results, "answer", lambda name, folders: f"{name}: replicated")
+    monkeypatch.setattr(results, "answer", lambda name, folders: f"{name}: supported")
     exec("from harmlens import notebook\nnotebook.start('05_neurons', model='organism/sft', seed=0)", {})
     exec("from harmlens import notebook\nnotebook.start(model='organism/sft', seed=0)", {})
-    assert shown == ["05_neurons: replicated"]
+    assert shown == ["05_neurons: supported"]

@@ -39,7 +39,7 @@ def test_one_unit_in_the_last_place(one, other):
         ("torch 2.13.0", "torch 2.13.1"),
         ("loss 2.1e-05", "loss 2.1e-04"),
         ("0.44 and 0.10", "0.44"),
-        ("replicated 0.44", "undecided 0.44"),
+        ("supported 0.44", "inconclusive 0.44"),
         ("sft0.1", "sft0.2"),
         ("", "0.1"),
     ],

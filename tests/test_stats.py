@@ -157,29 +157,80 @@ def test_a_difference_on_the_same_units_is_paired():
     assert paired.high - paired.low < 0.3 * (unpaired.high - unpaired.low)
 
 
-def test_runs_are_put_together_by_hand():
-    exact = [stats.Estimate(value, value, value, 5) for value in (0.1, 0.4)]
-    got = stats.over_runs(exact)  # two runs: a resample is 0.1, 0.25 or 0.4, the ends each one time in four
-    assert (got.value, got.n) == (pytest.approx(0.25), 5) and got.ci == pytest.approx((0.1, 0.4))
-    assert stats.over_runs(exact[:1]) is exact[0]
+def exact(*values, half=0.0):
+    return [stats.Estimate(value, value - half, value + half, 5) for value in values]
+
+
+def test_few_runs_have_a_t_interval_by_hand():
+    """0.1, 0.3, 0.8: mean 0.4, variance 0.13, t of 2 degrees of freedom at 95 % 2.920."""
+    got = stats.over_runs(exact(0.1, 0.3, 0.8))
+    half = 2.920 * math.sqrt(0.13 / 3)
+    assert (got.value, got.n) == (pytest.approx(0.4), 5)
+    assert got.ci == pytest.approx((0.4 - half, 0.4 + half), abs=1e-3)
+    assert stats.over_runs([(one := exact(0.1)[0])]) is one
     with pytest.raises(ValueError, match="runs: is empty"):
         stats.over_runs([])
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(finite, min_size=2, max_size=6), st.floats(0, 10), finite)
-def test_the_interval_over_runs_holds_its_value_widens_and_moves_along(values, half, shift):
-    def over(half, shift=0.0):
-        runs = [stats.Estimate(v + shift, v + shift - half, v + shift + half, 9) for v in values]
-        return stats.over_runs(runs, n_resamples=400)
+def test_runs_that_agree_more_closely_than_their_items_allow():
+    """Items alone give each run a standard error of half / 1.96; runs vary at least as much."""
+    assert stats.over_runs(exact(0.4, 0.4, 0.4)).ci == pytest.approx((0.4, 0.4))
+    half = 2.920 * (0.196 / 1.96) / math.sqrt(3)
+    for values in ((0.4, 0.4, 0.4), (0.39, 0.4, 0.41)):
+        assert stats.over_runs(exact(*values, half=0.196)).ci == pytest.approx(
+            (0.4 - half, 0.4 + half), abs=1e-3
+        )
 
-    got, moved = over(half), over(half, shift)
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(finite, min_size=2, max_size=14), st.floats(0, 10), finite)
+def test_the_interval_over_runs_holds_its_value_widens_and_moves_along(values, half, shift):
+    got, moved, sharp = (
+        stats.over_runs(exact(*(v + by for v in values), half=wide), n_resamples=400)
+        for by, wide in ((0, half), (shift, half), (0, 0.0))
+    )
     assert got.low <= got.value <= got.high and got.value == pytest.approx(np.mean(values), abs=1e-9)
     assert moved.ci == pytest.approx((got.low + shift, got.high + shift), abs=1e-6)
-    sharp = over(0.0)  # intervals over items can't make runs that are alike more certain
-    assert min(values) - 1e-9 <= sharp.low and sharp.high <= max(values) + 1e-9
-    if len(set(values)) == 1 and half > 0.01:
-        assert got.high - got.low > sharp.high - sharp.low
+    if len(values) < stats.FEW_RUNS:  # intervals over items can't make runs more certain
+        assert got.high - got.low >= (sharp.high - sharp.low) * (1 - 1e-9)
+        assert got.high - got.value == pytest.approx(got.value - got.low, abs=1e-6)
+
+
+@pytest.mark.parametrize(("runs", "draw"), [(3, "normal"), (14, "normal"), (14, "exponential")])
+def test_intervals_over_runs_cover_as_often_as_they_say(runs, draw):
+    """Two-sided 90 %: a range of three runs, as of old, held the mean in 75 %."""
+    rng, hits, tries = np.random.default_rng(3), 0, 300
+    truth = {"normal": 0.0, "exponential": 1.0}[draw]
+    for n in range(tries):
+        got = stats.over_runs(exact(*getattr(rng, draw)(size=runs)), n_resamples=400, seed=n)
+        hits += got.low <= truth <= got.high
+    assert 0.85 <= hits / tries <= 0.95
+
+
+def test_many_runs_have_a_studentised_bootstrap():
+    """It is wider on the side of the long tail; and it can't trip over a run that is drawn twelve times."""
+    skewed = exact(*np.random.default_rng(1).exponential(size=20))
+    got, t = stats.over_runs(skewed), stats.over_runs(skewed[:11])
+    assert got.high - got.value > got.value - got.low
+    assert t.high - t.value == pytest.approx(t.value - t.low)
+    assert stats.over_runs(skewed, seed=1) == stats.over_runs(skewed, seed=1) != got
+    one_stands_out = stats.over_runs(exact(*[0.0] * 11, 1.0))
+    assert np.isfinite(one_stands_out.ci).all() and one_stands_out.low < one_stands_out.high
+    assert stats.over_runs(exact(*[0.4] * 12)).ci == pytest.approx((0.4, 0.4))
+
+
+def test_p_values_over_runs():
+    values = [0.1, 0.3, 0.8]
+    by_hand = scipy_stats.ttest_1samp(values, 0.05, alternative="greater").pvalue
+    assert stats.p_beyond(exact(*values), 0.05) == pytest.approx(by_hand)
+    assert stats.p_beyond(exact(*values), 0.05, -1) == pytest.approx(1 - by_hand)
+    mirrored = stats.p_beyond(exact(*(-v for v in values)), -0.05, -1)
+    assert mirrored == pytest.approx(by_hand)
+    ends = stats.over_runs(exact(*values)).ci  # each end is a statement at 5 %
+    for end, sign in zip(ends, (1, -1), strict=True):
+        assert stats.p_beyond(exact(*values), end, sign) == pytest.approx(0.05)
+    assert stats.p_beyond(exact(0.5, half=0.196), 0.5 - 0.1645) == pytest.approx(0.05, abs=1e-3)  # over items
+    assert [stats.p_beyond(exact(0.5, 0.5), bound) for bound in (0.4, 0.5, 0.6)] == [0.0, 1.0, 1.0]
 
 
 # ------------------------------------------------------------------ controls

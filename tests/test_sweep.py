@@ -14,6 +14,7 @@ import yaml
 import sweep
 from harmlens.evidence import results
 from harmlens.evidence.stats import Estimate
+from harmlens.evidence.words import WORDS
 from harmlens.keep import files
 from sweep import SweepError
 
@@ -238,7 +239,7 @@ def test_forest_holds_what_is_finished_and_lists_what_is_missing(tmp_path):
     assert {model: row["runs"] for model, row in rows.items()} == {
         "organism/dpo": {"1": -1.0}, "organism/sft": {"0": 0.5},
     }  # fmt: skip
-    assert rows["organism/sft"]["ci"] == [0.3, 0.7] and rows["organism/sft"]["verdict"] in results.VERDICTS
+    assert rows["organism/sft"]["ci"] == [0.3, 0.7] and rows["organism/sft"]["word"] in WORDS
     assert [(m["cell"], m["state"]) for m in content["missing"]] == [
         ("tiny/organism--sft/seed-1", "failed"), ("tiny/organism--dpo/seed-0", "not run"),
     ]  # fmt: skip

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -121,6 +122,16 @@ class Claim:
     def conditions(self) -> list[tuple[str, str, float]]:
         """Requirements and sensitivity checks, taken apart; see :func:`condition`."""
         return [condition(text) for text in self.requires + self.sensitivity]
+
+    @property
+    def compared(self) -> bool:
+        """Whether the difference from a control, recorded beside the effect, decides."""
+        return self.kind != "equivalence" and not self.difference
+
+    @property
+    def asks(self) -> list[str]:
+        """Claims that have to be supported first."""
+        return [name for name, compared, _ in self.conditions if not compared]
 
     @property
     def values(self) -> list[str]:
@@ -256,18 +267,21 @@ def _read_claims(path: Path, changed: int) -> dict[str, Claim]:
     claims: dict[str, Claim] = {}
     for number, entry in enumerate(_checked(_Registry, content, f"{path.name}: ").claims, start=1):
         if isinstance(rule := entry.get("rule"), dict):
-            size = {"threshold": rule.get("delta")} if entry.get("kind") == "equivalence" else {}
-            entry = entry | {
-                "rule": (size := size | rule) | {"no_effect": rule.get("no_effect", size.get("threshold"))}
-            }
+            if entry.get("kind") == "equivalence":
+                rule = {"threshold": rule.get("delta")} | rule
+            entry = entry | {"rule": {"no_effect": rule.get("threshold")} | rule}
         claim = _checked(Claim, entry, f"{path.name}, claim {number} ({entry.get('id', 'without id')}): ")
         if claim.id in claims:
             raise ValueError(f"{path.name}: claim id {claim.id!r} occurs twice")
         claims[claim.id] = claim
-    for claim in claims.values():
-        for name in [*claim.parts, *(name for name, compared, _ in claim.conditions if not compared)]:
-            if name not in claims:
-                raise ValueError(f"{path.name}, claim {claim.id}: names {name!r}, which is no claim")
+    rests_on = {claim.id: [*claim.parts, *claim.asks] for claim in claims.values()}
+    for claim, others in rests_on.items():
+        if strange := [name for name in others if name not in claims]:
+            raise ValueError(f"{path.name}, claim {claim}: names {strange[0]!r}, which is no claim")
+    try:
+        TopologicalSorter(rests_on).prepare()
+    except CycleError as error:
+        raise ValueError(f"{path.name}: claims rest on one another: {', '.join(error.args[1])}") from None
     return claims
 
 
@@ -292,6 +306,9 @@ def measured(content: Mapping[str, Any], claims: Mapping[str, Claim]) -> Measure
         return found
     if missing := [name for name in claim.values if name not in found.values]:
         raise ValueError(f"values: {missing[0]!r} is missing, which {claim.id} requires")
+    low, high = found.attainable or claim.attainable
+    if not low - 1e-9 <= found.effect.value <= high + 1e-9 and found.attainable:
+        raise ValueError(f"attainable: {low:g} to {high:g} does not hold the effect {found.effect.value:g}")
     low, high = claim.attainable
     for name, span in {"effect": found.effect, "control": found.control}.items():
         if span and not low - 1e-9 <= span.value <= high + 1e-9:

@@ -203,14 +203,8 @@ def forest(rows: Sequence[tuple[Claim, Finding, str]], *, run: int | None = None
         organism = found.model.startswith("organism")
         colour = PALETTE["blue"] if organism else HARMFUL
         if found.effect:
-            ax.plot(
-                [found.effect.low, found.effect.high],
-                [0, 0],
-                color=colour,
-                lw=7,
-                alpha=0.2,
-                solid_capstyle="butt",
-            )
+            ends = [found.effect.low, found.effect.high]
+            ax.plot(ends, [0, 0], color=colour, lw=7, alpha=0.2, solid_capstyle="butt")
         shown = [one for one in found.runs if one.effect]
         heights = np.linspace(0.5, -0.5, len(shown)) if len(shown) > 1 else [0.0] * len(shown)
         for y, one in zip(heights, shown, strict=True):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections import Counter, defaultdict
@@ -246,13 +247,14 @@ def findings(folders: Iterable[str | Path] | None = None, *, role: str = "") -> 
         if not role or one.role in (role, "real"):
             runs[one.claim, one.model].append(one)
     return [
-        _together(claim, sorted(runs[name, model], key=lambda one: one.run))
+        together(claim, sorted(runs[name, model], key=lambda one: one.run))
         for name, claim in load_claims().items()
         for model in sorted(model for of, model in runs if of == name)
     ]
 
 
-def _together(claim: Claim, some: list[Measurement]) -> Finding:
+def together(claim: Claim, some: Sequence[Measurement]) -> Finding:
+    """Runs of one claim and model: of the first role that there is, and no quick ones beside full ones."""
     some = [one for one in some if not one.quick] or some
     roles = {one.role for one in some}
     role = next(one for one in ("confirmatory", "exploratory", *roles) if one in roles)
@@ -299,13 +301,9 @@ def scorecard(
 
 
 def _row(claim: Claim, finding: Finding | None, model: str | None, word: str, reason: str) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        **vars(claim),
-        "rule": claim.rule and vars(claim.rule),
-        "word": word,
-        "reason": reason,
-    }
-    row["model"] = model
+    row = {name: list(x) if isinstance(x, tuple) else x for name, x in vars(claim).items()}
+    row["attainable"] = [end if math.isfinite(end) else None for end in claim.attainable]  # as in JSON
+    row |= {"rule": claim.rule and vars(claim.rule), "word": word, "reason": reason, "model": model}
     if finding is None:
         empty = ("value", "ci_low", "ci_high", "n", "control_value", "control_low", "control_high")
         return row | dict.fromkeys(empty) | {"runs": {}, "role_of_runs": "", "note": "", "created_utc": None}

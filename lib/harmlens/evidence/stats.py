@@ -233,18 +233,21 @@ def over_runs(runs: Sequence[Estimate], *, n_resamples: int = N_RESAMPLES, seed:
     low, high = scipy_stats.t.ppf([_ONE_SIDED, 1 - _ONE_SIDED], len(runs) - 1)
     if len(runs) >= FEW_RUNS:
         picked = np.random.default_rng(seed).integers(len(runs), size=(n_resamples, len(runs)))
-        drawn = values[picked]
-        low, high = np.quantile(
-            (drawn.mean(axis=1) - mean) / _standard_error(drawn, noise), [_ONE_SIDED, 1 - _ONE_SIDED]
-        )
+        errors = _standard_error(values[picked], noise)
+        if (spread := errors > 0).any():  # else of the same run over and over
+            away = (values[picked].mean(axis=1) - mean)[spread] / errors[spread]
+            low, high = np.quantile(away, [_ONE_SIDED, 1 - _ONE_SIDED])
     ends = (mean - high * error, mean - low * error)
     return Estimate(mean, min(ends[0], mean), max(ends[1], mean), max(run.n for run in runs))
 
 
-def p_beyond(runs: Sequence[Estimate], bound: float) -> float:
-    """One-sided p-value of "the mean over training runs is at most ``bound``" (t; of one run, over items)."""
+def p_beyond(runs: Sequence[Estimate], bound: float, sign: int = 1) -> float:
+    """One-sided p-value of "the mean over training runs is not beyond ``bound``" (t; of one run, over items).
+
+    ``sign``: 1 where beyond means above, -1 where it means below.
+    """
     values, noise = _values(runs)
-    away = float(values.mean()) - bound
+    away = sign * (float(values.mean()) - bound)
     error = _standard_error(values, noise) if len(runs) > 1 else math.sqrt(noise)
     if not error:
         return float(away <= 0)

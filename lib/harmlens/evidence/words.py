@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from harmlens.evidence.claims import Claim, Finding, load_claims
-from harmlens.evidence.stats import Estimate, p_beyond
+from harmlens.evidence.stats import p_beyond
 
 WORDS = ("supported", "partial", "contradicted", "inconclusive", "not testable")
 CHECKS = ("pass", "bounds met (tuned)", "fail", "unclear")  # words of our own checks
@@ -74,7 +74,7 @@ def _obstacle(claim: Claim, finding: Finding | None, given: Mapping[str, str]) -
     if without:
         which = f"run {without[0].run}" + (f" and {len(without) - 1} more" if len(without) > 1 else "")
         return f"{which}: {without[0].note}"
-    if claim.kind != "equivalence" and not claim.difference and finding.diff is None:
+    if claim.compared and finding.diff is None:
         return "no control was measured"
     for name, compared, bound in claim.conditions:
         if not compared and given[name] != "supported":
@@ -94,18 +94,9 @@ def _p(claim: Claim, finding: Finding | None) -> float:
     """One-sided p-value of a claim: the larger of those for the threshold and for the control."""
     if finding is None or finding.effect is None or claim.rule is None:
         return 1.0
-    tested = [("effect", claim.rule.threshold)]
-    if claim.kind != "equivalence" and not claim.difference:
-        tested.append(("diff", 0.0))
-    p = []
-    for part, bound in tested:
-        runs = [_mirrored(one) if claim.sign < 0 else one for one in finding.estimates(part)]
-        p.append(p_beyond(runs, claim.sign * bound) if runs else 1.0)
-    return max(p)
-
-
-def _mirrored(one: Estimate) -> Estimate:
-    return Estimate(-one.value, -one.high, -one.low, one.n)
+    tested = {"effect": claim.rule.threshold} | ({"diff": 0.0} if claim.compared else {})
+    runs = {part: finding.estimates(part) for part in tested}
+    return max(p_beyond(runs[part], at, claim.sign) if runs[part] else 1.0 for part, at in tested.items())
 
 
 def all_words(found: Iterable[Finding]) -> dict[tuple[str, str], tuple[str, str]]:
@@ -115,27 +106,28 @@ def all_words(found: Iterable[Finding]) -> dict[tuple[str, str], tuple[str, str]
     by Holm's method; one that is supported only by itself is *inconclusive*. A check of ours reads pass, fail
     or unclear. What a claim requires and its model wasn't asked is looked up on the organism.
     """
+    from statsmodels.stats.multitest import multipletests
+
     claims, table = load_claims(), {(one.claim, one.model): one for one in found}
     said: dict[tuple[str, str], tuple[str, str]] = {}
 
-    def home(name: str, model: str) -> str:
-        """The model on which a claim was measured: this one, or else an organism."""
+    def home(name: str, model: str, lent: bool = True) -> str:
+        """The model on which a claim was measured: this one, or else an organism (``lent`` to real ones)."""
         name = claims[name].parts[0] if claims[name].parts else name
         others = sorted(other for one, other in table if one == name and other.startswith("organism"))
-        return model if (name, model) in table or not others else others[0]
+        lent = lent or model.startswith("organism")
+        return others[0] if others and lent and (name, model) not in table else model
 
     def settle(name: str, model: str) -> str:
         """The word of one claim, plainly; ``said`` keeps it as it is shown."""
         claim = claims[name]
         if claim.parts:
-            own = model.startswith("organism")
-            parts = {part: settle(part, home(part, model) if own else model) for part in claim.parts}
+            parts = {part: settle(part, home(part, model, lent=False)) for part in claim.parts}
             plain = min(parts.values(), key=_WORST.index)
             which = ", ".join(part for part in parts if parts[part] == plain)
             reason = f"the worst word of its parts, that of {which}"
         else:
-            named = [other for other, compared, _ in claim.conditions if not compared]
-            given = {other: settle(other, home(other, model)) for other in named}
+            given = {other: settle(other, home(other, model)) for other in claim.asks}
             plain, reason = word(claim, table.get((name, model)), given)
         shown = plain
         if claim.role == "check" and plain != TABLE:
@@ -148,20 +140,14 @@ def all_words(found: Iterable[Finding]) -> dict[tuple[str, str], tuple[str, str]
         for model in sorted({model for name, model in table if name == (claim.parts or (claim.id,))[0]}):
             settle(claim.id, model)
     said = {pair: given for pair, given in said.items() if pair in table or claims[pair[0]].parts}
-    return said | _after_holm(said, claims, table)
-
-
-def _after_holm(
-    said: Mapping[tuple[str, str], tuple[str, str]], claims: Mapping[str, Claim], table: Mapping
-) -> dict[tuple[str, str], tuple[str, str]]:
-    """Primary claims that are supported by themselves alone, and what they read instead."""
-    from statsmodels.stats.multitest import multipletests
-
-    primary, changed = [claim for claim in claims.values() if claim.role == "primary"], {}
+    primary = [claim for claim in claims.values() if claim.role == "primary"]
     for model in {model for _, model in said} if primary else ():
-        p = [max(_p(claims[x], table.get((x, model))) for x in c.parts or (c.id,)) for c in primary]
+        p = []  # of a conjunction the largest
+        for claim in primary:
+            at = {part: home(part, model, lent=False) for part in claim.parts or (claim.id,)}
+            p.append(max(_p(claims[part], table.get((part, at[part]))) for part in at))
         for claim, holds in zip(primary, multipletests(p, 0.05, method="holm")[0], strict=True):
             if not holds and said.get((claim.id, model), ("",))[0] == "supported":
                 reason = f"supported alone, but not as one of {len(primary)} claims (Holm)"
-                changed[claim.id, model] = ("inconclusive", reason)
-    return changed
+                said[claim.id, model] = ("inconclusive", reason)
+    return said
