@@ -75,13 +75,6 @@ def test_shuffled_directions_hold_nothing_of_the_difference_between_the_sides(lm
     assert not torch.equal(a, b) and a.norm() > 0
 
 
-def test_a_direction_drawn_blindly_is_as_long_and_another_one():
-    one = PAGE.drawn_blindly(Direction(vector(), 1))
-    torch.testing.assert_close(one.vector.norm(), vector().norm())
-    torch.testing.assert_close(one.unit.norm(), torch.tensor(1.0))
-    assert not torch.equal(one.vector, vector()) and one.depth == 1
-
-
 def page(lm):
     """Notebook 17 with one model, of two layers."""
     return lecture.defined("17", lm=lm, y1=Y1, last=1)

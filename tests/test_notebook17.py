@@ -1,4 +1,4 @@
-"""What notebook 17 teaches: neurons against weights, counts against chance, directions."""
+"""What notebook 17 teaches: neurons against weights, counts against chance, what is taken."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scipy import stats as scipy_stats
 
 from harmlens.asking import tasks
 from harmlens.asking.source import WORLD
-from harmlens.flow import directions, interventions
+from harmlens.flow import interventions
 from harmlens.models import forward
 from harmlens.models import parts as decoder
 from harmlens.weights import attribution, masks, scores
@@ -145,7 +145,7 @@ def test_norms_by_hand(lm):
     assert len(got) == UNITS and got[9] == pytest.approx(float(by_hand.detach()))
 
 
-# --------------------------------------------------------------------------- scores and directions
+# --------------------------------------------------------------------------- scores and what is taken
 
 
 def test_scores_of_outgoing_weights_add_up_to_the_neurons_effect():
@@ -166,22 +166,19 @@ def test_scores_of_outgoing_weights_add_up_to_the_neurons_effect():
     assert abs(slope) > 1e-4 and got == pytest.approx(slope, rel=0.05)
 
 
-def along(lm, mask, vector):
-    return page(lm, mask).along(mask, directions.Direction(vector, 1))
+def test_taken_is_what_goes_beyond_the_control():
+    found = lecture.defined(
+        "17",
+        after={
+            "view": [{"o": np.array([1.0, 2.0])}, {"o": np.array([4.0, 4.0])}, {"o": np.array([4.0, 2.0])}]
+        },
+        start={"o": np.array([5.0, 5.0])},
+    )
+    assert found.crossing("view", "o").value == pytest.approx((3.5 - 1.5) / 5)
 
 
-def test_along_a_direction_by_hand(lm):
-    empty, axis = some_mask(lm).empty, torch.eye(WIDTH)[7]
-    for place, share in (((7, 2), WIDTH), ((6, 7), 0)):  # writes into coordinate 7, and elsewhere
-        assert along(lm, one(empty, DOWN, place), 3 * axis) == pytest.approx(share)
-    weights = [float(scores.matrices(lm)[DOWN].weight[row, 2].detach()) ** 2 for row in (7, 8)]
-    got = along(lm, one(empty, DOWN, (7, 2), (8, 2)), axis)
-    assert got == pytest.approx(WIDTH * weights[0] / sum(weights))
-
-
-@pytest.mark.parametrize("architecture", ["llama", "phi3", "gpt_neox"])
-def test_along_a_whole_basis_is_everything(architecture):
-    lm = tiny.model(architecture)
-    basis = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)))[0]
-    shares = [along(lm, some_mask(lm), v) for v in basis]
-    assert np.mean(shares) == pytest.approx(1, rel=1e-4)
+def test_matched_sets_are_compared_by_their_mean_enrichment(lm):
+    found, rows = page(lm, some_mask(lm)), np.array([[3, 10, 20, 100], [1, 5, 10, 50]])
+    other = np.array([[5, 10, 20, 100], [1, 5, 10, 50]])
+    both = found.mean_enrichment(*np.concatenate([rows, other], axis=1).T)
+    assert both == pytest.approx(np.mean([found.log2_enrichment(*one.T) for one in (rows, other)]))
