@@ -20,15 +20,13 @@ import sys
 from pathlib import Path
 
 import execute
-from harmlens.evidence import results
+import front
 from layout import ROOT, merge_outputs, notebooks, read_notebook, source_of, toc_pages, write_notebook
 
 RAW = argparse.RawDescriptionHelpFormatter
 BADGE = re.compile(
     r"\[!\[[^\]]*\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]\(([^)]+)\)"
 )
-
-ANSWER = re.compile(r"```\{answer\} (\w+)\n```\n")
 
 
 class BookError(Exception):
@@ -128,17 +126,12 @@ def stage(shown: dict, target: Path, root: Path = ROOT) -> str:
                 cell.source = BADGE.sub(r"[Open this notebook in Google Colab](\1)", cell.source)
         write_notebook(notebook, target / path.relative_to(root))
     for page in (target / "book").glob("*.md"):
-        page.write_text(ANSWER.sub(answer, page.read_text(encoding="utf-8")), encoding="utf-8")
+        page.write_text(front.filled(page.read_text(encoding="utf-8")), encoding="utf-8")
     digest = hashlib.sha256()
     for path in execute.files(target, "*"):
         digest.update(f"{path.relative_to(target).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
-
-
-def answer(match: re.Match) -> str:
-    """What the recorded runs say about the claims of a notebook, where a page has {answer}."""
-    return f"> {results.answer(match[1], results.default_folders()[1:])}\n"
 
 
 def render(work: Path, staged: str, root: Path = ROOT) -> None:

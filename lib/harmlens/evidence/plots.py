@@ -190,37 +190,56 @@ def _short(value: float, digits: int) -> str:
     return "" if not abs(value) >= 0.5 * 10**-digits else f"{value:.{digits}f}"
 
 
-def forest(rows: Sequence[tuple[Claim, Finding, str]], *, run: int | None = None, own: str = "") -> Figure:
+def forest(
+    rows: Sequence[tuple[Claim, Finding | None, str]],
+    *,
+    run: int | None = None,
+    own: str = "",
+    height: float = 0.72,
+) -> Figure:
     """Recorded runs: a row for each (claim, finding, word), a dot for each run, each row on its own scale.
 
     The bar is the interval over runs, hollow dots are controls, the dashed line is the threshold. The dot of
-    ``run`` is ringed in rows of organisms if the model ``own`` is one, else in its own. Others are named.
+    ``run`` is ringed in rows of organisms if the model ``own`` is one, else in its own. Others are named. A
+    row without a finding is a claim of several parts: its word alone. ``height``: of a row, in inches.
     """
     if not rows:
         raise ValueError("rows is empty: no run of these claims is recorded yet; record one first")
-    fig, axes = plt.subplots(len(rows), 1, figsize=(7.2, 0.72 * len(rows) + 0.5), squeeze=False)
+    fig, axes = plt.subplots(len(rows), 1, figsize=(7.2, height * len(rows) + 0.5), squeeze=False)
     for ax, (claim, found, word) in zip(axes[:, 0], rows, strict=True):
-        organism = found.model.startswith("organism")
-        colour = PALETTE["blue"] if organism else HARMFUL
-        if found.effect:
-            ends = [found.effect.low, found.effect.high]
-            ax.plot(ends, [0, 0], color=colour, lw=7, alpha=0.2, solid_capstyle="butt")
-        shown = [one for one in found.runs if one.effect]
-        heights = np.linspace(0.5, -0.5, len(shown)) if len(shown) > 1 else [0.0] * len(shown)
-        for y, one in zip(heights, shown, strict=True):
-            if one.control:
-                ax.plot(one.control.value, y, "o", ms=5, color="0.5", mfc="white")
-            ax.plot([one.effect.low, one.effect.high], [y, y], color=colour, lw=1)
-            this = one.run == run and (not own or organism == own.startswith("organism"))
-            ringed = {"mec": "black", "mew": 1.8, "ms": 8} if this else {"ms": 6}
-            ax.plot(one.effect.value, y, "o", color=colour, zorder=3, **ringed)
-        if claim.rule:
-            ax.axvline(claim.rule.threshold, ls="--", lw=1, color="0.4", zorder=0)
-        label = fill(claim.short, 34)
-        model = "" if found.model in ("", own) else f" on {found.model}"
-        ax.set_ylabel(f"{label}\n{claim.id}{model}", rotation=0, ha="right", va="center", fontsize=8)
-        ax.text(1.02, 0.5, fill(word, 12), transform=ax.transAxes, va="center", fontsize=9)
+        model = "" if not found or _organism(found) or found.model == own else f" on {found.model}"
+        weight = "bold" if claim.role == "primary" else "normal"
+        ax.set_ylabel(
+            f"{fill(claim.short, 40)}\n{claim.id}{model}", rotation=0, ha="right", va="center", fontsize=8,
+            weight=weight,
+        )  # fmt: skip
+        ax.text(1.02, 0.5, fill(word, 12), transform=ax.transAxes, va="center", fontsize=9, weight=weight)
         ax.set(yticks=[], ylim=(-0.9, 0.9))
         ax.tick_params(labelsize=8)
         ax.spines["left"].set_visible(False)
+        if found is None:
+            ax.spines["bottom"].set_visible(False)
+            ax.set_xticks([])
+            continue
+        _runs(ax, found, run if not own or _organism(found) == own.startswith("organism") else None)
+        if claim.rule:
+            ax.axvline(claim.rule.threshold, ls="--", lw=1, color="0.4", zorder=0)
     return fig
+
+
+def _organism(found: Finding) -> bool:
+    return found.model.startswith("organism")
+
+
+def _runs(ax: Axes, found: Finding, ringed: int | None) -> None:
+    """The runs of one claim: their interval, and each with its control."""
+    colour, shown = PALETTE["blue"] if _organism(found) else HARMFUL, [x for x in found.runs if x.effect]
+    if found.effect:
+        ends = [found.effect.low, found.effect.high]
+        ax.plot(ends, [0, 0], color=colour, lw=7, alpha=0.2, solid_capstyle="butt")
+    for y, one in zip(np.linspace(0.5, -0.5, len(shown)) * (len(shown) > 1), shown, strict=True):
+        if one.control:
+            ax.plot(one.control.value, y, "o", ms=5, color="0.5", mfc="white")
+        ax.plot([one.effect.low, one.effect.high], [y, y], color=colour, lw=1)
+        edge = {"mec": "black", "mew": 1.8, "ms": 8} if one.run == ringed else {"ms": 6}
+        ax.plot(one.effect.value, y, "o", color=colour, zorder=3, **edge)

@@ -1,0 +1,93 @@
+"""What pages say from result files: the first screen, the table of what was changed, the old rule."""
+
+import re
+import warnings
+
+import pytest
+
+import front
+from harmlens.evidence import claims, results
+from harmlens.evidence.stats import Estimate
+
+KNOWN = claims.load_claims()
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """Three made-up runs of every claim, all of them as far on the claimed side as can be."""
+    folder = tmp_path_factory.mktemp("results")
+    for claim in (claim for claim in KNOWN.values() if not claim.parts):
+        low, high = max(-2.0, claim.attainable[0]), min(2.0, claim.attainable[1])
+        best, worst = (high, low) if claim.sign > 0 else (low, high)
+        for run in range(3):
+            values = {name: bound for name, compared, bound in claim.conditions if compared}
+            control = ("chance", Estimate(worst, worst, worst, 30))
+            results.record(
+                claim.id, Estimate(best, best, best, 30), control, model="organism/sft", run=run,
+                values=values, folder=folder,
+            )  # fmt: skip
+    return folder
+
+
+def read(markdown: str) -> str:
+    """As a reader sees it: links by their text, no marks."""
+    return re.sub(r"\{doc\}`([^`<]*)(?:<[^>]*>)?`", r"\1", markdown).replace("*", "")
+
+
+def test_the_first_screen_is_short_and_links_every_claim(measured):
+    shown = front.first_screen(results.scorecard([measured]))
+    text = read(shown)
+    assert len(text.split()) <= 200
+    claimed = re.findall(r"\b[CRV]\d\w*", text)
+    assert len(re.findall(r"(?<![\w.])-?\d[\d.]*", text)) <= 20
+    assert {name for name, claim in KNOWN.items() if claim.role == "primary"} <= set(claimed)
+    for claim in claimed:
+        assert f"{claim} </notebooks/" in shown
+    assert not re.search("logit|surplus|log2|Jaccard", text)
+
+
+def test_the_first_screen_without_a_result_says_so():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = read(front.first_screen(results.scorecard([])))
+    assert "can't tell yet" in text and "0 training runs (none yet)" in text
+
+
+def test_blocks_of_a_page_are_filled(measured, monkeypatch):
+    monkeypatch.setattr(results, "default_folders", lambda: [measured, measured])
+    blocks = ("{answer} 09_weights_that_carry_harm", "{first-screen}", "{changes}")
+    page = "# A\n\n" + "".join(f"```{block}\n```\n\n" for block in blocks) + "end\n"
+    filled = front.filled(page)
+    assert "```" not in filled and filled.endswith("end\n")
+    assert "> **3 training runs" in filled and "**How sure?**" in filled and "| why |" in filled
+
+
+def test_every_claim_has_a_row_among_the_changes(measured):
+    lines = front.changes([measured]).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert [row[0] for row in cells] == list(KNOWN) and all(len(row) == 5 and row[4] for row in cells)
+    words = {row["id"]: row["word"] for row in results.scorecard([measured])}
+    assert all(row[3] == words[row[0]] for row in cells)
+
+
+@pytest.mark.parametrize(
+    ("values", "control", "expected"),
+    [
+        ([0.8, 0.9, 0.7], 0.0, "replicated"),
+        ([0.8, 0.9, 0.7], 0.75, "direction only"),  # the control does it too
+        ([0.9, 0.9, 0.1], 0.0, "direction only"),  # the mean decided
+        ([0.3, 0.4, 0.2], 0.0, "direction only"),  # clear of nothing, short of the threshold
+        ([0.1, -0.1, 0.0], 0.0, "not replicated"),
+        ([0.9, 0.1, -0.2], 0.0, "undecided"),
+    ],
+)
+def test_the_old_rule_by_hand(tmp_path, values, control, expected):
+    rule = {"threshold": 0.5, "no_effect": 0.0, "margin_over_control": 0.0, "seeds_share": 0.66}
+    for run, value in enumerate(values):
+        null = ("chance", Estimate(control, control, control, 30))
+        results.record(
+            "R1a", Estimate(value, value, value, 30), null, model="organism/sft", run=run, folder=tmp_path,
+            values={KNOWN["R1a"].values[0]: 1.0},
+        )  # fmt: skip
+    (one,) = results.findings([tmp_path])
+    assert front.old_word(rule, 1, one) == expected
