@@ -31,7 +31,7 @@ def measured(tmp_path_factory):
 
 def read(markdown: str) -> str:
     """As a reader sees it: links by their text, no marks."""
-    return re.sub(r"\{doc\}`([^`<]*)(?:<[^>]*>)?`", r"\1", markdown).replace("*", "")
+    return re.sub(r"\{doc\}`([^`<]*)(?: <[^>]*>)?`", r"\1", markdown).replace("*", "")
 
 
 def test_the_first_screen_is_short_and_links_every_claim(measured):

@@ -25,7 +25,11 @@ TAGS = frozenset(
 AFTER: dict[str, tuple[str, ...]] = {"19_scorecard": ("*",)}
 
 # Figures that pages outside the notebooks show: picture -> (notebook, name of its figure).
-PICTURES: dict[str, tuple[str, str]] = {"book/figures/ladder.png": ("00_model_organism", "fig-ladder")}
+PICTURES: dict[str, tuple[str, str]] = {
+    "book/figures/ladder.png": ("00_model_organism", "fig-ladder"),
+    "book/figures/forest.png": ("19_scorecard", "fig-scorecard-papers"),
+    "book/figures/planted.png": ("08_can_we_trust_it", "fig-planted-instruments"),
+}
 
 
 def toc_pages(root: Path = ROOT) -> list[str]:
