@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import product
 from typing import Any
 
 import torch
@@ -83,11 +84,13 @@ class Naive:
         # What a patch inside a module writes is that module's output: there, freezing begins behind it.
         inside = {"head": "attn_out", "neurons": "mlp_out"}.get(site)
         if freeze is not None:
-            for layer in range(len(self.blocks)):
+            where = list(columns) if freeze.here else list(range(ids.shape[1]))
+            modules = ("attn_out", "mlp_out") if freeze.site == "modules" else (freeze.site,)
+            for layer, module in product(range(len(self.blocks)), modules):
+                # Nothing in front of a patch is changed by it, so what is frozen there gives the same.
                 held = freeze.layers is None or layer in freeze.layers
-                if held and not (layer in layers and freeze.site == inside):
-                    everywhere = list(range(ids.shape[1]))
-                    hooks.append(self._put(freeze.site, layer, everywhere, freeze.units, base))
+                if held and not (layer in layers and module == inside):
+                    hooks.append(self._put(module, layer, where, freeze.units, base))
         hooks += [self._put(site, layer, list(columns), units, source) for layer in layers]
         return self.logits(ids, hooks, noise)
 

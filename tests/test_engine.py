@@ -216,6 +216,10 @@ FREEZES = [
     Freeze("attn_out", layers=(2,)),
     Freeze("neurons", units=tuple(range(0, 64, 2))),
     Freeze("neurons", layers=(1, 2), units=(3, 4, 60)),
+    Freeze("modules"),
+    Freeze("mlp_out", here=True),
+    Freeze("modules", here=True),
+    Freeze("neurons", units=(3, 4, 60), here=True),
 ]
 
 
@@ -224,7 +228,7 @@ def first_and_last(lm, pair):
     return {name: found[name] for name in ("changed", "last")}
 
 
-@pytest.mark.parametrize("freeze", FREEZES, ids=lambda f: f"{f.site} {f.layers}")
+@pytest.mark.parametrize("freeze", FREEZES, ids=lambda f: f"{f.site} {f.layers} {f.here}")
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt_neox"])
 def test_frozen_modules(architecture, freeze):
     """Also the MLP of the block whose attention is patched, unless the two run in parallel."""
@@ -252,6 +256,8 @@ def test_freezing_everything_downstream_leaves_the_direct_path():
     """With every attention and MLP output held, a patch adds to the final residual stream and no more."""
     lm = tiny.model(layers=3)
     both = patching.patch(lm, PAIRS[1:3], Y1, sites="attn_out", freeze=Freeze("mlp_out"))
+    all_held = patching.patch(lm, PAIRS[1:3], Y1, sites="attn_out", positions="all", freeze=Freeze("modules"))
+    torch.testing.assert_close(all_held.patched[0, -1], both.patched[0, -1], atol=1e-4, rtol=0)
     net = naive.Naive(lm)
     for k, pair in enumerate(PAIRS[1:3]):
         x1, x0 = (net.record(ids) for ids in naive.ids_of(lm, pair))

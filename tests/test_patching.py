@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import naive
 import numpy as np
 import pytest
 import tiny
@@ -16,7 +17,7 @@ from harmlens.flow import engine, outcomes, patching
 from harmlens.flow.engine import SITES, Freeze
 from harmlens.flow.outcomes import Outcome, Replies, Reply, TokenSets
 from harmlens.flow.patching import Effects, patch
-from harmlens.models import forward
+from harmlens.models import chats, forward
 from harmlens.models.chats import Pair, Prompt
 from harmlens.models.forward import LanguageModel
 
@@ -244,7 +245,7 @@ def test_bad_arguments_are_named(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"site": "layer"}, "freeze.site='layer': choose 'attn_out', 'mlp_out' or 'neurons'"),
+        ({"site": "layer"}, "freeze.site='layer': choose attn_out, mlp_out, modules or neurons"),
         ({"site": "neurons"}, "freeze.units: give hidden units with site='neurons', and only with it"),
         ({"site": "mlp_out", "units": (1,)}, "freeze.units: give hidden units with site='neurons'"),
     ],
@@ -399,6 +400,30 @@ def test_the_changed_module_carries_all_and_nothing_below_it_any(part, site, lay
             assert w.at(other)[below].abs().max() < 1e-5
 
 
+def test_with_all_else_frozen_what_a_module_writes_is_all_that_changes():
+    """Direct effects between models: the final stream moves by the difference of the two outputs, no more."""
+    source = changed(changed(TWO, "mlp", 0), "self_attn", 1)
+    w = patching.across(TWO, source, CHATS, Y1, sites=("mlp_out", "attn_out"), freeze=Freeze("modules"))
+    last = patching.across(
+        TWO, source, CHATS, Y1, sites=("mlp_out", "attn_out"), positions="last", freeze=Freeze("modules")
+    )
+    torch.testing.assert_close(w.patched, last.patched, atol=1e-4, rtol=0)
+    ids = torch.tensor([chats.tokens(TWO.tokenizer, CHATS[0].render(TWO))])
+    here, there = (naive.Naive(lm).record(ids) for lm in (TWO, source))
+    for site in w.sites:
+        for layer in range(2):
+            moved = there[site][layer] - here[site][layer]
+            logits = TWO.model.lm_head(TWO.model.model.norm(here["resid_post"][-1] + moved))[0, -1:]
+            want = outcomes.logit_difference(logits, SETS)[0] - w.y0[0]
+            torch.testing.assert_close(w.at(site)[layer, 0], want, atol=1e-4, rtol=0)
+
+
+def test_random_patches_between_models_are_drawn_by_their_seed():
+    one, again, other = (patching.across(TWO, changed(TWO, "mlp"), CHATS, Y1, null=k) for k in (0, 0, 1))
+    assert torch.equal(one.patched, again.patched) and (one.patched - other.patched).abs().max() > 1e-3
+    torch.testing.assert_close(one.size, other.size)
+
+
 def test_outcomes_are_those_of_the_two_models():
     source = changed(TWO, "mlp")
     w = patching.across(TWO, source, CHATS, Y1, positions="last")
@@ -516,13 +541,6 @@ def test_mlp_surplus_turns_its_sign_when_the_modules_change_places(pairs):
     one = patching.mlp_surplus(*flat(*mlp), *flat(*attention))
     assert -1 <= one <= 1
     assert one == pytest.approx(-patching.mlp_surplus(*flat(*attention), *flat(*mlp)))
-
-
-def test_removed_surplus_by_hand():
-    """Of an effect of 4, freezing one kind leaves 1 and the other 3: 3/4 removed against 1/4."""
-    effect, frozen, other = (np.array(v) for v in ([3.0, 5.0], [0.0, 2.0], [3.0, 3.0]))
-    assert patching.removed_surplus(effect, frozen, other) == pytest.approx(0.5)
-    assert patching.removed_surplus(effect, other, frozen) == pytest.approx(-0.5)
 
 
 STATISTICS = {"late_surplus": patching.late_surplus, "mlp_surplus": patching.mlp_surplus}

@@ -100,6 +100,13 @@ class Run:
         rungs = list(loading.stages(self.model).values())
         return loading.load(name, template_from=rungs[-1] if name in rungs else None)
 
+    @cached_property
+    def before(self) -> loading.LanguageModel | None:
+        """The model before refusal training, a real one's before alignment; None where none is known."""
+        rungs = loading.stages(self.model).items()
+        early = [name for stage, name in rungs if stage in ("base", "mid", "long")]
+        return self.load(early[-1]) if early and self.model not in early else None
+
     def first_look(self, **options: Any) -> Any:
         """:func:`asking.source.first_look` at the model."""
         return material.first_look(self.lm, self.source, **options)

@@ -47,20 +47,22 @@ class Freeze:
     """Modules that keep the unpatched run's output downstream of a patch, which severs paths through them.
 
     Attributes:
-        site: ``"attn_out"``, ``"mlp_out"`` or ``"neurons"`` (hidden ``units`` of the MLP).
+        site: ``"attn_out"``, ``"mlp_out"``, ``"modules"`` (both) or ``"neurons"`` (hidden ``units`` of MLPs).
         layers: None for all downstream of the patch.
         null: a seed: instead of being frozen, the module's output is moved in a random direction, by as
             much as freezing would move it. The control of a severed path.
+        here: at the patched positions only, as in causal tracing; elsewhere modules react.
     """
 
     site: str
     layers: Sequence[int] | None = None
     units: Sequence[int] = ()
     null: int | None = None
+    here: bool = False
 
     def __post_init__(self) -> None:
-        if self.site not in ("attn_out", "mlp_out", "neurons"):
-            raise ValueError(f"freeze.site={self.site!r}: choose 'attn_out', 'mlp_out' or 'neurons'")
+        if self.site not in (*MODULES, "modules", "neurons"):
+            raise ValueError(f"freeze.site={self.site!r}: choose attn_out, mlp_out, modules or neurons")
         for name in ("layers", "units"):  # whatever they were given as: they are part of names and keys
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(int(i) for i in getattr(self, name)))
@@ -218,7 +220,7 @@ class _Patching:
         if find is mlp:
             new = compose(self.group.parts, base, layer, before, attn=cut(base.attn), mlp_out=new)
         elif find:  # the MLP of the same block reacts
-            with self.frozen(layer, columns, 1, only=("mlp_out", "neurons")):
+            with self.frozen(layer, columns, only=("mlp_out", "neurons")):
                 new = compose(self.group.parts, base, layer, before, attn=new)
         return _Patch(columns, new, moved.norm(dim=-1))
 
@@ -237,7 +239,7 @@ class _Patching:
             if resid is not None:
                 before = resid.to(base.resid[layer].device)
                 with (
-                    self.frozen(layer, list(range(start, base.length - base.offset)), len(joined)),
+                    self.frozen(layer, list(range(start, base.length - base.offset)), joined),
                     self.windows(layer, windows, start),
                 ):
                     at = start + base.offset
@@ -279,15 +281,24 @@ class _Patching:
 
     @contextmanager
     def frozen(
-        self, layer: int, columns: list[int], copies: int, only: Sequence[str] = (*MODULES, "neurons")
+        self, layer: int, columns: list[int], cells: Sequence[Cell] = (), only: Sequence[str] = tuple(STORES)
     ) -> Iterator[None]:
         """Within, the frozen modules of a block give what they gave in the unpatched run."""
         freeze, block = self.freeze, self.group.parts.blocks[layer]
-        if freeze is None or not freeze.holds(layer) or freeze.site not in only:
+        with ExitStack() as held:
+            if freeze is not None and freeze.site == "modules":
+                for site in MODULES:
+                    one = replace(self, freeze=replace(freeze, site=site))
+                    held.enter_context(one.frozen(layer, columns, cells, only))
+            elif freeze is not None and freeze.holds(layer) and freeze.site in only:
+                self.hold(held, layer, STORES[freeze.site][0](block), columns, cells)
             yield
-            return
-        units, (find, store) = list(freeze.units), STORES[freeze.site]
-        module, kept = find(block), getattr(self.base, store)[layer][:, columns].repeat(copies, 1, 1)
+
+    def hold(self, held: ExitStack, layer: int, module: nn.Module, columns: list[int], cells: Sequence[Cell]):
+        """Keep one module as it was, or move it for the null, until ``held`` is left."""
+        freeze, units, copies = self.freeze, list(self.freeze.units), len(cells) or 1
+        kept = getattr(self.base, STORES[freeze.site][1])[layer][:, columns].repeat(copies, 1, 1)
+        at = torch.tensor([[c in cell.columns for c in columns] for cell in cells])
 
         def hold_units(hidden: Tensor) -> Tensor:
             hidden = hidden.clone()
@@ -296,23 +307,25 @@ class _Patching:
 
         def move(moved: Any, inputs: tuple, output: Any) -> Any:
             live = first(output)
-            frozen = moved.forward(hold_units(inputs[0])) if units else kept
-            far = (frozen.float() - live.float()).norm(dim=-1, keepdim=True)
-            key = ("freeze", freeze.null, freeze.site, layer, freeze.units)
-            drawn = self.drawn(key, columns, live.shape[-1]).repeat(copies, 1, 1)
-            new = (live.float() + drawn.to(far) * far).to(live.dtype)
+            new = moved.forward(hold_units(inputs[0])) if units else kept
+            if freeze.null is not None:
+                far = (new.float() - live.float()).norm(dim=-1, keepdim=True)
+                key = ("freeze", freeze.null, freeze.site, layer, freeze.units)
+                drawn = self.drawn(key, columns, live.shape[-1]).repeat(copies, 1, 1)
+                new = (live.float() + drawn.to(far) * far).to(live.dtype)
+            if freeze.here and cells:
+                where = at.repeat_interleave(len(live) // copies, 0)[..., None].to(live.device)
+                new = torch.where(where, new, live)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        with ExitStack() as held:
-            if freeze.null is not None:
-                moved = decoder.projection(module) if units else module
-                held.callback(moved.register_forward_hook(move, prepend=True).remove)
-            elif units:
-                linear = decoder.projection(module)
-                held.enter_context(shown(hold_units, entering=[linear], before_others=True))
-            else:
-                held.enter_context(stubbed(module, kept, self.base.outputs[module]))
-            yield
+        if freeze.null is not None or freeze.here:
+            moved = decoder.projection(module) if units else module
+            held.callback(moved.register_forward_hook(move, prepend=True).remove)
+        elif units:
+            linear = decoder.projection(module)
+            held.enter_context(shown(hold_units, entering=[linear], before_others=True))
+        else:
+            held.enter_context(stubbed(module, kept, self.base.outputs[module]))
 
 
 # --------------------------------------------------------------------------- single blocks, in part

@@ -196,6 +196,8 @@ def across(
     *,
     sites: Sites = "layer",
     positions: str = "all",
+    freeze: Freeze | None = None,
+    null: int | None = None,
 ) -> Effects:
     """Patch activations of *another model* that reads the same prompts: the model contrast.
 
@@ -206,6 +208,7 @@ def across(
         source: of the same architecture, such as the parent of a fine-tuned model.
         chats: each is a unit, named by its place in the list.
         positions: ``"all"`` or ``"last"``.
+        freeze, null: as for :func:`patch`; frozen modules keep what they gave in ``lm``.
 
     Returns:
         Denoising :class:`Effects` with y1 the source's outcome and y0 that of ``lm``.
@@ -221,16 +224,17 @@ def across(
         raise ValueError(f"chats must not be empty and positions be 'all' or 'last', got {positions!r}")
     ids = [tokens(lm.tokenizer, chat.render(lm)) for chat in chats]
     require_room(lm, ids)
-    groups, y1 = [], torch.zeros(len(ids))
+    groups, y1, options = [], torch.zeros(len(ids)), {"details": _details(named, freeze), "share": False}
     for length in sorted(set(map(len, ids))):
         index = [i for i, row in enumerate(ids) if len(row) == length]
-        rows, options = torch.tensor([ids[i] for i in index]), {"details": _details(named), "share": False}
+        rows = torch.tensor([ids[i] for i in index])
         here, there = (record_run(p, rows.to(p.model.device), **options) for p in (parts, theirs))
         columns = {positions: tuple(range(length)) if positions == "all" else (length - 1,)}
         names, read = [str(i) for i in index], reader(parts, outcome)
         groups.append(Group(parts, index, names, rows, there, here, columns, 0, 1, read))
         y1[index] = reader(theirs, outcome)(there.resid[-1][:, -1:], torch.tensor(index)).cpu()
-    [found] = _effects(groups, [str(i) for i in range(len(ids))], named, _layers(parts, None, named))
+    names, layers = [str(i) for i in range(len(ids))], _layers(parts, None, named)
+    [found] = _effects(groups, names, named, layers, freeze=freeze, null=null)
     return replace(found, y1=y1)
 
 
@@ -364,13 +368,3 @@ def mlp_surplus(*layers: np.ndarray, axis: int = -1) -> Numbers:
     means = np.abs(np.stack([np.mean(effects, axis=axis) for effects in layers]))
     mlp, attention = (half.sum(0) for half in np.split(means, 2))
     return (mlp - attention) / (mlp + attention)
-
-
-def removed_surplus(effect: np.ndarray, frozen: np.ndarray, other: np.ndarray, *, axis: int = -1) -> Numbers:
-    """Share of an effect that freezing some modules removes, minus that by freezing others (claim C2b).
-
-    Args:
-        effect: of the patch with nothing frozen; its mean must not be (nearly) zero.
-        frozen, other: of the same patch with the one and with the other kind of module frozen.
-    """
-    return (np.mean(other, axis=axis) - np.mean(frozen, axis=axis)) / np.mean(effect, axis=axis)
