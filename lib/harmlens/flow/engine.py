@@ -300,14 +300,12 @@ class _Patching:
         kept = getattr(self.base, STORES[freeze.site][1])[layer][:, columns].repeat(copies, 1, 1)
         at = torch.tensor([[c in cell.columns for c in columns] for cell in cells])
 
-        def hold_units(hidden: Tensor) -> Tensor:
-            hidden = hidden.clone()
-            hidden[..., units] = kept[..., units]
-            return hidden
-
         def move(moved: Any, inputs: tuple, output: Any) -> Any:
-            live = first(output)
-            new = moved.forward(hold_units(inputs[0])) if units else kept
+            live, new = first(output), kept
+            if units:
+                hidden = inputs[0].clone()
+                hidden[..., units] = kept[..., units]
+                new = moved.forward(hidden)
             if freeze.null is not None:
                 far = (new.float() - live.float()).norm(dim=-1, keepdim=True)
                 key = ("freeze", freeze.null, freeze.site, layer, freeze.units)
@@ -318,12 +316,9 @@ class _Patching:
                 new = torch.where(where, new, live)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        if freeze.null is not None or freeze.here:
+        if freeze.null is not None or freeze.here or units:
             moved = decoder.projection(module) if units else module
             held.callback(moved.register_forward_hook(move, prepend=True).remove)
-        elif units:
-            linear = decoder.projection(module)
-            held.enter_context(shown(hold_units, entering=[linear], before_others=True))
         else:
             held.enter_context(stubbed(module, kept, self.base.outputs[module]))
 

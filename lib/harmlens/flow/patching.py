@@ -195,6 +195,7 @@ def across(
     outcome: Outcome | Callable[[Tensor], Tensor],
     *,
     sites: Sites = "layer",
+    layers: Sequence[int | range] | None = None,
     positions: str = "all",
     freeze: Freeze | None = None,
     null: int | None = None,
@@ -208,7 +209,7 @@ def across(
         source: of the same architecture, such as the parent of a fine-tuned model.
         chats: each is a unit, named by its place in the list.
         positions: ``"all"`` or ``"last"``.
-        freeze, null: as for :func:`patch`; frozen modules keep what they gave in ``lm``.
+        layers, freeze, null: as for :func:`patch`; frozen modules keep what they gave in ``lm``.
 
     Returns:
         Denoising :class:`Effects` with y1 the source's outcome and y0 that of ``lm``.
@@ -233,8 +234,8 @@ def across(
         names, read = [str(i) for i in index], reader(parts, outcome)
         groups.append(Group(parts, index, names, rows, there, here, columns, 0, 1, read))
         y1[index] = reader(theirs, outcome)(there.resid[-1][:, -1:], torch.tensor(index)).cpu()
-    names, layers = [str(i) for i in range(len(ids))], _layers(parts, None, named)
-    [found] = _effects(groups, names, named, layers, freeze=freeze, null=null)
+    names, chosen = [str(i) for i in range(len(ids))], _layers(parts, layers, named)
+    [found] = _effects(groups, names, named, chosen, freeze=freeze, null=null)
     return replace(found, y1=y1)
 
 
