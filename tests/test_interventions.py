@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from harmlens.asking import pairs as prompts
-from harmlens.flow import interventions, neurons, outcomes
+from harmlens.flow import interventions, neurons, outcomes, patching
 from harmlens.models import forward
 from harmlens.models import parts as decoder
 from harmlens.models.chats import Prompt, tokens
@@ -308,14 +308,23 @@ def test_notebook_06_holds_units_at_given_values(lm):
     assert held.shape == own[:, None].shape and (held == target).all()
 
 
-def test_notebook_06_resamples_whole_rows_of_its_bank():
-    bank = torch.arange(12.0).view(6, 2)
-    page = lecture.defined("06", bank=bank, rng=np.random.default_rng(1))
-    values = torch.zeros(5, 1, 2)
-    first, second = page.resampled(0, values), page.resampled(0, values)
-    assert first.shape == values.shape
-    assert all(row.tolist() in bank.tolist() for row in first[:, 0])
-    assert not torch.equal(first, second)  # drawn anew for the next run
+def test_heads_are_set_side_by_side_as_patching_sets_them(lm):
+    """What every head of a layer brings is what its attention module gives out."""
+    count = decoder.projection_weight(decoder.attention(decoder.blocks(lm)[0])).shape[1]
+    texts, sources = _texts(lm, "x0"), _texts(lm, "x1")
+    options = {"of": decoder.attention, "where": "prompt", "max_new_tokens": 1}
+    got = [
+        interventions.generate_patched(lm, texts, sources, {1: units}, **options)
+        for units in (range(count), range(count // tiny.SHAPE.heads))
+    ]
+    likeliest = lambda logits: logits.argmax(-1).float()  # noqa: E731
+    for said, site in zip(got, ("attn_out", "head"), strict=True):
+        found = patching.patch(lm, PAIRS, likeliest, sites=site, layers=[1])
+        assert found.sites[0] == ("head 0" if site == "head" else site)
+        want = [lm.tokenizer.decode([int(i)]).strip() for i in found.patched[0, 0, 0]]
+        assert said == want
+    with pytest.raises(ValueError, match=rf"0 to {count - 1}, not \[{count}\]"):
+        interventions.generate_patched(lm, texts, sources, {1: [count]}, **options)
 
 
 # --------------------------------------------------------------------------- bad input

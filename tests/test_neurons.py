@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lecture
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -155,33 +156,20 @@ def test_permuting_hidden_units_leaves_the_function_and_the_effects_unchanged(lm
     torch.testing.assert_close(after.effects, before.effects[:, order], atol=1e-4, rtol=0)
 
 
-def test_greedy_takes_the_best_single_unit_first_and_never_loses_to_top_k_at_one(lm):
-    single = neurons.last_layer(lm, PAIRS, Y1)
-    order = neurons.greedy(lm, PAIRS, Y1, 6)
-    assert order[0] == neurons.top_k(single, 1)[0]
-    assert len(set(order)) == 6
-    joint = neurons.set_effects(lm, PAIRS, Y1, [order[:1], order[:2]]).effects.mean(0)
-    # its second choice is the best second unit there is
-    others = [u for u in range(UNITS) if u != order[0]]
-    second = neurons.set_effects(lm, PAIRS, Y1, [[order[0], u] for u in others]).effects.mean(0)
-    torch.testing.assert_close(joint[1], second.max(), atol=1e-5, rtol=0)
+def test_notebook_05_reads_the_share_that_chosen_units_carry():
+    effects = np.array([[3.0, -1.0, 0.0, 0.5]] * 3 + [[3.0, -1.0, 0.0, -0.5]] * 3)
+    got = PAGE.carried(effects, [0, 1])  # the last unit cancels over pairs
+    assert got.value == 1.0 and 0.85 < got.low < 1 == got.high
+    assert PAGE.carried(effects, [1]).value == 0.25
 
 
-def test_greedy_follows_sign_and_direction(lm):
-    low = neurons.greedy(lm, PAIRS, Y1, 1, sign=-1)
-    assert low == neurons.top_k(neurons.last_layer(lm, PAIRS, Y1), 1, sign=-1)
-    noising = neurons.last_layer(lm, PAIRS, Y1, direction="noising")
-    assert neurons.greedy(lm, PAIRS, Y1, 1, direction="noising") == neurons.top_k(noising, 1)
-
-
-@pytest.mark.parametrize("architecture", ["gemma2"])
-def test_greedy_without_closed_form(architecture):
-    lm = tiny.model(architecture)
-    order = neurons.greedy(lm, PAIRS, Y1, 2)
-    pairs_of = neurons.set_effects(lm, PAIRS, Y1, [[order[0], u] for u in range(UNITS) if u != order[0]])
-    best = pairs_of.effects.mean(0).max()
-    joint = neurons.set_effects(lm, PAIRS, Y1, [order]).effects.mean(0)[0]
-    torch.testing.assert_close(joint, best, atol=1e-5, rtol=0)
+def test_notebook_05_tempting_statistic_calls_noise_sparse_and_the_claims_does_not():
+    page = lecture.defined("05", few=13)
+    draws = np.random.default_rng(0).normal(size=(200, 256))
+    assert np.mean([page.few_reach(draw) <= 0.05 for draw in draws]) > 0.8
+    assert np.mean([page.top_carries(draw) >= 0.5 for draw in draws]) == 0
+    one = np.eye(256)[0] + 0.0001
+    assert page.few_reach(one) <= 0.05 and page.top_carries(one) > 0.7
 
 
 # --------------------------------------------------------------------------- blocks of notebook 05
@@ -278,7 +266,6 @@ def test_bad_input_is_refused_by_name(lm):
         (lambda: neurons.set_effects(lm, PAIRS, Y1, [[UNITS]]), r"not \[64\]"),
         (lambda: neurons.set_effects(lm, PAIRS, Y1, {"a": [1, 1]}), "twice"),
         (lambda: neurons.set_effects(lm, PAIRS, Y1, [[1]], layer=2), "layer=2"),
-        (lambda: neurons.greedy(lm, PAIRS, Y1, 0), "k=0"),
         (lambda: neurons.screen(lm, PAIRS, outcomes.Reply(["a"] * 4)), "first-token"),
         (lambda: neurons.top_k(torch.zeros(3), 4), "k=4"),
         (lambda: neurons.last_layer(lm, PAIRS, Y1).at("x"), "not patched"),

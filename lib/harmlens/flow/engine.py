@@ -582,11 +582,11 @@ def check_partial(group: Group) -> None:
         refuse(parts.model, parts.blocks[0], f"run in part give an outcome that is off by {gap:.2g}")
 
 
-def check_units(parts: Stack, name: str, layer: int, units: Sequence[int] = ()) -> None:
-    """Refuse, by the argument's name, a layer or hidden units of its MLP that the model does not have."""
+def check_units(parts: Stack, name: str, layer: int, units: Sequence[int] = (), of: Any = mlp) -> None:
+    """Refuse, by the argument's name, a layer or units of its MLP that the model does not have."""
     if not 0 <= layer < parts.depth:
         raise ValueError(f"{name}: there is no layer {layer}; choose out of 0 to {parts.depth - 1}")
-    count = decoder.projection_weight(mlp(parts.blocks[layer])).shape[1] if len(units) else 0
+    count = decoder.projection_weight(of(parts.blocks[layer])).shape[1] if len(units) else 0
     wrong = [int(unit) for unit in units if not 0 <= unit < count]
     if wrong:
         raise ValueError(f"{name}: layer {layer} has the hidden units 0 to {count - 1}, not {wrong[:5]}")

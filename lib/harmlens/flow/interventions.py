@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from torch import Tensor
+from torch import Tensor, nn
 
 from harmlens.flow.engine import check_units, patchable
 from harmlens.flow.record import shown
@@ -187,6 +187,7 @@ def generate_patched(
     where: str = "both",
     dose: float = 1.0,
     every_position: bool = False,
+    of: Callable[[nn.Module], nn.Module] = decoder.mlp,
     max_new_tokens: int = 32,
 ) -> list[str]:
     """Greedy answers to rendered texts, with units taken at every step from the run on another text.
@@ -198,12 +199,13 @@ def generate_patched(
         texts, sources: as many of each; both sides of a pair have the same number of tokens.
         units, where, every_position: as for :func:`overwriting`.
         dose: 1 sets the source's values, 0 leaves everything as it is, 0.5 goes half the way.
+        of: whose units; of :func:`models.parts.attention` they are the heads' outputs, side by side.
 
     Raises:
         ValueError: lists or pairs of unequal length; as :func:`overwriting`.
     """
-    parts, out = _check(lm, units), [""] * len(texts)
-    with _overwritten(parts, units, _from_second_half(dose), where, every_position):
+    parts, out = _check(lm, units, of), [""] * len(texts)
+    with _overwritten(parts, units, _from_second_half(dose), where, every_position, of):
         for index, rows in _side_by_side(lm, texts, sources, max_new_tokens):
             new = forward.continued(lm, rows, max_new_tokens=max_new_tokens, processors=[_same_words])
             for i, row in zip(index, new[: len(index)], strict=True):
@@ -255,7 +257,7 @@ def _same_words(_: Tensor, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, 
 
 @contextmanager
 def _overwritten(
-    parts: decoder.Stack, units: Units, edit: Edit, where: str, every_position: bool
+    parts: decoder.Stack, units: Units, edit: Edit, where: str, every_position: bool, of: Any = decoder.mlp
 ) -> Iterator[set[int]]:
     """Within, units are changed by a rule; the layers in which that happened are added to the set."""
     if where not in WHERE:
@@ -273,26 +275,29 @@ def _overwritten(
         return new
 
     change.depends_on = (edit, where, every_position, units)  # not on what was changed last
-    with units_shown(parts, units, change):
+    with units_shown(parts, units, change, of):
         yield fired
 
 
 @contextmanager
 def units_shown(
-    parts: decoder.Stack, layers: Iterable[int], function: Callable[[int, Tensor], Tensor | None]
+    parts: decoder.Stack,
+    layers: Iterable[int],
+    function: Callable[[int, Tensor], Tensor | None],
+    of: Callable[[nn.Module], nn.Module] = decoder.mlp,
 ) -> Iterator[None]:
-    """Within, show the hidden units of MLPs to a function, as :func:`shown` does."""
+    """Within, show what enters the last projection of a layer's MLP to a function, as :func:`shown` does."""
     with ExitStack() as held:
         for layer in layers:
-            linear = decoder.projection(decoder.mlp(parts.blocks[layer]))
+            linear = decoder.projection(of(parts.blocks[layer]))
             held.enter_context(shown(given(function, layer), entering=[linear]))
         yield
 
 
-def _check(lm: LanguageModel, units: Units) -> decoder.Stack:
+def _check(lm: LanguageModel, units: Units, of: Any = decoder.mlp) -> decoder.Stack:
     parts = patchable(lm, in_part=False)
     if not units or not all(len(some) for some in units.values()):
         raise ValueError("units: give at least one unit for each layer, as {layer: [unit, ...]}")
     for layer, some in units.items():
-        check_units(parts, "units", layer, some)
+        check_units(parts, "units", layer, some, of)
     return parts

@@ -95,7 +95,7 @@ def last_layer(
     """
 
     def singles(last: _Last) -> tuple[Tensor, Tensor]:
-        return last.one_more(last.resid), last.delta.abs() * last.weight.norm(dim=0)
+        return last.one_more(), last.delta.abs() * last.weight.norm(dim=0)
 
     return _measured(lm, pairs, outcome, None, singles, direction)
 
@@ -146,43 +146,6 @@ def set_effects(
         return torch.cat(values, dim=1), torch.cat(sizes, dim=1)
 
     return _measured(lm, pairs, outcome, tuple(named), joint, direction)
-
-
-@torch.no_grad()
-def greedy(
-    lm: LanguageModel,
-    pairs: Sequence[Pair],
-    outcome: Any,
-    k: int,
-    *,
-    sign: int = 1,
-    direction: str = "denoising",
-) -> list[int]:
-    """Units of the last MLP in the order in which each adds most to the mean effect of those before it.
-
-    Args:
-        sign: -1 looks for the most negative joint effect.
-
-    Raises:
-        ValueError: k outside 1 to the number of units; bad pairs.
-    """
-    if isinstance(outcome, Replies):
-        raise ValueError("outcome: needs one outcome, such as Y1; it can't use a difference of replies")
-    groups = list(_last_blocks(lm, pairs, outcome, direction))
-    count = groups[0].delta.shape[1]
-    if not 1 <= k <= count:
-        raise ValueError(f"k={k} must lie between 1 and the number of units, {count}")
-    toward = sign if direction == "denoising" else -sign  # noising lowers the outcome where it has an effect
-    chosen: list[int] = []
-    resid = [last.resid.clone() for last in groups]
-    for _ in range(k):
-        score = toward * sum(last.one_more(r).sum(0) for last, r in zip(groups, resid, strict=True))
-        score[chosen] = -torch.inf
-        best = int(score.argmax())
-        chosen.append(best)
-        for last, r in zip(groups, resid, strict=True):
-            r += last.delta[:, best, None] * last.weight[:, best]
-    return chosen
 
 
 @torch.no_grad()
@@ -346,18 +309,17 @@ class _Last:
         return self.group.outcome(resid, index).view(n, count)
 
     @torch.no_grad()
-    def one_more(self, resid: Float[Tensor, "pair width"]) -> Float[Tensor, "pair unit"]:
-        """Outcome when one unit more is patched, for every unit, starting from a residual stream."""
+    def one_more(self) -> Float[Tensor, "pair unit"]:
+        """Outcome when one unit is patched, for every unit."""
         if self.form is not None:
-            return self.form(resid)
-        already = (resid - self.resid)[:, None]
-        step = max(1, MOST_VALUES // (len(resid) * self.breadth))
+            return self.form()
+        step = max(1, MOST_VALUES // (len(self.resid) * self.breadth))
         columns = torch.arange(self.weight.shape[1]).split(step)
-        changes = (already + self.delta[:, c, None] * self.weight.T[c] for c in columns)
+        changes = (self.delta[:, c, None] * self.weight.T[c] for c in columns)
         return torch.cat([self.value(change) for change in changes], dim=1)
 
 
-def _closed_form(last: _Last, outcome: Any) -> Callable[[Tensor], Tensor] | None:
+def _closed_form(last: _Last, outcome: Any) -> Callable[[], Tensor] | None:
     """:meth:`_Last.one_more` in closed form, where the model's own norm and head agree on two runs.
 
     With norm and read rows of the head, logits = x . columns / sigma(x) + bias, x centred or not.
@@ -396,7 +358,7 @@ def _closed_form(last: _Last, outcome: Any) -> Callable[[Tensor], Tensor] | None
     else:
         return None
 
-    def one_more(resid: Float[Tensor, "pair width"]) -> Float[Tensor, "pair unit"]:
+    def one_more() -> Float[Tensor, "pair unit"]:
         x, w = centre(resid, -1), centre(last.weight, 0)
         write, length = w.T @ columns, w.square().sum(0)  # what each unit writes to each read logit
         step = max(1, MOST_VALUES // (w.shape[1] * write.shape[1]))
