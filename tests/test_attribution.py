@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import itertools
 
-import lecture
 import pytest
 import tiny
 import torch
@@ -489,33 +488,6 @@ def test_a_batch_holds_no_more_tokens_than_planned(lm, rows):
         found = list(attribution.batches(rows, most, 0))
         assert all(batch.ids.numel() <= most for batch in found)
         assert sum(len(batch.ids) for batch in found) == len(rows)
-
-
-# --------------------------------------------------------------------------- wanda
-
-
-def test_wanda_by_definition(lm):
-    """|W| times the norm of each input over the answers' tokens, divided by the root of their number."""
-    rows = examples(lm)
-    found = lecture.defined("16").wanda(lm, rows)
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in found.values}
-    modules = {f"{name}.weight": module for name, module in lm.model.named_modules()}
-    for row in rows:
-        hooks = [
-            modules[name].register_forward_pre_hook(
-                lambda m, i, n=name, r=row: seen[n].append(i[0][0][torch.tensor(r.learn)])
-            )
-            for name in seen
-        ]
-        with torch.no_grad():
-            lm.model(torch.tensor([row.ids]))
-        for hook in hooks:
-            hook.remove()
-    for name, value in found.values.items():
-        size = torch.cat(seen[name]).square().mean(0).sqrt()
-        weight = modules[name].weight.detach().abs()
-        torch.testing.assert_close(value, weight * size, rtol=1e-4, atol=1e-6)
-    assert found.kind == "wanda"
 
 
 def test_the_gradient_at_the_logits_by_hand():
