@@ -216,12 +216,12 @@ def test_units_of_the_last_mlp(lm, pairs, y1):
     some = (0, 5, HIDDEN - 1)
     units = {str(u): {LAYERS - 1: [u]} for u in some}
     real = patching.patch(lm, pairs, y1, sites=units, layers=[LAYERS - 1])
-    near(torch.stack([found.at(u) for u in some]), real.effects[:, 0, 0], lm)
+    near(found.effects[:, list(some)].T, real.effects[:, 0, 0], lm)
     whole = patching.patch(lm, pairs, y1, sites="mlp_out", layers=[LAYERS - 1])
     order = torch.randperm(len(found.labels), generator=torch.Generator().manual_seed(0)).tolist()
     grown = neurons.set_effects(lm, pairs, y1, {k: order[:k] for k in (0, len(order))})
-    near(grown.at(0), torch.zeros(len(pairs)), lm)
-    near(grown.at(len(order)), whole.at("mlp_out")[0], lm)
+    near(grown.effects[:, 0], torch.zeros(len(pairs)), lm)
+    near(grown.effects[:, -1], whole.at("mlp_out")[0], lm)
 
 
 def test_units_set_to_what_they_are_change_no_word(exact, pairs):

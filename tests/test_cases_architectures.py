@@ -122,7 +122,7 @@ def test_h5_units_of_blocks_that_add_in_place(falcon):
     single = neurons.last_layer(falcon, PAIRS, Y1)
     for unit in (0, 7, 47):
         _, _, patched = naive.sweep(falcon, PAIRS, read, [("neurons", {2: (unit,)})], last)
-        torch.testing.assert_close(single.at(unit), patched[0, -1, 0] - y0, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(single.effects[:, unit], patched[0, -1, 0] - y0, atol=1e-4, rtol=1e-4)
 
 
 def test_h5_a_first_mlp_that_reads_the_same_word_has_no_effect():

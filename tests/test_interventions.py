@@ -121,8 +121,8 @@ def test_patched_logits_agree_with_the_closed_form(lm):
     want = neurons.set_effects(lm, PAIRS, outcomes.y1(sets), [units])
     logits = interventions.patched_logits(lm, _texts(lm, "x0"), _texts(lm, "x1"), {1: units})
     got = outcomes.logit_difference(logits, sets) - want.y0
-    assert want.at(0).abs().max() > 1e-3
-    torch.testing.assert_close(got, want.at(0), atol=1e-4, rtol=0)
+    assert want.effects.abs().max() > 1e-3
+    torch.testing.assert_close(got, want.effects[:, 0], atol=1e-4, rtol=0)
 
 
 # --------------------------------------------------------------------------- reading

@@ -72,12 +72,6 @@ class NeuronEffects:
         """Normalised effects: mean over pairs over the mean total effect."""
         return self.effects.mean(0) / self.total.mean()
 
-    def at(self, label: Any) -> Float[Tensor, " pair"]:
-        """Effects of one unit or set, by its label."""
-        if label not in self.labels:
-            raise ValueError(f"label={label!r} was not patched; there are {len(self.labels)}")
-        return self.effects[:, self.labels.index(label)]
-
 
 def last_layer(
     lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, *, direction: str = "denoising"
@@ -101,40 +95,25 @@ def last_layer(
 
 
 def set_effects(
-    lm: LanguageModel,
-    pairs: Sequence[Pair],
-    outcome: Any,
-    sets: Sets,
-    *,
-    layer: int | None = None,
-    direction: str = "denoising",
+    lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, sets: Sets, *, direction: str = "denoising"
 ) -> NeuronEffects:
-    """Joint effect of sets of hidden units of one MLP, patched together at the last prompt position.
+    """Joint effect of sets of hidden units of the last MLP, patched together at the last prompt position.
 
     Args:
         sets: name -> units, or a list of units for each set (labels are then 0, 1, ...). An empty set has
             no effect.
-        layer: None or -1 for the last one; others go through :func:`flow.patching.patch`.
 
     Raises:
-        ValueError: no sets, a layer or a unit that the model does not have, a unit twice in one set.
+        ValueError: no sets, a unit that the model does not have, a unit twice in one set.
     """
     parts = patchable(lm)
-    layer = parts.depth - 1 if layer in (None, -1) else layer
-    check_units(parts, f"layer={layer}", layer)
     named = dict(sets) if isinstance(sets, Mapping) else dict(enumerate(sets))
     if not named:
         raise ValueError("sets is empty: give at least one set of units")
     for name, some in named.items():
-        check_units(parts, f"sets[{name!r}]", layer, some)
+        check_units(parts, f"sets[{name!r}]", parts.depth - 1, some)
         if len(set(some)) < len(some):
             raise ValueError(f"sets[{name!r}] holds a unit twice")
-    if layer < parts.depth - 1:
-        sites = ({str(name): {layer: tuple(some)} for name, some in named.items()}, "mlp_out")
-        found = patching.patch(lm, pairs, outcome, sites=sites, layers=[layer], direction=direction)
-        effects, sizes = found.effects[:, 0, 0].T, found.size[:, 0, 0].T
-        columns = found.y1, found.y0, effects[:, :-1], effects[:, -1], sizes[:, :-1]
-        return NeuronEffects(layer, tuple(named), *columns, "patching")
 
     def joint(last: _Last) -> tuple[Tensor, Tensor]:
         values, sizes, some = [], [], list(named.values())
@@ -149,16 +128,14 @@ def set_effects(
 
 
 @torch.no_grad()
-def screen(
-    lm: LanguageModel, pairs: Sequence[Pair], outcome: Any, *, direction: str = "denoising"
-) -> dict[int, Float[Tensor, " unit"]]:
+def screen(lm: LanguageModel, pairs: Sequence[Pair], outcome: Any) -> dict[int, Float[Tensor, " unit"]]:
     """Attribution patching: first-order estimates for every hidden unit of every MLP at the last position.
 
-    The estimate is (a_source - a_base) * dY/da at the base run (one backward pass for all units). Its sums
-    over the units of an MLP are the scores of TransformerLens' ``attribution_patch``.
+    The estimate of denoising is (a(x1) - a(x0)) * dY/da in the run on x0; one backward pass for all units.
+    Sums over the units of an MLP are the scores of TransformerLens' ``attribution_patch``.
 
     Returns:
-        layer -> mean over pairs, with the sign of the total effect.
+        layer -> mean over pairs.
 
     Raises:
         ValueError: an outcome of more than the first word; bad pairs.
@@ -166,20 +143,13 @@ def screen(
     parts = patchable(lm)
     if isinstance(outcome, Replies | Reply):
         raise ValueError("outcome: the screen reads the first word; use a first-token outcome such as Y1")
-    patching.check_direction(direction)
-    index: list[int] = []
     effects: dict[int, list[Tensor]] = {layer: [] for layer in range(parts.depth)}
     for group in record_pairs(lm, parts, pairs, outcome, details=["hidden"]):
-        base, source = group.runs(direction)
-        x1, x0 = group.ids.chunk(2)
-        sign, ids = (1.0, x0) if direction == "denoising" else (-1.0, x1)
-        grads = _gradients(group, ids)
+        grads = _gradients(group, group.ids.chunk(2)[1])
         for layer in effects:
-            delta = (source.hidden[layer][:, -1] - base.hidden[layer][:, -1]).float()
-            effects[layer].append(sign * (delta * grads[layer]).cpu())
-        index += group.index
-    order = torch.tensor(index).argsort()
-    return {layer: torch.cat(rows)[order].mean(0) for layer, rows in effects.items()}
+            delta = (group.x1.hidden[layer][:, -1] - group.x0.hidden[layer][:, -1]).float()
+            effects[layer].append((delta * grads[layer]).cpu())
+    return {layer: torch.cat(rows).mean(0) for layer, rows in effects.items()}
 
 
 def _gradients(group: Group, ids: Tensor) -> dict[int, Float[Tensor, "pair unit"]]:
