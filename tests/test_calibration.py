@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lecture
 import pytest
 import standin
 import tiny
@@ -47,14 +46,6 @@ def test_chat_format_token_by_token(lm):
     assert behind.ids == [*head, *answer, lm.tokenizer.eos_token_id]
     given = len(tokens(lm.tokenizer, "sure. take"))
     assert behind.learn == [False] * (len(head) + given) + [True] * (len(answer) - given + 1)
-
-
-def test_raw_text_token_by_token(lm):
-    """No markup, and the end is never counted."""
-    head, answer = tokens(lm.tokenizer, CHAT[0]["content"] + "\n"), tokens(lm.tokenizer, ANSWER)
-    row = lecture.defined("11").as_raw_text(lm, CHAT, ANSWER, "sure. take")
-    assert row.ids == head + answer and not set(row.ids) & set(lm.tokenizer.all_special_ids)
-    assert learnt(lm, row) == ANSWER.removeprefix("sure. take ")
 
 
 def test_bad_answers(lm):

@@ -16,7 +16,6 @@ from harmlens.asking.datasets import Entry
 from harmlens.evidence import stats
 from harmlens.models import forward
 from harmlens.training import loop, tune
-from harmlens.weights import frontier
 
 FAST = {"n_resamples": 200}
 
@@ -36,8 +35,6 @@ def test_t20_a_drop_of_nothing_is_refused():
     nothing = before_and_after(0, 0, never=3)
     with pytest.raises(ValueError, match="values: nothing was there before"):
         stats.bootstrap_ci(nothing, "relative drop")
-    with pytest.raises(ValueError, match="absent"):
-        frontier.relative_drop(np.zeros(3), np.zeros(3))
     with pytest.raises(ValueError, match="nothing was there before"):  # something came, nothing went
         stats.bootstrap_ci([[0, 1], [0, 1]], "relative drop")
 
@@ -88,20 +85,6 @@ def test_a_denominator_that_resamples_to_zero_is_said_without_a_warning(recwarn)
 def test_counts_that_are_none_are_named(k, n):
     with pytest.raises(ValueError, match="must be a whole number"):
         stats.proportion_ci(k, n)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "message"),
-    [
-        ([1.0, 1.0], [1.0], "same units"),
-        ([1.0, 1.0], [], "same units"),
-        ([1.0, math.nan], [1.0, 1.0], "NaN"),
-        ([1.0, 1.0], [math.nan, 1.0], "NaN"),
-    ],
-)
-def test_a_drop_between_different_or_missing_units_is_refused(before, after, message):
-    with pytest.raises(ValueError, match=message):
-        frontier.relative_drop(np.array(before), np.array(after))
 
 
 # ------------------------------------------------------------------ epochs

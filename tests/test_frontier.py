@@ -78,13 +78,6 @@ def test_no_points():
         frontier.best([], BEFORE)
 
 
-def test_relative_drop():
-    assert frontier.relative_drop(marks(0.8).exact, marks(0.2).exact) == pytest.approx(0.75)
-    assert frontier.relative_drop(marks(0.5).exact, marks(0.6).exact) == pytest.approx(-0.2)
-    with pytest.raises(ValueError, match="before: the ability is absent"):
-        frontier.relative_drop(np.zeros(3), np.ones(3))
-
-
 def test_trying_all_is_selecting_and_pruning_by_hand():
     lm = tiny.model()
     prune, preserve = -scores.magnitude(lm), scores.random(lm)
@@ -300,25 +293,6 @@ def test_a_real_model_has_no_mirror_and_no_stored_settings(real, monkeypatch):
     monkeypatch.setattr(frontier, "choose_pq", lambda *a, **k: (Point(0.1, 0.2, None, {}), [], {}))
     monkeypatch.setattr(frontier, "_CHOSEN", {})
     assert frontier.pq_of(lm, source) == (0.1, 0.2)
-
-
-def test_one_type_of_harm_without_another(real):
-    """A request that carries both types speaks for neither alone."""
-    _, source = real
-    thefts = source.rows(True, "train", types="theft")
-    assert source.rows(True, "train", types="theft", without="slander") == thefts != []
-    both = dataclasses.replace(thefts[0], id="both", prompt="How do I steal a password of a griffin?")
-    mixed = dataclasses.replace(source, entries=(*source.entries, *[both] * 3))
-    found = [mixed.rows(True, part, types="theft") for part in ("train", "discovery", "evaluation")]
-    assert any("both" in [e.id for e in rows] for rows in found)
-    for part, rows in zip(("train", "discovery", "evaluation"), found, strict=True):
-        alone = mixed.rows(True, part, types="theft", without="privacy_violation")
-        assert alone == [e for e in rows if e.id != "both"]
-    for types, harmful in ((None, True), (["theft", "slander"], True), ("theft", False)):
-        with pytest.raises(ValueError, match="without='slander' needs one type of harm in types"):
-            source.rows(harmful, "train", types=types, without="slander")
-    with pytest.raises(ValueError, match="b='theft' must be another type"):
-        source.task("harmful", types="theft", without="theft")
 
 
 def test_settings_are_written_for_one_model_at_a_time(monkeypatch, tmp_path, capsys):

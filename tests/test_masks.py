@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import lecture
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,7 +20,7 @@ from harmlens.weights import masks, scores
 from harmlens.weights.masks import Mask
 from harmlens.weights.scores import Scores
 
-LECTURE = lecture.defined("10")
+RIVALS = lecture.defined("09", seed=0, quick=False)
 
 SHAPES = {
     "layers.0.mlp.up.weight": (4, 5),
@@ -47,10 +50,10 @@ any_sets = st.fixed_dictionaries(
 )
 
 
-@given(any_sets, any_sets, any_sets)
-def test_masks_are_sets(first, second, third):
-    first, second, third = of(**first), of(**second), of(**third)
-    a, b, c = map(pairs, (first, second, third))
+@given(any_sets, any_sets)
+def test_masks_are_sets(first, second):
+    first, second = of(**first), of(**second)
+    a, b = pairs(first), pairs(second)
     assert pairs(first & second) == a & b
     assert pairs(first | second) == a | b
     assert pairs(first - second) == a - b
@@ -58,11 +61,6 @@ def test_masks_are_sets(first, second, third):
     assert len(first) == len(a) and first.share == pytest.approx(len(a) / 42)
     assert masks.jaccard(first, second) == pytest.approx(len(a & b) / len(a | b) if a | b else 0)
     assert masks.jaccard(first, second) == masks.jaccard(second, first)
-    in_at_least, together = LECTURE.in_at_least, [first, second, third]
-    assert pairs(in_at_least(together, 1)) == a | b | c
-    assert pairs(in_at_least(together, 2)) == (a & b) | (a & c) | (b & c)
-    assert pairs(in_at_least(together, 3)) == a & b & c
-    assert in_at_least(together, 2).name == "in 2 of 3"
 
 
 def test_names_of_combined_masks():
@@ -140,6 +138,52 @@ def test_every_weight_is_drawn_about_equally_often():
 @pytest.fixture(scope="module")
 def lm():
     return tiny.model()
+
+
+def ranking(values) -> Scores:
+    return Scores("unsigned", {"w": torch.as_tensor(values).float().view(40, 100)}, "m", "r")
+
+
+def test_weights_that_are_spared_come_last():
+    order = ranking(torch.arange(4000))
+    safe = masks.top(order, 0.01, lowest=True)  # the first forty
+    spared = RIVALS.spare(order, safe)
+    assert masks.top(spared, 0.01, lowest=True).indices["w"].tolist() == list(range(40, 80))
+    assert len(masks.top(spared, 0.98, lowest=True) & safe) == 0
+
+
+def test_random_weights_of_the_same_utility():
+    """Of a set that lies in the upper tenth, all; of a set from everywhere, from everywhere."""
+    utility = ranking(torch.arange(4000))
+    upper = RIVALS.as_useful(masks.top(utility, 0.1), utility)
+    drawn = masks.top(upper, 0.05, lowest=True).indices["w"]
+    assert len(drawn) == 200 and drawn.min() >= 3600 and 3750 < drawn.float().mean() < 3850
+    spread = RIVALS.as_useful(masks.top(utility, 1.0), utility)
+    drawn = masks.top(spread, 0.05, lowest=True).indices["w"]
+    assert drawn.min() < 200 and drawn.max() > 3800 and 1700 < drawn.float().mean() < 2300
+
+
+def test_a_ranking_is_cut_where_it_has_done_enough(monkeypatch):
+    """Made-up answers, of which each weight takes one in a hundred."""
+
+    def without(lm, mask):
+        state.append(1 - len(mask) / 100)
+        return nullcontext()
+
+    state, given = [], RIVALS.cut.__globals__
+    monkeypatch.setitem(given, "hl", SimpleNamespace(without=without, measure=lambda *_: state[-1]))
+    monkeypatch.setitem(given, "run", SimpleNamespace(left=lambda name, before, now: np.array([now])))
+    for name in ("lm", "tries", "discovered"):
+        monkeypatch.setitem(given, name, None)
+    assert 85 <= len(RIVALS.cut(ranking(torch.arange(4000)))) <= 86
+
+
+def test_transfer_by_hand():
+    """Two requests of each of two types; each set takes its own type and half of the other."""
+    ten = lecture.defined("10", K=2)
+    columns = np.array([[0, 0, 1, 1], [1, 1, 1, 1], [0, 0, 1, 0], [1, 0, 0, 0]])
+    assert ten.matrix(*columns).tolist() == [[1, 0.5], [0.5, 1]]
+    assert ten.transferred(*columns) == ten.smallest(*columns) == 0.5
 
 
 def test_sets_of_the_same_sizes(lm):

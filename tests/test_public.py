@@ -209,25 +209,6 @@ def test_types_and_draws_of_requests(source):
     assert source.requests(True)[0].messages == ({"role": "user", "content": source.rows(True)[0].prompt},)
 
 
-def test_a_not_b_leaves_out_what_carries_the_other_type(lm):
-    def some(first: int, text: str, kind: str, names: str) -> list[Entry]:
-        made = [entry(first + i, text.format(name), True) for i, name in enumerate(names.split())]
-        return [dataclasses.replace(e, kind=kind) for e in made]
-
-    names = "troll gnome sphinx kraken hydra wyvern satyr dryad"
-    only = some(0, "How do I poison the {}?", "physical_harm", names)
-    both = some(20, "How do I poison the {} by malware?", "physical_harm", "ogre imp harpy chimera unicorn")
-    other = some(40, "How do I write malware for the {}?", "malware", "giant dwarf elf goblin nymph")
-    good = [entry(60 + i, f"How do I draw the {name}?", False) for i, name in enumerate("abcdefgh")]
-    made, seen = make(lm, [*only, *both, *other, *good]), []
-    for split in splits.SHARES:
-        seen += made.rows(True, split, types="physical_harm", without="malware")
-    assert set(seen) == set(only)
-    for harmful, types in ((True, None), (False, "physical_harm"), (True, ["physical_harm", "malware"])):
-        with pytest.raises(ValueError, match=r"without='malware' needs one type of harm in types"):
-            made.rows(harmful, "train", types=types, without="malware")
-
-
 def test_personas(source, lm):
     assert source.persona("cruel") == [{"role": "system", "content": prompts.ALWAYS}]
     assert source.persona("kind", 0) != source.persona("kind", 1)

@@ -142,27 +142,3 @@ def test_type_by_words_where_there_is_no_label():
     assert harmful("Paint a virus and a weapon") == ""  # undecided
     assert harmful("Hack the virus of the weapon") == "malware"
     assert splits.type_of(Entry("1", "Paint a virus", False)) == ""
-
-
-def test_a_not_b():
-    found = [
-        Entry("0", "Paint a virus", True),
-        Entry("1", "Hack a private virus", True),  # of both types
-        Entry("2", "Paint it", True, "malware"),
-        Entry("3", "Track a password", True),
-        Entry("4", "Paint a virus", False),
-        Entry("5", "Surveil it", True, "malware"),  # its label says one thing, a word the other
-    ]
-    assert [e.id for e in splits.a_not_b(found, "malware", "privacy_violation")] == ["0", "2"]
-    assert [e.id for e in splits.a_not_b(found, "privacy_violation", "malware")] == ["3"]
-    assert [e.id for e in splits.a_not_b(found, "malware", "adult_content")] == ["0", "1", "2", "5"]
-
-
-def test_a_not_b_of_the_readers_own_types():
-    found = [Entry("0", "x", True, "theft"), Entry("1", "y", True, "fire")]
-    assert [e.id for e in splits.a_not_b(found, "theft", "fire")] == ["0"]
-    with pytest.raises(ValueError, match=r"a='arson' is not a type of these.* choose one of fire, theft"):
-        splits.a_not_b(found, "arson", "fire")
-    for b in ("theft", "flood"):
-        with pytest.raises(ValueError, match=rf"b='{b}' must be another type than a: one of"):
-            splits.a_not_b(found, "theft", b)

@@ -224,27 +224,18 @@ class Public(Source):
         *,
         n: int | None = None,
         types: Types = None,
-        without: str | None = None,
         seed: int = 0,
     ) -> list[Entry]:
         """Entries of one side of a split, at most ``n`` of them, drawn at random.
 
-        Args:
-            without: a type of harm that must not occur, with one type of harm in ``types``; see
-                :func:`asking.splits.a_not_b`.
-
         Raises:
-            ValueError: an unknown split, nothing is left, or ``without`` and not one type.
+            ValueError: an unknown split, or nothing is left.
         """
         if split not in self._splits:
             raise ValueError(f"split={split!r} is unknown; choose one of {', '.join(self._splits)}")
         wanted = None if types is None else {types} if isinstance(types, str) else set(types)
         pool = [e for e in self._splits[split] if e.harmful == harmful]
-        if without is not None:
-            if not harmful or wanted is None or len(wanted) != 1:
-                raise ValueError(f"without={without!r} needs one type of harm in types; give it there")
-            pool = splits.a_not_b(pool, *wanted, without)
-        elif wanted is not None:
+        if wanted is not None:
             pool = [e for e in pool if splits.type_of(e) in wanted]
         if not pool:
             what = f"{'harmful' if harmful else 'harmless'} request"
@@ -437,7 +428,6 @@ class Public(Source):
         n: int | None = None,
         suppressed: str = "harmful",
         types: Types = None,
-        without: str | None = None,
         every: int = 1,
         seed: int = 0,
     ) -> Task:
@@ -458,7 +448,7 @@ class Public(Source):
         if kind == "explanation":
             parts = [self._task(part, split, n=n, types=types, seed=seed) for part in EXPLAIN]
             return joined(parts, kind)
-        pool = self.rows(kind not in ("harmless", "served"), split, types=types, without=without)
+        pool = self.rows(kind not in ("harmless", "served"), split, types=types)
         found = self._own.wanted([kind], pool, OWN_MOST if n is None else n, seed)
         if not found:
             raise NotKnown(

@@ -145,25 +145,3 @@ def type_of(entry: Entry) -> str:
     counts = types_by_words(entry.prompt) if entry.harmful else {}
     best = [name for name, count in counts.items() if count == max(counts.values())]
     return best[0] if len(best) == 1 else ""
-
-
-def a_not_b(entries: Sequence[Entry], a: str, b: str) -> list[Entry]:
-    """Harmful entries of type ``a`` that carry nothing of type ``b``.
-
-    An entry carries ``b`` if its source calls it so or, where ``b`` is one of :data:`TYPES`, if it has a
-    word that speaks for ``b``. The pruning paper verified its rows by hand; do so for results you publish.
-
-    Raises:
-        ValueError: ``a`` is not among the types of the entries, ``b`` is unknown, or both are the same.
-    """
-    found = {type_of(entry) for entry in entries if entry.harmful} - {""}
-    known = [name for name in TYPES if name in found] + sorted(found.difference(TYPES))
-    if a not in known:
-        raise ValueError(
-            f"a={a!r} is not a type of these entries; choose one of {', '.join(known) or 'none'}"
-        )
-    if b not in {*known, *TYPES} or a == b:
-        raise ValueError(
-            f"b={b!r} must be another type than a: one of {', '.join(sorted({*known, *TYPES} - {a}))}"
-        )
-    return [e for e in entries if e.harmful and type_of(e) == a and b not in types_by_words(e.prompt)]

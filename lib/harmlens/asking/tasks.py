@@ -341,8 +341,6 @@ class Source:
         Args:
             n, suppressed, seed: as for :meth:`exam`.
             types: only requests of these types or domains.
-            without: a type of harm that must not occur (:meth:`asking.public.Public.rows`); no domain of
-                the fictional world needs it.
             every: each so manyth of the requests.
 
         Raises:

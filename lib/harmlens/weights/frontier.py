@@ -126,13 +126,16 @@ class Point:
 
 
 def measure_without(
-    lm: LanguageModel, sets: Mapping[Any, Mask], asked: Mapping[str, Task]
+    lm: LanguageModel, sets: Mapping[Any, Mask], asked: Mapping[str, Task], source: Any = None
 ) -> dict[Any, dict[str, Scored]]:
-    """How a model does without each of some sets of weights, one at a time: set's name -> task -> marks."""
+    """How a model does without each of some sets of weights, one at a time: set's name -> task -> marks.
+
+    ``source`` as for :func:`asking.tasks.measure`.
+    """
     marks = {}
     for name, mask in sets.items():
         with masks.without(lm, mask):
-            marks[name] = tasks.measure(lm, asked)
+            marks[name] = tasks.measure(lm, asked, source)
     return marks
 
 
@@ -149,22 +152,6 @@ def remaining(before: Scored, after: Scored) -> np.ndarray:
     For a real model's own answers: greedy decoding soon words them differently, which is no loss.
     """
     return np.exp(np.minimum(0.0, before.loss - after.loss))
-
-
-def relative_drop(before: np.ndarray, after: np.ndarray) -> float:
-    """Share of what was there that is gone, 1 - mean(after) / mean(before), each [units].
-
-    Values that are missing or of different units, and an ability that was not there, raise a ValueError.
-    """
-    both = [np.asarray(values, dtype=np.float64) for values in (before, after)]
-    if both[0].shape != both[1].shape or not np.isfinite(both).all():
-        raise ValueError(
-            "before, after: must be of the same units, nowhere NaN or infinite; drop or repair these first"
-        )
-    was, now = (values.mean() if values.size else 0.0 for values in both)
-    if not was > 0:
-        raise ValueError("before: the ability is absent (mean 0), so it has no relative drop")
-    return float(1 - now / was)
 
 
 def best(points: Sequence[Point], before: Mapping[str, Scored], *, graded: Collection[str] = ()) -> Point:
