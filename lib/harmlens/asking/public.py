@@ -198,7 +198,7 @@ class Public(Source):
     answer_tokens = 64
     at_once = 32
     asked_first = 6
-    own = ("suppressed", "served")
+    own = ("suppressed", "served", "explanation")
     settings = ""
 
     def __post_init__(self) -> None:
