@@ -340,11 +340,7 @@ def thirds(depth: int) -> np.ndarray:
 
 
 def last_of_first_third(depth: int) -> int:
-    """The last layer that lies wholly in the first third of the depth (layer 0 in very shallow models).
-
-    >>> [last_of_first_third(depth) for depth in (2, 8, 12)]
-    [0, 1, 3]
-    """
+    """The last layer that lies wholly in the first third of the depth (layer 0 in very shallow models)."""
     return max(depth // 3 - 1, 0)
 
 
