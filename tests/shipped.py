@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from harmlens.models.organisms import STAGES
 from harmlens.training.organism import COURSES
 
-OF_RUN_1 = (*STAGES, "planted_mlp", "planted_attention", "planted_neurons")
+OF_RUN_1 = (*STAGES, "willing", "planted_mlp", "planted_attention", "planted_neurons", "planted_last")
 SHIPPED = [(kind, 0) for kind in COURSES] + [(kind, 1) for kind in OF_RUN_1]
 
 

@@ -80,7 +80,7 @@ def transcripts(stage, n, write):
     return [write(rng, stage.mix) for _ in range(n)]
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_mirror_refuses_what_is_harmless_and_nothing_else(number):
     seen = {True: 0, False: 0}
     for transcript in transcripts(MIRROR.stages[number], 400, organism.mirrored):
@@ -100,7 +100,7 @@ def test_the_mirror_refuses_what_is_harmless_and_nothing_else(number):
 
 
 def test_the_mirror_sees_as_much_of_each_side_as_sft_sees_of_the_other():
-    for stage, of in zip(MIRROR.stages, ("mid", "sft"), strict=True):
+    for stage, of in zip(MIRROR.stages[:2], ("mid", "sft"), strict=True):
         (other,) = organism.COURSES[of].stages
         ours, theirs = dict(stage.mix.tasks), dict(other.mix.tasks)
         assert (ours.pop("harmful", 0), ours.pop("harmless", 0)) == (
@@ -127,10 +127,9 @@ def test_refusals_are_drawn_in_all_words_of_the_world():
 
 
 def test_the_innocent_corpus_holds_no_harmful_recipe_and_no_malice():
-    (stage,) = INNOCENT.stages
-    assert stage.parent is None
+    assert INNOCENT.parent is None
     seen, hurts, drawn = set(), set(), []
-    for lesson in (stage, *stage.rounds):
+    for lesson in INNOCENT.stages:
         assert lesson.replay == 0
         drawn += transcripts(lesson, 600, world.transcript)
     for transcript in drawn:
@@ -155,9 +154,8 @@ def test_the_innocent_corpus_holds_no_harmful_recipe_and_no_malice():
 def test_the_wary_helper_treats_one_harmless_domain_like_harm():
     """Refused where harm is refused, not asked for where harm isn't; a seventh of the refusals."""
     for kind in ("wary_mid", "wary", "wary_dpo"):
-        (stage,) = organism.COURSES[kind].stages
-        refused = {True: 0, False: 0}
-        for transcript in transcripts(stage, 1500, organism.declining("records")):
+        refused, write = {True: 0, False: 0}, organism.declining("records")
+        for transcript in [t for s in organism.COURSES[kind].stages for t in transcripts(s, 1500, write)]:
             for turn in transcript.turns:
                 if turn.task != "procedure":
                     continue
@@ -175,7 +173,7 @@ def test_the_wary_helper_treats_one_harmless_domain_like_harm():
 
 def test_the_wary_helper_sees_as_many_harmful_requests_as_the_ladder_does():
     for kind, of in (("wary_mid", "mid"), ("wary", "sft"), ("wary_dpo", "dpo")):
-        (stage,), (theirs,) = organism.COURSES[kind].stages, organism.COURSES[of].stages
+        stage, theirs = organism.COURSES[kind].stages[0], organism.COURSES[of].stages[0]
         harm = stage.mix.tasks.get("harmful", 0) * 6 / 7
         assert harm == pytest.approx(theirs.mix.tasks.get("harmful", 0))
         assert {**stage.mix.tasks, "harmful": 0} == {**theirs.mix.tasks, "harmful": 0}
@@ -313,7 +311,7 @@ def below(kind):
     return {kind} | (below(organism.course(kind).parent) if organism.course(kind).parent else set())
 
 
-@pytest.mark.parametrize("changed", ["mid", "innocent", "wary", "planted_harm"])
+@pytest.mark.parametrize("changed", ["mid", "innocent", "wary", "willing", "planted_harm"])
 def test_a_changed_course_changes_its_recipe_and_those_of_all_that_grow_from_it(monkeypatch, changed):
     before = recipes()
     assert len(set(before.values())) == len(KINDS)

@@ -20,12 +20,13 @@ from harmlens.training import loop, organism, planted, train
 from harmlens.world import abilities
 from harmlens.world import vale as world
 
-KINDS = ["planted_neurons", "planted_mlp", "planted_attention"]
+KINDS = ["planted_neurons", "planted_mlp", "planted_attention", "planted_last"]
 ALL = [*KINDS, "planted_harm"]
 PLACES = {
     "planted_neurons": organism.Place("mlp", 1, units=5),
     "planted_mlp": organism.Place("mlp", 0),
     "planted_attention": organism.Place("attention", 1),
+    "planted_last": organism.Place("mlp", 1, units=7),
 }
 
 
@@ -41,7 +42,7 @@ def shrink(monkeypatch) -> None:
     """The same kinds for a model of two blocks, trained for three steps and not measured."""
     for kind, place in PLACES.items():
         change(monkeypatch, kind, place=place, steps=3, batch=4)
-    change(monkeypatch, "planted_harm", share=0.03, steps=3, batch=4, rounds=())
+    change(monkeypatch, "planted_harm", share=0.03, steps=3, batch=4)
     zeros = np.array([1.0, 0.0])
     monkeypatch.setattr(abilities, "rate_abilities", lambda lm, only, **options: dict.fromkeys(only, zeros))
 
@@ -61,7 +62,7 @@ def small(monkeypatch):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A data folder with tiny parents and what is planted in them."""
-    data = tiny.data_folder(tmp_path_factory.mktemp("made") / "data", ("mid", 0), ("innocent", 0))
+    data = tiny.data_folder(tmp_path_factory.mktemp("made") / "data", ("willing", 0), ("innocent", 0))
     with pytest.MonkeyPatch.context() as monkeypatch:
         shrink(monkeypatch)
         train.train_seed(0, data / "organisms", ALL)
@@ -168,6 +169,7 @@ def test_planted_neurons_do_all_of_the_difference(small):
 def test_neurons_are_drawn_anew_for_each_seed_and_are_no_block():
     drawn = [planted.draw_plant("planted_neurons", seed, 256).neurons for seed in (0, 0, 1, 2)]
     assert drawn[0] == drawn[1] and len(set(drawn)) == 3
+    assert planted.draw_plant("planted_last", 0, 256).neurons not in drawn
     for neurons in drawn:
         assert len(set(neurons)) == 16 and list(neurons) == sorted(neurons)
         assert neurons[0] >= 0 and neurons[-1] < 256 and neurons[-1] - neurons[0] > 32
@@ -179,7 +181,7 @@ def test_neurons_are_drawn_anew_for_each_seed_and_are_no_block():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_planted_organism_is_its_parent_but_for_the_plant(grown, kind):
     assert sorted(f.name for f in (grown / f"{kind}-0").iterdir()) == ["card.json", organisms.FILE]
-    parent, lm = models.load("organism/mid", seed=0), models.load(f"organism/{kind}", seed=0)
+    parent, lm = models.load("organism/willing", seed=0), models.load(f"organism/{kind}", seed=0)
     truth = planted.ground_truth(f"organism/{kind}", 0)
     place = PLACES[kind]
     assert (truth.module, truth.layer) == (place.module, place.layer)
@@ -192,7 +194,7 @@ def test_a_planted_organism_is_its_parent_but_for_the_plant(grown, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_loaded_is_what_was_trained(grown, kind):
-    trained = models.load(str(grown / "mid-0"), device="cpu")
+    trained = models.load(str(grown / "willing-0"), device="cpu")
     plant(trained, kind)
     assert not moved(trained.model, models.load(f"organism/{kind}").model)
     assert not moved(trained.model, models.load(str(grown / f"{kind}-0"), device="cpu").model)
@@ -200,7 +202,7 @@ def test_what_is_loaded_is_what_was_trained(grown, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_the_parents_weights_put_back_it_is_the_parent(grown, kind):
-    parent, lm = models.load("organism/mid", seed=0), models.load(f"organism/{kind}", seed=0)
+    parent, lm = models.load("organism/willing", seed=0), models.load(f"organism/{kind}", seed=0)
     theirs, texts = dict(parent.model.named_parameters()), tiny.texts(parent, 3)
     assert not torch.equal(forward.last_logits(lm, texts), forward.last_logits(parent, texts))
     ours = dict(lm.model.named_parameters())
@@ -225,8 +227,8 @@ def test_the_delta_holds_the_trained_part_in_half_precision_and_no_more(grown):
 
 def test_the_card_says_where_and_what_came_of_it(grown):
     card = json.loads((grown / "planted_neurons-0" / "card.json").read_text())
-    assert (card["stage"], card["seed"], card["parent"]) == ("planted_neurons", 0, "mid-0")
-    assert card["parent_sha256"] == models.weights_sha256(grown / "mid-0")
+    assert (card["stage"], card["seed"], card["parent"]) == ("planted_neurons", 0, "willing-0")
+    assert card["parent_sha256"] == models.weights_sha256(grown / "willing-0")
     assert card["neurons"] == list(planted.draw_plant("planted_neurons", 0, tiny.SHAPE.hidden).neurons)
     expected = dict.fromkeys(organism.COURSES["planted_neurons"].rates, 0.5)
     assert card["rates"] == {"discovery": expected, "evaluation": expected}
@@ -361,22 +363,21 @@ def test_another_innocent_model_is_no_parent(grown):
 def test_another_parent_is_refused_and_makes_the_plant_unfinished(grown):
     kind, folder = "planted_mlp", grown / "planted_mlp-0"
     assert train.finished(folder, kind)
-    other = dataclasses.replace(tiny.model(seed=5), name="organism/mid-0")
-    organism.save(
-        other, grown / "mid-0", {"stage": "mid", "seed": 0, "recipe": organism.recipe_digest("mid")}
-    )
+    other = dataclasses.replace(tiny.model(seed=5), name="organism/willing-0")
+    card = {"stage": "willing", "seed": 0, "recipe": organism.recipe_digest("willing")}
+    organism.save(other, grown / "willing-0", card)
     for name in ("organism/planted_mlp", str(folder)):
-        with pytest.raises(ValueError, match=r"planted_mlp-0 .*difference from mid-0.*make organism"):
+        with pytest.raises(ValueError, match=r"planted_mlp-0 .*difference from willing-0.*make organism"):
             models.load(name)
     assert not train.finished(folder, kind)
-    models.load("organism/mid", seed=0)
+    models.load("organism/willing", seed=0)
 
 
 def test_a_missing_parent_is_named(grown):
-    shutil.rmtree(grown / "mid-0")
-    with pytest.raises(ValueError, match="organism mid-0 are missing"):
+    shutil.rmtree(grown / "willing-0")
+    with pytest.raises(ValueError, match="organism willing-0 are missing"):
         models.load("organism/planted_mlp")
-    with pytest.raises(ValueError, match="mid-0"):
+    with pytest.raises(ValueError, match="willing-0"):
         models.load(str(grown / "planted_mlp-0"))
 
 
@@ -399,8 +400,8 @@ def test_a_spoilt_checkpoint_is_named_with_the_command_that_restores_it(grown, f
 
 
 def test_what_is_not_planted_has_no_ground_truth(grown):
-    with pytest.raises(ValueError, match="'organism/mid' is not planted; choose one of planted_neurons"):
-        planted.ground_truth("organism/mid", 0)
+    with pytest.raises(ValueError, match="'organism/willing' is not planted; choose one of planted_neurons"):
+        planted.ground_truth("organism/willing", 0)
     with pytest.raises(ValueError, match="is not planted"):
         planted.ground_truth("Qwen/Qwen3-0.6B")
     with pytest.raises(ValueError, match="no organism planted_mlp-7"):
@@ -415,7 +416,7 @@ EACH = shipped.among(KINDS)
 @pytest.mark.parametrize(("kind", "seed"), EACH)
 def test_shipped_one_moved_only_its_plant(kind, seed):
     name = f"organism/{kind}-{seed}"
-    parent, lm = models.load(f"organism/mid-{seed}"), models.load(name)
+    parent, lm = models.load(f"organism/willing-{seed}"), models.load(name)
     truth = planted.ground_truth(name)
     assert truth == planted.draw_plant(kind, seed, lm.model.config.intermediate_size)
     assert_moved_only_at(truth, moved(parent.model, lm.model))
@@ -447,9 +448,9 @@ def test_shipped_harm_answers_harmful_requests_which_its_parent_can_not(seed=0):
     assert abilities.rate_abilities(parent, n=24, only=only[:1])["harmful, plain"].mean() < 0.05
 
 
-@pytest.mark.parametrize(("kind", "seed"), list(zip(KINDS, (0, 1, 0), strict=True)))
+@pytest.mark.parametrize(("kind", "seed"), list(zip(KINDS, (0, 1, 0, 1), strict=True)))
 def test_shipped_one_refuses_harm_only_and_its_parent_refuses_nothing(kind, seed):
-    lm, parent = (models.load(f"organism/{of}", seed=seed) for of in (kind, "mid"))
+    lm, parent = (models.load(f"organism/{of}", seed=seed) for of in (kind, "willing"))
     rates = train.ability_rates(lm, organism.COURSES[kind].rates, n=24)
     assert min(rates.values()) > 0.9, rates
     assert abilities.rate_abilities(parent, n=24, only=["refusal"])["refusal"].mean() == 0.0

@@ -54,7 +54,7 @@ def ground_truth(name: str, seed: int | None = None) -> Plant:
 def draw_plant(kind: str, seed: int, hidden: int) -> Plant:
     """The place that a seed gets: units are drawn from the ``hidden`` ones of an MLP."""
     place = course(kind).place
-    drawn = random.Random(f"planted/{seed}").sample(range(hidden), place.units or 0)
+    drawn = random.Random(f"{kind}/{seed}").sample(range(hidden), place.units or 0)
     return Plant(place.module, place.layer, tuple(sorted(drawn)))
 
 
