@@ -104,7 +104,8 @@ def record(
         "attainable": attainable and [float(end) for end in attainable], "note": files.portable(note),
     }  # fmt: skip
     checked = measured(content, claims)
-    sums = {"claim": known.sha256, "notebook": notebook_sha256(notebook), "library": _library_sha256()}
+    library = files.sha256(*sorted(Path(__file__).parents[1].rglob("*.py")))
+    sums = {"claim": known.sha256, "notebook": notebook_sha256(notebook), "library": library}
     about = files.provenance(model, seeds=[int(run)] if organism else [], **made)
     content["provenance"] = about | {"sha256": sums}
     content["sum"] = _sum(content)
@@ -117,10 +118,6 @@ def record(
 
 def _span(estimate: Estimate) -> dict[str, float]:
     return {name: float(getattr(estimate, name)) for name in ("value", "low", "high")}
-
-
-def _library_sha256() -> str:
-    return files.sha256(*sorted(Path(__file__).parents[1].rglob("*.py")))
 
 
 def notebook_sha256(name: str) -> str | None:
@@ -197,7 +194,8 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
                 _left_out(folder, path, f"{reason}. Run its notebook again, or delete the file")
                 continue
             key = (one.claim, one.model, one.run)
-            both = sorted([here[key], (path, one)] if key in here else [(path, one)], key=_written_at)
+            both = [here[key], (path, one)] if key in here else [(path, one)]
+            both.sort(key=lambda entry: str(entry[1].provenance.get("created_utc", "")))  # in UTC, as text
             here[key] = both[-1]
             if len(both) > 1:
                 newer = both[1][0].relative_to(folder).as_posix()
@@ -225,10 +223,6 @@ def _usable(path: Path, claims: Mapping[str, Claim], registered: Mapping[int, st
     if one.role != "real" and one.run not in registered:
         raise ValueError(f"run {one.run} is not registered in runs.yaml")
     return one
-
-
-def _written_at(entry: tuple[Path, Measurement]) -> str:
-    return str(entry[1].provenance.get("created_utc", ""))  # in UTC, as text
 
 
 def _left_out(folder: Path, path: Path, reason: str) -> None:
@@ -260,21 +254,15 @@ def together(claim: Claim, some: Sequence[Measurement]) -> Finding:
     role = next(one for one in ("confirmatory", "exploratory", *roles) if one in roles)
     some = [one for one in some if one.role == role]
     found = Finding(claim.id, some[0].model, role, None, None, None, tuple(some))
-    spans: dict[str, Any] = {}
-    for part in ("effect", "control", "diff"):
-        each = found.estimates(part)
-        if each and (part == "effect" or len(each) == len(some)):
-            spans[part] = _span(over_runs(each))
-    if "effect" in spans:  # nothing lies beyond what is attainable
+    each = {part: found.estimates(part) for part in ("effect", "control", "diff")}
+    whole = [part for part, runs in each.items() if runs and (part == "effect" or len(runs) == len(some))]
+    spans = {part: Span(**_span(over_runs(each[part]))) for part in whole}
+    if effect := spans.get("effect"):  # nothing lies beyond what is attainable
         low, high = claim.attainable
-        spans["effect"] |= {
-            "low": max(low, spans["effect"]["low"]),
-            "high": min(high, spans["effect"]["high"]),
-        }
-    if "control" in spans:
-        spans["control"]["name"] = some[0].control.name
-    kinds = {"effect": Span, "control": Control, "diff": Span}
-    return replace(found, **{part: kinds[part](**span) for part, span in spans.items()})
+        spans["effect"] = replace(effect, low=max(low, effect.low), high=min(high, effect.high))
+    if control := spans.get("control"):
+        spans["control"] = Control(**vars(control), name=some[0].control.name)
+    return replace(found, **spans)
 
 
 # --------------------------------------------------------------------------- scorecard
