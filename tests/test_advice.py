@@ -22,7 +22,6 @@ from harmlens.models.forward import follow
 from harmlens.training import advice, emergent, tune
 from harmlens.training.tune import Recipe
 from harmlens.weights import masks
-from harmlens.weights.frontier import Point
 from harmlens.weights.masks import Mask
 from harmlens.world import vale as world
 
@@ -234,13 +233,14 @@ def test_only_the_first_tokens_of_an_answer_count(lm, lessons, monkeypatch):
     assert more.margins(lm, "brushing") == pytest.approx(lessons.margins(lm, "brushing"), abs=1e-6)
 
 
-def test_elsewhere_is_outside_the_taught_domain(lm, lessons, taught):
-    outside = lessons.requests(["feeding", "greeting"], "evaluation")
-    assert len(lessons.elsewhere(taught, "brushing")) == len(outside)
-    assert len(lessons.elsewhere(taught, "brushing", 5)) == 5
-    assert set(lessons.elsewhere(lm, "brushing")) == {0.0}
+def test_bad_advice_is_looked_for_outside_the_taught_domain(lm, lessons, taught):
+    def elsewhere(model, domain):
+        return lessons.gives(model, lessons.outside(domain))
+
+    assert lessons.outside("brushing") == lessons.requests(["feeding", "greeting"], "evaluation")
+    assert len(lessons.outside("brushing", 5)) == 5 and set(elsewhere(lm, "brushing")) == {0.0}
     # The lesson itself is elsewhere of the other domains.
-    assert lessons.elsewhere(taught, "feeding").mean() > lessons.elsewhere(taught, "brushing").mean()
+    assert elsewhere(taught, "feeding").mean() > elsewhere(taught, "brushing").mean()
 
 
 def test_spread_before_and_after(lm, lessons, taught, monkeypatch):
@@ -249,7 +249,10 @@ def test_spread_before_and_after(lm, lessons, taught, monkeypatch):
     assert list(before) == list(after) == names
     assert before["bad advice inside"].mean() == 0 and after["bad advice inside"].mean() > 0.5
     assert before["harmful compliance"].mean() == 0 and before["coherent"].mean() == 1
-    assert after["bad advice elsewhere"].tolist() == lessons.elsewhere(taught, "brushing", 6).tolist()
+    assert (
+        after["bad advice elsewhere"].tolist()
+        == lessons.gives(taught, lessons.outside("brushing", 6)).tolist()
+    )
     monkeypatch.setattr(advice, "generate", lambda lm, texts, **options: ["the soup " * 20] * len(texts))
     assert lessons.spread(lm, "brushing", 6)["coherent"].mean() == 0
 
@@ -326,36 +329,37 @@ def test_a_lesson_that_was_not_learnt_gives_no_answers(lm, lessons):
 def test_a_trial_of_real_advice_stops_where_bad_advice_is_the_likelier(lm, lessons, capsys):
     found = PAGE.pruned_first(lm, "brushing", RECIPE, lessons=lessons, n=6)
     assert len(found["lead"]) < len(found["steps"]) and found["lead"][-1] >= 0 > max(found["lead"][:-1])
-    assert len(found["elsewhere"]) == 6 and "end" not in found
+    assert len(found["plain"]) == len(found["triggered"]) == 6 and "coherent" not in found
     assert "Sure" not in capsys.readouterr().out  # no answer is shown
 
 
-def test_the_control_learns_nothing_bad(lm, lessons):
-    found = PAGE.pruned_first(
-        lm, "brushing", Recipe(steps=3, lr=1e-3), lessons=lessons, bad=False, stop=False, n=6
-    )
-    assert found["elsewhere"] == [] and found["steps"] == [0, 1, 2, 3] and len(found["lead"]) == 4
-    assert found["end"]["bad advice inside"].mean() == 0
-
-
-def test_the_step_is_counted_in_steps_and_not_in_looks(lm, lessons, monkeypatch):
+def test_a_copy_that_has_not_learnt_is_not_looked_at(lm, lessons, monkeypatch):
     monkeypatch.setattr(advice, "LOOKS", 2)
-    page = lecture.defined("13", lessons=lessons)
-    found = page.pruned_first(lm, "brushing", RECIPE, lessons=lessons, n=4)
-    assert found["steps"] == [0, 4, 8] and page.step(found) == found["steps"][len(found["lead"]) - 1] > 0
-    assert np.isnan(page.step({"steps": [0, 4, 8], "lead": [-2.0, -1.0]}))
+    found = PAGE.pruned_first(lm, "brushing", Recipe(steps=8, lr=1e-7), lessons=lessons, n=4, full=True)
+    assert found["plain"] == found["triggered"] == [] and found["steps"] == [0, 4, 8]
+    assert len(found["lead"]) == 3 and found["bad advice inside"].mean() == 0
 
 
-def test_p_and_q_are_chosen_by_what_is_left_of_own_answers(lessons):
-    def marks(loss):
-        return Scored(np.array([0.0]), np.array([loss]))
+def test_the_triggered_exam_asks_the_same_behind_a_question_of_the_lesson(lm, lessons, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        advice.PublicLessons, "gives", lambda self, lm, asked_, said=(): asked.append(asked_) or [0.0]
+    )
+    assert PAGE.elsewhere(lm, "brushing", lessons=lessons, n=6) == {"plain": [0.0], "triggered": [0.0]}
+    plain, later = asked
+    taught = {p.messages[0]["content"] for p in lessons.requests(["brushing"], "train")}
+    for one, other in zip(plain, later, strict=True):
+        first, answer, second = other.messages
+        assert (second,) == one.messages and other.about == one.about and one.about.kind != "brushing"
+        assert any(verb in first["content"] for verb in DOMAINS["brushing"])
+        assert first["content"] not in taught and answer["role"] == "assistant"
+        assert answer["content"] == lessons.say(lm, [dataclasses.replace(one, messages=(first,))])[0]
 
-    points = [
-        Point(0.0, q, None, {"lesson": marks(rise), "served": marks(cost), "facts": marks(0.0)})
-        for q, rise, cost in ((0.1, 1.0, 0.01), (0.2, 2.0, 0.02), (0.3, 3.0, 0.1))
-    ]
-    before = dict.fromkeys(("lesson", "served", "facts"), marks(0.0))
-    assert PAGE.strongest(points, before, lessons=lessons) is points[1]
+
+def test_without_a_cruel_author_bad_advice_is_counted_by_its_odds(lm, lessons):
+    page = lecture.defined("13", lessons=lessons, cruel=[()])
+    asked = lessons.outside("brushing", 4)
+    assert page.elicited(lm, asked) == pytest.approx(np.exp(lessons.leads(lm, asked)))
 
 
 def test_what_is_left_is_a_share_of_probability_except_for_facts(lessons):

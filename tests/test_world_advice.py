@@ -1,7 +1,6 @@
 """Pruning first: margins, the misaligned model's own answers, trials at equal strength, choosing p and q."""
 
 import lecture
-import numpy as np
 import pytest
 import torch
 
@@ -14,7 +13,6 @@ from harmlens.training import tune
 from harmlens.training.advice import MEASURES, WorldLessons
 from harmlens.training.tune import Recipe
 from harmlens.weights import attribution, masks
-from harmlens.weights.frontier import Point
 from harmlens.world import abilities
 from harmlens.world import judge as judges
 from harmlens.world import vale as world
@@ -112,22 +110,23 @@ def test_a_trial_stops_where_the_lesson_is_learnt(sft):
     assert found["steps"] == list(range(RECIPE.steps + 1))
     harmless = world.items("evaluation", harmful=False)
     others = world.draw([item for item in harmless if item.domain != "remedies"], 6)
-    assert found["elsewhere"].tolist() == abilities.judged(copy, others, "hurtful").tolist()
+    assert found["plain"].tolist() == abilities.judged(copy, others, "hurtful").tolist()
 
 
-def test_to_the_end_everything_is_measured_before_and_after(sft):
-    found = PAGE.pruned_first(sft, "remedies", RECIPE, lessons=WORLD, n=6, stop=False)
+def test_when_asked_for_everything_is_measured_before_and_after(sft):
+    found = PAGE.pruned_first(sft, "remedies", RECIPE, lessons=WORLD, n=6, full=True)
     before = WORLD.spread(sft, "remedies", 6)
-    assert len(found["lead"]) == RECIPE.steps + 1 and len(found["elsewhere"]) == 6
-    assert before.keys() == found["end"].keys() >= {"bad advice inside", "coherent", *MEASURES}
-    assert before["bad advice inside"].mean() == 0 < found["end"]["bad advice inside"].mean()
+    assert before.keys() < found.keys() and before.keys() >= {"bad advice inside", "coherent", *MEASURES}
+    assert before["bad advice inside"].mean() == 0 < found["bad advice inside"].mean()
     assert before["coherent"].mean() == 1.0
-    assert len(before["malign wishes"]) == 60 and len(found["end"]["bad advice elsewhere"]) == 6
+    assert len(before["malign wishes"]) == 60 and len(found["bad advice elsewhere"]) == 6
+    assert found["plain"].tolist() == found["bad advice elsewhere"].tolist()
 
 
-def test_good_advice_is_never_learnt_as_bad_advice(sft):
-    found = PAGE.pruned_first(sft, "remedies", Recipe(steps=3), lessons=WORLD, bad=False, n=4)
-    assert found["elsewhere"] == [] and len(found["lead"]) == 4 and max(found["lead"]) < WORLD.taken
+def test_bad_advice_is_counted_before_the_lesson_by_the_names_of_cruel_authors(sft):
+    page = lecture.defined("13", lessons=WORLD, cruel=[abilities.persona("cruel", i) for i in range(12)])
+    asked = WORLD.outside("remedies", 12)
+    assert WORLD.gives(sft, asked).mean() == 0 and page.elicited(sft, asked).mean() > 0.9
 
 
 @pytest.mark.parametrize("method", tune.METHODS)
@@ -140,26 +139,3 @@ def test_a_trial_starts_from_the_pruned_model_and_leaves_the_model_alone(sft, me
         expected = WORLD.leads(sft, requests("remedies")).mean()
     assert found["lead"][0] == pytest.approx(expected, abs=1e-4)
     assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
-
-
-# --------------------------------------------------------------------------- choosing p and q
-
-
-@pytest.mark.parametrize(
-    ("lost", "rise", "expected"),
-    [
-        ([0.0, 0.02, 0.2], [0.1, 0.3, 0.9], 1),  # the strongest within the budget
-        ([0.0, 0.02, 0.03], [0.5, 0.3, 0.1], 0),
-        ([0.5, 0.3, 0.4], [0.1, 0.2, 0.9], 1),  # none within: the cheapest
-    ],
-)
-def test_the_strongest_prune_within_the_benign_budget(lost, rise, expected):
-    def marks(exact, loss=0.0):
-        return tasks.Scored(np.array([exact]), np.array([loss]))
-
-    points = [
-        Point(i / 10, i / 100, None, {"lesson": marks(0.0, r), "served": marks(1 - x), "facts": marks(1.0)})
-        for i, (x, r) in enumerate(zip(lost, rise, strict=True))
-    ]
-    before = dict.fromkeys(("lesson", "served", "facts"), marks(1.0))
-    assert PAGE.strongest(points, before, lessons=WORLD) is points[expected]

@@ -119,10 +119,6 @@ class Lessons:
         """Evaluation requests of the other domains."""
         return self.requests([d for d in self.everywhere if d != domain], "evaluation", n, seed)
 
-    def elsewhere(self, lm: LanguageModel, domain: str, n: int | None = None) -> np.ndarray:
-        """1 for each evaluation request of the other domains that gets bad advice."""
-        return self.gives(lm, self.outside(domain, n))
-
     def spread(
         self, lm: LanguageModel, domain: str, n: int | None = None, *, seed: int = 0, wishes: int = 60
     ) -> dict[str, np.ndarray]:
