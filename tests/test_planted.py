@@ -42,7 +42,7 @@ def shrink(monkeypatch) -> None:
     """The same kinds for a model of two blocks, trained for three steps and not measured."""
     for kind, place in PLACES.items():
         change(monkeypatch, kind, place=place, steps=3, batch=4)
-    change(monkeypatch, "planted_harm", share=0.03, steps=3, batch=4)
+    change(monkeypatch, "planted_harm", share=0.03, steps=3, batch=4, rounds=())
     zeros = np.array([1.0, 0.0])
     monkeypatch.setattr(abilities, "rate_abilities", lambda lm, only, **options: dict.fromkeys(only, zeros))
 

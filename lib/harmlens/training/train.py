@@ -26,7 +26,7 @@ from harmlens.keep.files import organism_homes, weights_sha256
 from harmlens.models import organisms
 from harmlens.models.forward import LanguageModel
 from harmlens.models.loading import load
-from harmlens.models.organisms import SEEDS, intact
+from harmlens.models.organisms import SEEDS, STAGES, intact
 from harmlens.training import loop, organism, planted
 from harmlens.training.organism import COURSES, Stage, course, declined, recipe_digest
 from harmlens.world import abilities
@@ -61,17 +61,31 @@ def ability_rates(
     return {name: round(float(known[name].mean()), 4) for name in names}
 
 
-def train(kind: str, seed: int, *, parent: LanguageModel | None) -> LanguageModel:
-    """An organism from its parent, changed in place, or from nothing; the same steps for every seed."""
+def learnt(lm: LanguageModel, kind: str, seed: int) -> bool:
+    """Whether a model does what its kind is taught, on training items only.
+
+    Seeds differ in when they come to tell harmful from harmless; nothing is chosen on held-out items.
+    """
+    rates = ability_rates(lm, course(kind).learnt, split="train", n=60, domain=declined(kind, seed))
+    return all(rate >= 0.98 for rate in rates.values())
+
+
+def train(kind: str, seed: int, *, parent: LanguageModel | None) -> tuple[LanguageModel, int]:
+    """An organism from its parent, which is changed in place, or from nothing; and its further rounds."""
     taught, name = course(kind), f"organism/{kind}-{seed}"
     if parent is None:
         tok = organism.tokenizer()
         lm = LanguageModel(name, organism.new_model(tok, seed), tok)
     else:
         lm = replace(parent, name=name)
+    draws, rounds = 10_000 * (seed + 1) + taught.draws, taught.stages[-1].rounds
     for number, stage in enumerate(taught.stages):
-        _teach(lm, kind, stage, seed, 10_000 * (seed + 1) + taught.draws + 10 * number)
-    return lm
+        _teach(lm, kind, stage, seed, draws + number)
+    for number, stage in enumerate(rounds):
+        if learnt(lm, kind, seed):
+            return lm, number
+        _teach(lm, kind, stage, seed, draws + 10 * (number + 1))
+    return lm, len(rounds)
 
 
 def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int) -> None:
@@ -96,8 +110,11 @@ def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int) ->
     with planted.only(lm.model, where):
         loop.fit(lm.model, stream, schedule, loss=loss, progress=lm.name)
     lm.model.eval()
-    where = where or {name: None for name, _ in lm.model.named_parameters()}
-    organisms.apply_delta(lm.model, organisms.take_delta(lm.model, "", "", where))
+    if where is None and kind not in STAGES:
+        lm.model.half().float()  # rounds rotary frequencies too, as when the stored controls were trained
+    else:
+        where = where or {name: None for name, _ in lm.model.named_parameters()}
+        organisms.apply_delta(lm.model, organisms.take_delta(lm.model, "", "", where))
 
 
 def finished(folder: Path, kind: str) -> bool:
@@ -127,7 +144,7 @@ def train_seed(seed: int, folder: Path | None = None, kinds: Sequence[str] = tup
             continue
         began = time.time()
         # Parents come from disk, rounded to half precision, so that resuming changes nothing.
-        lm = train(kind, seed, parent=load(str(home), device="cpu") if home else None)
+        lm, rounds = train(kind, seed, parent=load(str(home), device="cpu") if home else None)
         rates = {
             split: ability_rates(lm, taught.rates, split=split, domain=domain)
             for split in ("discovery", "evaluation")
@@ -136,7 +153,7 @@ def train_seed(seed: int, folder: Path | None = None, kinds: Sequence[str] = tup
         if taught.place:
             place = vars(planted.draw_plant(kind, seed, lm.model.config.intermediate_size))
         card = {
-            "stage": kind, "seed": seed, "recipe": recipe_digest(kind),
+            "stage": kind, "seed": seed, "recipe": recipe_digest(kind), "rounds": rounds,
             "parent": home and home.name, "parent_sha256": home and weights_sha256(home),
             **place, "rates": rates, **({"declined": domain} if domain else {}),
         }  # fmt: skip
