@@ -46,9 +46,8 @@ def retaught(lm, rows, n=4, recipe=RECIPE, source=WORLD, **options):
 @pytest.fixture(scope="module")
 def runs(sft, mask):
     rows = PAGE.lesson(sft, 8, WORLD, types=HARMS[:3])
-    options = {"mask": mask, "at": (0, 4, 8, 99)}
-    free = retaught(sft, rows, 12, pq=(0.03, 0.002), **options)
-    return {"free": free, "held": retaught(sft, rows, 12, hold=mask, **options)}
+    free = retaught(sft, rows, 12, mask=mask, pq=(0.03, 0.002))
+    return {"free": free, "held": retaught(sft, rows, 12, mask=mask, hold=mask)}
 
 
 def two(lm):
@@ -77,7 +76,7 @@ def test_the_start_is_the_pruned_model(sft, mask, runs):
     with masks.without(sft, mask):
         marks = tasks.measure(sft, asked)
     for run in runs.values():
-        assert run["exact"].shape == (3, 12)
+        assert run["exact"].shape == (6, 12)  # looked at after 0, 1, 2, 3, 5 and 8 steps
         assert run["exact"][0].tolist() == marks.exact.tolist()
 
 
@@ -92,25 +91,27 @@ def test_held_weights_do_not_grow_back_and_others_do_the_work(sft, mask, runs):
 
 def test_a_second_prune_is_scored_on_the_taught_model(runs):
     free = runs["free"]
-    assert free["again"].shape == (6, 12)  # it is looked at after 0, 1, 2, 3, 5 and 8 steps
-    assert free["zeroed"].shape == (12,)
-    assert free["again"][0].mean() <= free["exact"][-1].mean()
-    assert free["again"][-1].mean() >= free["again"][0].mean()  # it is taught once more
-    assert 0 <= free["jaccard"] < 0.2  # a weight near zero has a score near zero
-    assert free["anew"].tolist() == free["again"][0].tolist()
-    assert "again" not in runs["held"]
+    assert free["zeroed"].shape == free["anew"].shape == (12,)
+    assert free["anew"].mean() <= free["exact"][-1].mean()
+    assert "anew" not in runs["held"]
+
+
+def test_restored_is_the_share_of_what_was_lost():
+    before, pruned, after = [1, 1, 1, 1, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]
+    assert PAGE.restored(before, pruned, after) == pytest.approx(1 / 3)
+    assert PAGE.restored(before, pruned, before) == 1 and PAGE.restored(before, pruned, pruned) == 0
 
 
 def test_the_model_that_is_given_stays_as_it_is(sft, mask):
     before = {name: p.clone() for name, p in sft.model.named_parameters()}
-    found = retaught(sft, two(sft), mask=mask, at=(0,))
+    found = retaught(sft, two(sft), recipe=Recipe(steps=1), mask=mask)
     assert all(torch.equal(p, before[name]) for name, p in sft.model.named_parameters())
-    assert found["exact"].shape == (1, 4)
+    assert found["exact"].shape == (2, 4)
 
 
 def test_without_a_mask_nothing_is_said_of_one(sft):
     found = retaught(sft, two(sft), recipe=Recipe(steps=1))
-    assert not {"zeroed", "regrown", "anew", "again", "jaccard"} & found.keys()
+    assert not {"zeroed", "regrown", "anew"} & found.keys()
     assert found["exact"].shape == (2, 4)
 
 
@@ -160,7 +161,7 @@ def test_relearning_of_any_model(other):
     types = source.types()[:2]
     rows = PAGE.lesson(lm, 12, source, types=types)
     recipe = Recipe(steps=16, lr=1e-3, batch_size=8)
-    found = retaught(lm, rows, 8, recipe, source, mask=mask, at=(0, 16))
+    found = retaught(lm, rows, 8, recipe, source, mask=mask)
     asked = source.task("harmful", "evaluation", n=8)
     with masks.without(lm, mask):
         assert found["exact"][0].tolist() == tasks.measure(lm, asked).exact.tolist()
