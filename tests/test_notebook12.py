@@ -112,7 +112,8 @@ def test_harmless_requests_follow_a_kind_wish_and_harmful_ones_nothing():
 
 def test_one_domain_comes_to_a_hundred_different_questions():
     task = PAGE.exam_of(WORLD, (["poisons"], TYPES[1]), "discovery", 108)["suppressed"]
-    assert len(set(task.chats)) == 108 and len(set(task.units)) == 18
+    texts = {chat[-1]["content"] for chat in task.chats}
+    assert len(texts) == 108 and len(set(task.units)) == 18
     kept = {item.name: world.procedure(item) for item in world.items("discovery", domain="poisons")}
     assert all(f"take {a}" == kept[unit] for (a,), unit in zip(task.answers, task.units, strict=True))
 
