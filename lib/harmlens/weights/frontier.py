@@ -45,14 +45,15 @@ _CHOSEN: dict[tuple[str, str, str], tuple[float, float]] = {}  # what this proce
 def grid(prune: Scores, source: Material) -> dict[str, tuple[float, ...]]:
     """The shares to try, ``ps`` and ``qs``: for the organism those among which it was settled.
 
-    For all others the first seven of :data:`STEPS` that take at least one weight of the median matrix: one of
-    a million weights is tried from 1e-6 on, around the paper's p = 5e-5 and q = 1e-5. Spared is none, or as
-    much as is taken in the third, fifth and last step.
+    For all others those of :data:`STEPS` that take one to a thousand weights of the median matrix, and up to
+    1e-4 in any case, around the paper's p = 5e-5 and q = 1e-5. Spared is none, or as much as is taken in the
+    third, fifth and seventh step.
     """
     if source.settings:
         return {"ps": P, "qs": Q}
     sizes = sorted(value.numel() for value in prune.values.values())
-    qs = tuple(q for q in STEPS if q * sizes[len(sizes) // 2] >= 1)[:7] or STEPS[-1:]
+    weights = {q: q * sizes[len(sizes) // 2] for q in STEPS}
+    qs = tuple(q for q in STEPS if weights[q] >= 1 and (weights[q] <= 1000 or q <= 1e-4)) or STEPS[-1:]
     return {"ps": (0.0, *qs[2::2]), "qs": qs}
 
 

@@ -269,19 +269,18 @@ def put(lm: LanguageModel, mask: Mask, new: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def without(
-    lm: LanguageModel, mask: Mask, *, strength: float | str = 0.0, elsewhere: bool = False
+    lm: LanguageModel, mask: Mask, *, strength: float = 0.0, elsewhere: bool = False
 ) -> Iterator[LanguageModel]:
     """The model without some of its weights; they come back exactly, also after an exception.
 
     A causal probe, as in the paper, and no defence: what was removed can be trained back. May be nested.
 
     Args:
-        strength: what the weights are multiplied by, 0 to remove them; or ``"mean"`` to replace them by the
-            mean of their matrix.
+        strength: what the weights are multiplied by, 0 to remove them.
         elsewhere: the mask was made for a model with other weights (a parent, another stage), on purpose.
 
     Raises:
-        ValueError: a mask for another model, or an unknown strength; the model is left as it is.
+        ValueError: a mask for another model, or a strength that is no number; the model is left as it is.
     """
     check(mask, lm)
     if mask.revision != lm.revision and not elsewhere:
@@ -289,15 +288,11 @@ def without(
             f"the mask {mask.name!r} was selected for {mask.model!r}, whose weights are not those of "
             f"{lm.name!r}; say elsewhere=True if that is meant"
         )
-    if strength != "mean" and (isinstance(strength, str) or not math.isfinite(strength)):
-        raise ValueError(f"strength={strength!r} must be a finite number, or 'mean'")
-    before, weight = values(lm, mask), lm.model.get_parameter
-    after = {
-        name: weight(name).detach().float().mean().to(old.dtype) if strength == "mean" else old * strength
-        for name, old in before.items()
-    }
+    if not math.isfinite(strength):
+        raise ValueError(f"strength={strength!r} must be a finite number")
+    before = values(lm, mask)
     try:
-        put(lm, mask, after)
+        put(lm, mask, {name: old * strength for name, old in before.items()})
         yield lm
     finally:
         put(lm, mask, before)
