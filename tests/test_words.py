@@ -92,6 +92,14 @@ def test_the_ends_are_those_of_a_t_interval_over_runs():
     assert (got.effect.low, got.effect.high) == pytest.approx((0.61 - 0.161, 0.61 + 0.161), abs=1e-3)
 
 
+def test_an_effect_that_is_surely_absent_but_far_from_its_control_is_no_contradiction():
+    """Where the threshold means no effect, a small difference from the control speaks against a claim."""
+    word, why = words.word(claim := a_claim(0.0), found(claim, [-0.1, -0.1, -0.1], -0.6))
+    assert (
+        word == "inconclusive" and why == "the interval is not above 0, but the control may lie further off"
+    )
+
+
 def test_a_difference_is_compared_with_its_control_already():
     claim = a_claim(difference=True)
     assert said(claim, [0.8, 0.8, 0.81], None) == "supported"

@@ -62,6 +62,11 @@ def word(claim: Claim, finding: Finding | None, given: Mapping[str, str] = {}) -
         return "contradicted", f"the difference from the control is smaller than {rule.delta:g}"
     if threshold != no_effect and high < threshold:
         return "contradicted", f"the interval does not reach {rule.threshold:g}"
+    if high < threshold:  # and no effect lies at the threshold
+        return (
+            "inconclusive",
+            f"the interval is not {beyond} {rule.threshold:g}, but the control may lie further off",
+        )
     across = f"the control by less or more than {rule.delta:g}" if least <= 0 else f"{rule.threshold:g}"
     return "inconclusive", f"the interval reaches across {across}"
 
