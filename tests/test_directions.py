@@ -73,6 +73,7 @@ def test_shuffled_directions_hold_nothing_of_the_difference_between_the_sides(lm
     assert none.vector.norm() < 1e-5 * like.vector.norm()
     a, b = (PAGE.shuffled_like(like, [streams[:4], streams[3:]], draw).vector for draw in range(2))
     assert not torch.equal(a, b) and a.norm() > 0
+    assert abs(a @ like.unit) < 1e-5 * like.vector.norm()
 
 
 def page(lm):
