@@ -29,7 +29,7 @@ def at_its(end: str, claim: Claim) -> claims.Finding:
         "n": 30, "unit": claim.unit, **spans,
         "values": {name: at for name, compared, at in claim.conditions if compared},
     }  # fmt: skip
-    return results.together(claim, [claims.measured(content | {"run": run}, KNOWN) for run in range(3)])
+    return results.put_together(claim, [claims.measured(content | {"run": run}, KNOWN) for run in range(3)])
 
 
 @pytest.mark.parametrize("name", RULED)

@@ -49,7 +49,9 @@ def run_of(value, control=0.0, *, half=0.01, run=0, claim="T1", model="organism/
 def found(claim, effects, controls=0.0, **changes) -> Finding:
     controls = controls if isinstance(controls, list) else [controls] * len(effects)
     pairs = enumerate(zip(effects, controls, strict=True))
-    return results.together(claim, [run_of(e, c, run=n, claim=claim.id, **changes) for n, (e, c) in pairs])
+    return results.put_together(
+        claim, [run_of(e, c, run=n, claim=claim.id, **changes) for n, (e, c) in pairs]
+    )
 
 
 def said(claim, *runs, met=None, **changes):
@@ -92,12 +94,9 @@ def test_the_ends_are_those_of_a_t_interval_over_runs():
     assert (got.effect.low, got.effect.high) == pytest.approx((0.61 - 0.161, 0.61 + 0.161), abs=1e-3)
 
 
-def test_an_effect_that_is_surely_absent_but_far_from_its_control_is_no_contradiction():
-    """Where the threshold means no effect, a small difference from the control speaks against a claim."""
+def test_an_effect_that_surely_misses_the_threshold_is_contradicted_however_low_its_control():
     word, why = words.word(claim := a_claim(0.0), found(claim, [-0.1, -0.1, -0.1], -0.6))
-    assert (
-        word == "inconclusive" and why == "the interval is not above 0, but the control may lie further off"
-    )
+    assert word == "contradicted" and why == "the interval does not reach 0"
 
 
 def test_a_difference_is_compared_with_its_control_already():
@@ -121,7 +120,7 @@ def test_what_is_not_testable_says_why():
     good, met = {"answers before": 0.9}, {"T9": "supported"}
     assert said(claim, [0.8, 0.8], values=good, met=met) == "supported"
     bare = run_of(None, run=7, note="it never refuses", values={})
-    without = results.together(claim, [run_of(0.8, values=good), bare])
+    without = results.put_together(claim, [run_of(0.8, values=good), bare])
     for finding, others, reason in [
         (None, {}, "not measured"),
         (without, met, "run 7: it never refuses"),  # the ability was not there

@@ -241,13 +241,13 @@ def findings(folders: Iterable[str | Path] | None = None, *, role: str = "") -> 
         if not role or one.role in (role, "real"):
             runs[one.claim, one.model].append(one)
     return [
-        together(claim, sorted(runs[name, model], key=lambda one: one.run))
+        put_together(claim, sorted(runs[name, model], key=lambda one: one.run))
         for name, claim in load_claims().items()
         for model in sorted(model for of, model in runs if of == name)
     ]
 
 
-def together(claim: Claim, some: Sequence[Measurement]) -> Finding:
+def put_together(claim: Claim, some: Sequence[Measurement]) -> Finding:
     """Runs of one claim and model: of the first role that there is, and no quick ones beside full ones."""
     some = [one for one in some if not one.quick] or some
     roles = {one.role for one in some}

@@ -29,8 +29,8 @@ def word(claim: Claim, finding: Finding | None, given: Mapping[str, str] = {}) -
     - **supported**: the lower end of the effect is beyond the threshold, and that of the difference from
       the control beyond 0.
     - **partial**: the lower end of the difference is beyond 0 and that of the effect beyond ``no_effect``.
-    - **contradicted**: the upper end of the difference is below ``delta``; or, where the claim is about size,
-      the upper end of the effect is below the threshold.
+    - **contradicted**: the upper end of the difference is below ``delta``, or that of the effect below the
+      threshold.
     - **inconclusive**: everything else.
 
     "Nothing is lost" (``kind: equivalence``) is supported where the upper end of the loss is below ``delta``,
@@ -60,13 +60,8 @@ def word(claim: Claim, finding: Finding | None, given: Mapping[str, str] = {}) -
         return "partial", f"clear of the control, but the interval is not {beyond} {rule.threshold:g}"
     if most < rule.delta:
         return "contradicted", f"the difference from the control is smaller than {rule.delta:g}"
-    if threshold != no_effect and high < threshold:
+    if high < threshold:
         return "contradicted", f"the interval does not reach {rule.threshold:g}"
-    if high < threshold:  # and no effect lies at the threshold
-        return (
-            "inconclusive",
-            f"the interval is not {beyond} {rule.threshold:g}, but the control may lie further off",
-        )
     across = f"the control by less or more than {rule.delta:g}" if least <= 0 else f"{rule.threshold:g}"
     return "inconclusive", f"the interval reaches across {across}"
 
