@@ -518,3 +518,22 @@ def test_losses_are_those_of_the_tasks(lm, rows):
     (row,) = tasks.rows(lm, [chat], [answer])
     logprob, _ = forward.follow(lm, [lm.render(chat)], [answer])
     assert float(-logprob) == pytest.approx(total_loss(lm, [row]), rel=1e-5)
+
+
+def test_groups_of_examples_are_scored_once(lm, monkeypatch):
+    """Any groups together score as all their examples at once; a large model is scored at each use."""
+    rows, scored = {name: examples(lm)[i::3] for i, name in enumerate("abc")}, []
+
+    def kind(lm, some):
+        scored.append(len(some))
+        return attribution.prune_score(lm, some)
+
+    together = attribution.in_groups(lm, rows, kind)
+    for names in ("ab", "abc", "c"):
+        whole = attribution.prune_score(lm, [row for name in names for row in rows[name]])
+        for name, value in together(*names).values.items():
+            torch.testing.assert_close(value, whole.values[name], rtol=1e-3, atol=1e-6)
+    assert scored == [len(rows[name]) for name in "abc"]
+    monkeypatch.setattr(type(lm.model), "num_parameters", lambda self: 10**8)
+    together("a", "b"), together("a", "b")
+    assert scored[3:] == 2 * [len(rows["a"]) + len(rows["b"])]

@@ -12,10 +12,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from harmlens import keep
 from harmlens.keep import files
 from harmlens.models import parts as decoder
 from harmlens.models.forward import IGNORE, Batch, LanguageModel, Row, collate, require_room
-from harmlens.weights.scores import Scores, finite, layer_of, matrices
+from harmlens.weights.scores import Scores, finite, layer_of, matrices, plus
 
 KINDS = ("signed", "unsigned")
 
@@ -51,6 +51,23 @@ def preserve_score(
 ) -> Scores:
     """|W| * sum over x of |dL(x)/dW|: the largest weights matter most. See :func:`prune_score`."""
     return _score("unsigned", lm, rows, folder, options)
+
+
+def in_groups(
+    lm: LanguageModel, rows: Mapping[Any, Sequence[Row]], kind: Callable[..., Scores] = prune_score
+) -> Callable[..., Scores]:
+    """The score of some groups of examples together, a function of their names: a sum, each scored once.
+
+    Of a model with more than ten million weights nothing is kept; what is asked for is scored anew.
+    """
+    once = cache(lambda name: kind(lm, rows[name]))
+
+    def score(*names: Any) -> Scores:
+        if lm.model.num_parameters() <= 10_000_000:
+            return plus(*map(once, names))
+        return kind(lm, [row for name in names for row in rows[name]])
+
+    return score
 
 
 def _score(
