@@ -22,7 +22,7 @@ TYPES = world.domains(True), world.domains(False)
 
 
 def page(n, **given):
-    """What the notebook defines, with two sets in place of twelve."""
+    """What the notebook defines, with two sets in place of twenty."""
     found = lecture.defined("12", source=WORLD, n=n, **given)
     found.best.__globals__.update(TAKEN=np.array([10, 100]), SPARED=np.array([300]))
     return found
