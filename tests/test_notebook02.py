@@ -9,7 +9,6 @@ import lecture
 import numpy as np
 import pytest
 
-from harmlens.flow import patching
 
 LAYERS = [np.full(4, value) for value in (0.5, -1.0, 4.0)]
 
@@ -29,4 +28,3 @@ def test_random_patches_count_by_their_size_in_each_pair():
     draws = [np.array([[1.0, -2.0], [-3.0, 0.0]]), np.array([[-1.0, 2.0], [1.0, 0.0]])]
     found = page.at_random(lambda null: SimpleNamespace(columns=lambda *sites: draws[null % 2]))
     assert found.tolist() == [[1.0, 2.0], [2.0, 0.0]]
-    assert page.surplus(*LAYERS, *LAYERS[::-1][:1] * 3) == patching.mlp_surplus(*LAYERS, *LAYERS[2:] * 3)

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import lecture
 import naive
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ Y1 = outcomes.y1(SETS)
 LM = tiny.model(layers=3)
 PAIRS = prompts.pairs("prompt", n=4)
 PLAIN = ("resid_post", "layer", "attn_out", "mlp_out")
+SURPLUS = lecture.defined("03", names={}).surplus
 
 
 def ask(text):
@@ -526,24 +528,24 @@ def test_late_surplus_of_one_layer_alone(effects, surplus):
 def test_units_are_averaged_before_absolute_values():
     """Noise of single pairs that cancels is no effect."""
     layers = [np.array([5.0, -5.0]), np.array([1.0, 1.0])]
-    assert patching.mlp_surplus(*layers) == -1
+    assert SURPLUS(*layers) == -1
 
 
 def test_mlp_surplus_by_hand():
-    assert patching.mlp_surplus(*flat(3, 0), *flat(0, 1)) == pytest.approx(0.5)
-    assert patching.mlp_surplus(*flat(1, -1), *flat(2, 0)) == 0
+    assert SURPLUS(*flat(3, 0), *flat(0, 1)) == pytest.approx(0.5)
+    assert SURPLUS(*flat(1, -1), *flat(2, 0)) == 0
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.floats(0.01, 5), st.floats(-5, 5)), min_size=1, max_size=8))
 def test_mlp_surplus_turns_its_sign_when_the_modules_change_places(pairs):
     mlp, attention = zip(*pairs, strict=True)
-    one = patching.mlp_surplus(*flat(*mlp), *flat(*attention))
+    one = SURPLUS(*flat(*mlp), *flat(*attention))
     assert -1 <= one <= 1
-    assert one == pytest.approx(-patching.mlp_surplus(*flat(*attention), *flat(*mlp)))
+    assert one == pytest.approx(-SURPLUS(*flat(*attention), *flat(*mlp)))
 
 
-STATISTICS = {"late_surplus": patching.late_surplus, "mlp_surplus": patching.mlp_surplus}
+STATISTICS = {"late_surplus": patching.late_surplus, "surplus of the MLPs": SURPLUS}
 
 
 @pytest.mark.parametrize("name", STATISTICS)
@@ -558,7 +560,7 @@ def test_statistics_work_on_many_resamples_at_once(name):
 def test_interval_of_a_statistic_over_pairs():
     values = np.random.default_rng(0).normal([3, 0, 1, 0], 0.1, size=(20, 4)).T.reshape(2, 2, 1, 20)
     found = shaped(values, total=np.ones(20), pairs=tuple(map(str, range(20))))
-    got = found.estimate(patching.mlp_surplus, "mlp_out", "attn_out", n_resamples=200)
+    got = found.estimate(SURPLUS, "mlp_out", "attn_out", n_resamples=200)
     assert got.n == 20 and 0.3 < got.low <= got.value <= got.high < 0.6  # (3 - 1) / (3 + 1), give or take
 
 

@@ -354,14 +354,3 @@ def late_surplus(*layers: np.ndarray, axis: int = -1) -> Numbers:
     """Share of the last third minus the larger of the other two: above 0 if effects are late (claim C1)."""
     first, middle, last = third_shares(*layers, axis=axis)
     return last - np.maximum(first, middle)
-
-
-def mlp_surplus(*layers: np.ndarray, axis: int = -1) -> Numbers:
-    """(MLP - attention) / (MLP + attention), of effects summed over layers in absolute value (claim C2).
-
-    Args:
-        layers: first those of the MLPs, then those of attention.
-    """
-    means = np.abs(np.stack([np.mean(effects, axis=axis) for effects in layers]))
-    mlp, attention = (half.sum(0) for half in np.split(means, 2))
-    return (mlp - attention) / (mlp + attention)
