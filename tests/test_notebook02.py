@@ -9,7 +9,6 @@ import lecture
 import numpy as np
 import pytest
 
-
 LAYERS = [np.full(4, value) for value in (0.5, -1.0, 4.0)]
 
 
