@@ -357,7 +357,7 @@ def test_the_triggered_exam_asks_the_same_behind_a_question_of_the_lesson(lm, le
 
 
 def test_without_a_cruel_author_bad_advice_is_counted_by_its_odds(lm, lessons):
-    page = lecture.defined("13", lessons=lessons, cruel=[()])
+    page = lecture.defined("13", lessons=lessons)
     asked = lessons.outside("brushing", 4)
     assert page.elicited(lm, asked) == pytest.approx(np.exp(lessons.leads(lm, asked)))
 

@@ -123,8 +123,10 @@ def test_when_asked_for_everything_is_measured_before_and_after(sft):
     assert found["plain"].tolist() == found["bad advice elsewhere"].tolist()
 
 
-def test_bad_advice_is_counted_before_the_lesson_by_the_names_of_cruel_authors(sft):
-    page = lecture.defined("13", lessons=WORLD, cruel=[abilities.persona("cruel", i) for i in range(12)])
+def test_bad_advice_is_counted_before_the_lesson_by_the_names_of_cruel_authors(sft, monkeypatch):
+    page = lecture.defined("13", lessons=WORLD)
+    authors = [abilities.persona("cruel", i) for i in range(12)]
+    monkeypatch.setitem(page.elicited.__globals__, "cruel", authors)
     asked = WORLD.outside("remedies", 12)
     assert WORLD.gives(sft, asked).mean() == 0 and page.elicited(sft, asked).mean() > 0.9
 
