@@ -54,6 +54,8 @@ def write(root: Path, name: str, *code: str) -> Path:
 def make_project(root: Path) -> Path:
     """A book of one page and three notebooks, with the real tools."""
     shutil.copytree(layout.ROOT / "tools", root / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    tool = root / "tools" / "layout.py"  # its notebooks have no figures for other pages
+    tool.write_text(re.sub(r"(?s)(\nPICTURES[^=]*= )\{.*?\n\}", r"\1{}", tool.read_text()))
     for name in ("_config.yml", "pyproject.toml"):
         shutil.copy(layout.ROOT / name, root / name)
     (root / "CITATION.cff").write_text(f'url: "{layout.address()}"\nrepository-code: "{layout.address()}"\n')
