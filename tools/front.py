@@ -37,13 +37,14 @@ def first_screen(rows: Sequence[ROW]) -> str:
     """About the methods, about each paper, how sure: in at most 200 words and 20 numbers."""
     rows = [row for row in rows if not row["model"] or row["model"].startswith("organism")]
     card = "</notebooks/19_scorecard>"
-    methods = [row for row in rows if row["id"] in ("V7m", "V7a", "V9") and row["word"] != "unclear"]
-    parts = [f"**The methods.** Where the answer was planted: {_grouped(methods, ('pass', 'fail'))}."]
+    methods = [row for row in rows if row["id"] in ("V7m", "V7a", "V9")]
+    parts = [
+        f"**The methods.** Where the answer was planted: {_grouped(methods, ('pass', 'fail', 'unclear', 'not testable'))}."
+    ]
     for paper, name in (("mediation", "What flows"), ("pruning", "What is needed")):
         of = [row for row in rows if row["paper"] == paper and row["role"] == "primary"]
-        told = _grouped(of, ("supported", "partial", "contradicted"))
-        open_ = [row["id"] for row in of if row["word"] in CANT_TELL]
-        told = f"{told}. Can't tell: {', '.join(open_)}" if told and open_ else told or "can't tell yet"
+        of = [{**row, "word": "can't tell"} if row["word"] in CANT_TELL else row for row in of]
+        told = _grouped(of, ("supported", "partial", "contradicted", "can't tell"))
         parts.append(f"**{name}** (the {paper} paper, {len(of)} {{doc}}`claims {card}`). {told}.")
     runs = sorted({run for row in rows for run in row["runs"]}, key=int)
     roles = sorted({row["role_of_runs"] for row in rows if row["role_of_runs"]})
