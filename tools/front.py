@@ -17,6 +17,7 @@ from harmlens.keep import files
 BLOCK = re.compile(r"```\{(answer|first-screen|changes)\} ?(\w*)\n```\n")
 ROW = Mapping[str, Any]
 CANT_TELL = ("inconclusive", "not testable")
+TOLD = ("pass", "fail", "unclear", "not testable")
 
 
 def filled(page: str) -> str:
@@ -38,9 +39,7 @@ def first_screen(rows: Sequence[ROW]) -> str:
     rows = [row for row in rows if not row["model"] or row["model"].startswith("organism")]
     card = "</notebooks/19_scorecard>"
     methods = [row for row in rows if row["id"] in ("V7m", "V7a", "V9")]
-    parts = [
-        f"**The methods.** Where the answer was planted: {_grouped(methods, ('pass', 'fail', 'unclear', 'not testable'))}."
-    ]
+    parts = [f"**The methods.** Where the answer was planted: {_grouped(methods, TOLD)}."]
     for paper, name in (("mediation", "What flows"), ("pruning", "What is needed")):
         of = [row for row in rows if row["paper"] == paper and row["role"] == "primary"]
         of = [{**row, "word": "can't tell"} if row["word"] in CANT_TELL else row for row in of]
