@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from harmlens.evidence import claims, results
+from harmlens.evidence import claims, results, words
 from harmlens.keep import files
 
 BLOCK = re.compile(r"```\{(answer|first-screen|changes)\} ?(\w*)\n```\n")
@@ -74,12 +74,10 @@ def _source(row: ROW) -> str:
 
 def changes(folders: Sequence[Any]) -> str:
     """Word before, what the old rule says of the new numbers, word now, and why: a row for each claim."""
-    found = {one.claim: one for one in results.findings(folders) if one.model.startswith("organism")}
-    rows = {
-        row["id"]: row
-        for row in results.scorecard(folders)
-        if (row["model"] or "organism").startswith("organism")
-    }
+    every = results.findings(folders)
+    found = {one.claim: one for one in every if one.model.startswith("organism")}
+    given = words.all_words(every).items()
+    said = {name: told for (name, model), (told, _) in given if model.startswith("organism")}
     known = claims.load_claims()
     lines = [
         "| claim | word before | old rule on the new numbers | word now | why |",
@@ -94,7 +92,7 @@ def changes(folders: Sequence[Any]) -> str:
             name,
             change.get("word", "new"),
             again,
-            rows[name]["word"],
+            said.get(name, "not testable"),
             change["why"].replace("|", "\\|"),
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -42,7 +42,7 @@ class Rule:
     """What decides a claim's word; see :func:`word`.
 
     ``delta`` is the smallest effect of interest. ``no_effect`` is the value that means nothing is there; it
-    defaults to the threshold. A claim whose threshold lies beyond it is about size.
+    defaults to the threshold.
     """
 
     threshold: Number
