@@ -29,7 +29,7 @@ help:
 	@echo "make size       print how large the package is"
 	@echo "make organism   train the model organism again (resumes where it stopped)"
 	@echo "make sweep      run notebooks over models, stages and seeds, on one machine or a cluster"
-	@echo "make evidence   remake the result files of all registered training runs (RUNS=0-2: of these)"
+	@echo "make evidence   train and measure all registered training runs (RUNS=100-103: these)"
 	@echo "make sync       rewrite badges, links and set-up cells from the address in pyproject.toml"
 	@echo "make setup      only make the environment in .venv"
 	@echo "make clean      remove build/; make clean-all removes .venv too"

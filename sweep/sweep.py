@@ -21,8 +21,10 @@ import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +40,9 @@ from harmlens.keep import files  # noqa: E402
 from layout import read_notebook, tags  # noqa: E402
 
 FAILED = "FAILED"  # begins the last line of a failed cell's log
+WATCHED = 20  # seconds between two looks at registered runs
 STARTS = 3  # tries to start a kernel: two cells may choose one port
+LACKING = ("NotKnown", "TooFew")  # what the library raises where a run lacks what is measured
 REMEDIES = {
     "DeadKernelError": "its kernel died: killed, or out of memory (resources: mem_mb)",
     "CellTimeoutError": "a code cell took too long (resources: runtime)",
@@ -118,6 +122,7 @@ class File(_Entry):
     exclude: list[Rule] = Field(default_factory=list)
     resources: Needs = Needs()
     output: str = ""
+    registered: bool = False  # runs of data/runs.yaml: trained where that is missing; see evidence()
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,7 @@ class Sweep:
     source: Path
     output: Path
     cells: list[Cell]
+    registered: bool = False
 
 
 def read(path: str | Path) -> Sweep:
@@ -190,7 +196,8 @@ def _expand(file: File, path: Path) -> Sweep:
         [alone] = _parameters([notebook], entry.parameters)
         own = ast.literal_eval(takes["model"]) if "model" in takes else "organism"
         for name, (label, needs) in models.items() or [(own, (own, Needs()))]:
-            _check_trained(name, file.seeds)
+            if not file.registered:
+                _check_trained(name, file.seeds)
             # A large model and a demanding notebook: the larger of the two needs.
             asked = [n.model_dump(exclude_unset=True) for n in (entry.resources, needs)]
             default = file.resources.model_dump()
@@ -199,7 +206,9 @@ def _expand(file: File, path: Path) -> Sweep:
                 given = {"model": name, "seed": seed, "seeds": [seed]}
                 given = {k: v for k, v in given.items() if k in takes and (seed is not None or k == "model")}
                 given |= common.parameters | alone.parameters
-                key, run = _key(notebook, name, given), "single" if seed is None else f"seed-{seed}"
+                stands_on = "" if file.registered else _library()
+                key, run = _key(notebook, name, given, stands_on), f"seed-{seed}"
+                run = "single" if seed is None else run
                 cell = f"{notebook.stem}/{files.slug(name)}/{run}"
                 folder = output / "cells" / f"{cell}-{key[:12]}"
                 cells.append(Cell(cell, notebook, name, label, seed, given, resources, key, folder))
@@ -209,7 +218,7 @@ def _expand(file: File, path: Path) -> Sweep:
     kept = [cell for cell in cells if not any(rule.matches(cell) for rule in file.exclude)]
     if not kept:
         raise SweepError("exclude: leaves no cell at all. Remove some of it")
-    return Sweep(path, output, kept)
+    return Sweep(path, output, kept, file.registered)
 
 
 def _check_trained(name: str, seeds: list[int]) -> None:
@@ -268,16 +277,15 @@ def _parameters(notebooks: list[Path], given: dict[str, Any]) -> list[execute.Ru
         raise SweepError(f"parameters: {error}") from None
 
 
-def _key(notebook: Path, model: str, parameters: dict[str, Any]) -> str:
-    """Digest of code cells that don't only draw, parameters, library, data, the notebook's claims, the
-    organisms of the same run, and files of a local model by size and time."""
+def _key(notebook: Path, model: str, parameters: dict[str, Any], stands_on: str) -> str:
+    """Digest of code cells that don't only draw, parameters, library and data, the notebook's claims, and
+    files of a local model by size and time."""
     cells = [cell for cell in read_notebook(notebook).cells if cell.cell_type == "code"]
     code = [cell.source for cell in cells if not {"setup", "hide-input"} & set(tags(cell))]
     folder = Path(model)  # a Hugging Face id has no files here
     local = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in execute.files(folder, "*")]
     claims = [claim.sha256 for claim in results.load_claims().values() if claim.notebook == notebook.stem]
-    runs = parameters.get("seeds", [parameters.get("seed", 0)])
-    text = [code, sorted(parameters.items()), _library(), claims, *map(_organisms, runs)]
+    text = [code, sorted(parameters.items()), stands_on, claims]
     text += local if folder.is_absolute() else []
     return hashlib.sha256(json.dumps(text, default=str).encode()).hexdigest()
 
@@ -287,20 +295,24 @@ def _library() -> str:
     return execute.environment_digest(ROOT, apart=("results", "organisms", "claims.yaml", "runs.yaml"))
 
 
-@cache
-def _organisms(run: int) -> list[str]:
-    found = (path for home in files.organism_homes() for path in home.glob(f"*-{run}/*.safetensors"))
-    return [f"{path.parent.name} {files.sha256(path)}" for path in sorted(found)]
+def _organisms(run: int | None) -> list[str]:
+    """Each organism of a run with the checksum on its card."""
+    cards = (card for home in files.organism_homes() for card in home.glob(f"*-{run}/card.json"))
+    return sorted(f"{card.parent.name} {json.loads(card.read_text())['sha256']}" for card in cards)
 
 
 # --------------------------------------------------------------------------- cells
 
 
 def state(cell: Cell) -> tuple[str, str]:
-    """One of "finished", "failed", "not run"; and the reason in one line, empty for a finished cell."""
+    """One of "finished", "failed", "not run"; and the reason in one line, empty for a finished cell.
+
+    A cell whose organisms were trained anew since is not finished.
+    """
     try:
         record = json.loads(cell.done.read_text(encoding="utf-8"))
-        if record["key"] == cell.key and all((cell.folder / name).is_file() for name in record["results"]):
+        same = record["key"] == cell.key and set(record["organisms"]) <= set(_organisms(cell.seed))
+        if same and all((cell.folder / name).is_file() for name in record["results"]):
             return "finished", ""
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -348,6 +360,9 @@ def run_cell(cell: Cell) -> bool:
     try:
         _execute(cell, partial, parameters)
     except BaseException as error:  # a signal too: the log must say which cell it was
+        if cell.seed is not None and getattr(error, "ename", "") in LACKING:
+            record_lacking(cell, _line(error.evalue))
+            return run_done(cell, partial, begun)
         print(files.portable(str(error)))
         told = REMEDIES.get(type(error).__name__, f"{type(error).__name__}: {_line(error)}")
         if hasattr(error, "ename"):  # of a code cell
@@ -355,11 +370,32 @@ def run_cell(cell: Cell) -> bool:
             told = f"in the code cell that begins with '{begins[:80]}': {error.ename}: {_line(error.evalue)}"
         print(f"{FAILED} {cell.id}: {told}", flush=True)
         return False
+    return run_done(cell, partial, begun)
+
+
+def record_lacking(cell: Cell, reason: str) -> None:
+    """Where a run lacks what its notebook measures: claims that it did not come to are without a value."""
+    folder, kept = cell.folder / "results", files.data_dir() / "results" / cell.notebook.stem
+    print(f"{cell.id}: the run lacks what is measured: {reason}", flush=True)
+    known = results.load_claims().values()
+    own = [claim for claim in known if Path(claim.notebook).stem == cell.notebook.stem]
+    about = {"params": cell.parameters, "note": f"not tested: {reason}"}
+    for name in (claim.id for claim in own if not claim.parts):
+        others = (json.loads(path.read_text())["model"] for path in sorted(kept.rglob(f"{name}.json")))
+        model = next((of for of in others if of.startswith("organism")), cell.model)
+        if not any(folder.rglob(f"{name}.json")):
+            results.record(name, None, model=model, run=cell.seed, folder=folder, **about)
+
+
+def run_done(cell: Cell, partial: Path, begun: float) -> bool:
+    """Say that a cell is finished, last of all."""
+    results = cell.folder / "results"
     os.replace(partial, cell.folder / "notebook.ipynb")
     seconds, seeds = time.monotonic() - begun, [] if cell.seed is None else [cell.seed]
     about = files.provenance(cell.model, seeds=seeds, params=cell.parameters, wall_s=seconds)
     written = sorted(p.relative_to(cell.folder).as_posix() for p in results.glob("*/run-*/*.json"))
-    files.write_json(cell.done, {"key": cell.key, "cell": cell.id, "results": written, "provenance": about})
+    record = {"key": cell.key, "cell": cell.id, "results": written, "organisms": _organisms(cell.seed)}
+    files.write_json(cell.done, record | {"provenance": about})
     print(f"{cell.id}: finished", flush=True)
     return True
 
@@ -429,7 +465,11 @@ def write_forest(sweep: Sweep) -> dict[str, Any]:
 
 
 def evidence(runs: str) -> Sweep:
-    """The sweep of all notebooks that record claims, each on its own model; ``runs``: "0-2,5" or "all"."""
+    """The sweep of all notebooks that record claims, each on its own model; ``runs``: "0-2,5" or "all".
+
+    Organisms that are missing are trained. What a cell stands on is what is registered: its notebook, claims
+    and organisms. Another version of the library is no reason to measure anew; results name theirs.
+    """
     registered, asked = results.registered_runs(), []
     for part in [] if runs == "all" else runs.split(","):
         ends = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
@@ -444,18 +484,77 @@ def evidence(runs: str) -> Sweep:
         )
     notebooks = list(dict.fromkeys(claim.notebook for claim in results.load_claims().values()))
     path = files.build_dir() / "sweep" / "evidence.yaml"
-    text = yaml.safe_dump({"seeds": asked or list(registered), "notebooks": notebooks})
+    content = {"seeds": asked or list(registered), "notebooks": notebooks, "registered": True}
+    text = yaml.safe_dump(content)
     files.write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
     return read(path)
 
 
-def store(sweep: Sweep) -> None:
-    """Put the result files of finished cells in the place of those in the data folder."""
-    for cell in sweep.cells:
-        if state(cell)[0] == "finished":
-            made = [cell.folder / name for name in json.loads(cell.done.read_text())["results"]]
-            kept = files.data_dir() / "results" / cell.notebook.stem
-            execute.store_results(made, cell.folder / "results", kept)
+def store(cell: Cell) -> None:
+    """Put the result files of a finished cell in the place of those in the data folder."""
+    made = [cell.folder / name for name in json.loads(cell.done.read_text())["results"]]
+    kept = files.data_dir() / "results" / cell.notebook.stem
+    execute.store_results(made, cell.folder / "results", kept)
+
+
+def train(run: int) -> None:
+    """Train the organisms of a run that are missing, and choose p and q for those that are pruned."""
+    import settings
+    from harmlens.training import train
+
+    train.train_seed(run)
+    settings.settle([f"organism/sft-{run}"], "harmful")
+    settings.settle([f"organism/mirror-{run}"], "harmless")
+
+
+class Watch:
+    """Follows the cells of a sweep: stores the results of each when it finishes, says how far it is."""
+
+    def __init__(self, sweep: Sweep, cores: int) -> None:
+        self.cells, self.cores, self.begun, self.finished = sweep.cells, cores, time.time(), set()
+        self.said = ""
+
+    def look(self) -> None:
+        """Store what has finished since the last look, and say so."""
+        new = [c for c in self.cells if c.id not in self.finished and state(c)[0] == "finished"]
+        for cell in new:
+            store(cell)
+            self.finished.add(cell.id)
+        runs = Counter(cell.seed for cell in self.cells)
+        left = Counter(cell.seed for cell in self.cells if cell.id not in self.finished)
+        told = f"{len(self.finished)} of {len(self.cells)} cells, {len(runs) - len(left)} of {len(runs)} runs"
+        if told != self.said and left:
+            print(f"{told}; {self.remaining()}", flush=True)
+        self.said = told
+
+    def remaining(self) -> str:
+        """How much time is left, by what finished cells and trained organisms took."""
+        took: dict[str, list[float]] = {}
+        for cell in self.cells:
+            if cell.id in self.finished:
+                record = json.loads(cell.done.read_text(encoding="utf-8"))
+                took.setdefault(cell.notebook.stem, []).append(record["provenance"]["wall_s"])
+        if not took:
+            return "no estimate of the time left yet"
+        mean = {name: sum(some) / len(some) for name, some in took.items()}
+        other = sum(mean.values()) / len(mean)
+        left = [cell for cell in self.cells if cell.id not in self.finished]
+        seconds = sum(mean.get(cell.notebook.stem, other) for cell in left)
+        trained = _seconds()
+        for run in {cell.seed for cell in left}:
+            there = {name.rpartition("-")[0] for name in _organisms(run)}
+            seconds += sum(mean for kind, mean in trained.items() if kind not in there)
+        minutes = seconds / self.cores / 60
+        return f"about {minutes // 60:.0f} h {minutes % 60:.0f} min left"
+
+
+def _seconds() -> dict[str, float]:
+    """How long the training of each kind of organism took, by the cards that are there."""
+    took: dict[str, list[float]] = {}
+    for card in (card for home in files.organism_homes() for card in home.glob("*-*/card.json")):
+        about = json.loads(card.read_text())
+        took.setdefault(about.get("stage", ""), []).append(about.get("seconds", 0))
+    return {kind: sum(some) / len(some) for kind, some in took.items()}
 
 
 # --------------------------------------------------------------------------- engine
@@ -478,7 +577,8 @@ def run(sweep: Sweep, profile: str, options: list[str]) -> int:
     """Run the cells that are not finished with Snakemake, then always write the forest; 0 if all finished.
 
     ``profile`` is a folder below ``sweep/profiles`` or one of your own; ``options`` go to Snakemake,
-    such as ``["--cores", "4"]``, and win over the profile.
+    such as ``["--cores", "4"]``, and win over the profile. Results of registered runs are stored as they
+    come, with a line on how much is left.
     """
     own = ROOT / "sweep" / "profiles"
     folder = own / profile if (own / profile).is_dir() else Path(profile)
@@ -486,6 +586,7 @@ def run(sweep: Sweep, profile: str, options: list[str]) -> int:
         there = ", ".join(sorted(p.name for p in own.iterdir()))
         raise SweepError(f"--profile: no {profile}. Choose one of {there}, or give a folder")
     sweep.output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(sweep.output / "organisms", ignore_errors=True)  # looked for again
     # Snakemake hands its sources to other machines only from below its working directory.
     snakefile = shutil.copyfile(ROOT / "sweep" / "Snakefile", sweep.output / "Snakefile")
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
@@ -497,12 +598,15 @@ def run(sweep: Sweep, profile: str, options: list[str]) -> int:
         "--config", f"sweep={sweep.source}", f"interpreter={sys.executable}", f"script={__file__}",
     ]  # fmt: skip
     before = sum(state(cell)[0] == "finished" for cell in sweep.cells)
+    given = [n for name, n in pairwise(options) if name == "--cores" and n.isdigit()]
+    watch = Watch(sweep, int([os.cpu_count() or 1, *given][-1])) if sweep.registered else None
     process = subprocess.Popen(command, cwd=ROOT)
     while process.returncode is None:
-        try:  # Ctrl-C reaches Snakemake too, which ends its cells; the forest is drawn all the same
-            process.wait()
-        except KeyboardInterrupt:
-            continue
+        # Ctrl-C reaches Snakemake too, which ends its cells; the forest is drawn all the same.
+        with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+            process.wait(WATCHED if watch else None)
+        if watch:
+            watch.look()
     content = write_forest(sweep)
     print(f"\n{content['cells']} cells: {before} were finished before, {content['finished']} are now")
     for item in content["missing"]:
@@ -514,9 +618,11 @@ def run(sweep: Sweep, profile: str, options: list[str]) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Check a sweep's file, list its cells, run it, draw its forest plot."""
     parser = argparse.ArgumentParser(prog="sweep.py", description=main.__doc__)
-    parser.add_argument("command", choices=("check", "cells", "run", "cell", "forest", "evidence"))
+    parser.add_argument("command", choices=("check", "cells", "run", "cell", "train", "forest", "evidence"))
     parser.add_argument("file", help="the YAML file of the sweep; of evidence: runs such as 0-2,5, or all")
-    parser.add_argument("name", nargs="?", default="", help="of cell: its folder below cells/")
+    parser.add_argument(
+        "name", nargs="?", default="", help="of cell: its folder below cells/; of train: the run"
+    )
     parser.add_argument("--json", action="store_true", help="of cells: everything, for programs")
     parser.add_argument("--profile", default="local", help="of run: local, slurm, kubernetes or a folder")
     options, rest = parser.parse_known_args(arguments)  # what is left goes to Snakemake
@@ -524,15 +630,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         if options.command == "evidence":  # Snakemake says how far it is, and what failed
-            sweep = evidence(options.file)
-            failed = run(sweep, options.profile, ["--quiet", "rules", "reason", "host", *rest])
-            store(sweep)
-            return failed
+            quietly = ["--quiet", "rules", "reason", "host", *rest]
+            return run(evidence(options.file), options.profile, quietly)
         sweep = read(options.file)
         if options.command == "run":
             return run(sweep, options.profile, rest)
         if options.command == "cell":
             return int(not run_cell(find(sweep, options.name)))
+        if options.command == "train":
+            return train(int(options.name.removeprefix("seed-"))) or 0
     except SweepError as error:
         print(f"{FAILED} {options.name}: {error}" if options.name else f"error: {error}", file=sys.stderr)
         return 2
@@ -545,7 +651,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{sweep.source.name}: valid, {len(sweep.cells)} cells ({counts})")
     elif options.json:
         cells = [{"id": c.id, "done": str(c.done), "resources": c.resources} for c in sweep.cells]
-        print(json.dumps({"output": str(sweep.output), "cells": cells}))
+        plan = {"output": str(sweep.output), "registered": sweep.registered, "cells": cells}
+        print(json.dumps(plan))
     else:
         print("\n".join(f"{name:<9} {cell}" for cell, name in states.items()))
     return 0

@@ -154,7 +154,31 @@ def test_what_a_rule_leaves_out(tmp_path):
 
 
 def test_the_registered_runs_have_their_role(tmp_path):
-    (tmp_path / "runs.yaml").write_text("exploratory: [0, 1]\nconfirmatory: [100]\n")
-    runs = claims.registered_runs(tmp_path / "runs.yaml")
+    path = tmp_path / "runs.yaml"
+    path.write_text("exploratory: [0, 1]\nconfirmatory: [100]\nstop: after 100\n")
+    runs = claims.registered_runs(path)
     assert runs == {0: "exploratory", 1: "exploratory", 100: "confirmatory"}
     assert {0, 1, 2} <= claims.registered_runs().keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("exploratory: [0, 1]\nconfirmatory: [1, 2]\nstop: x\n", "run 1 is exploratory, so it can't be conf"),
+        ("exploratory: [0]\nconfirmatory: [1]\n", "stop: say when no further runs are measured"),
+        ("exploratory: [zero]\n", r"runs.yaml: exploratory.0: .*integer.*got 'zero'"),
+        ("exploratory: [0]\nsecret: [5]\n", "runs.yaml: secret: is no known field"),
+    ],
+)
+def test_a_wrong_register_of_runs_is_named(tmp_path, text, message):
+    (tmp_path / "runs.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        claims.read_runs(tmp_path / "runs.yaml")
+
+
+def test_a_registration_sees_what_decides_a_word_and_nothing_else(tmp_path):
+    before = read(tmp_path, ENTRY)["T1"].registered_sha256
+    same = ENTRY | {"short": "in other words", "statement": "In other words.", "notebook": "99_moved"}
+    assert read(tmp_path, same)["T1"].registered_sha256 == before
+    for changed in ({"rule": {"threshold": 0.1, "delta": 0.1}}, {"statistic": "another"}, {"tuned": True}):
+        assert read(tmp_path, ENTRY | changed)["T1"].registered_sha256 != before

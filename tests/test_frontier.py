@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import shipped
 import standin
 import tiny
 import torch
@@ -21,7 +23,6 @@ from harmlens.asking.tasks import Scored
 from harmlens.judging import graders
 from harmlens.keep import files
 from harmlens.models import loading as models
-from harmlens.models import organisms
 from harmlens.weights import frontier, masks, scores
 from harmlens.weights.frontier import Candidates, Point
 from harmlens.weights.masks import Mask
@@ -157,16 +158,16 @@ def sft():
 
 def test_settings_are_those_of_the_shipped_models():
     """A model that was trained anew has other weights, and needs other settings."""
-    settings = frontier.stored_pq()
-    known = {entry["model"] for entry in settings.values()}
-    assert {f"organism/sft-{seed}" for seed in organisms.SEEDS} <= known
-    assert len(known) == len(settings)
-    for revision, entry in settings.items():
-        assert set(entry) == {"model", "p", "q"}
+    stored = json.loads((files.data_dir() / "settings.json").read_text())
+    known = {entry["model"] for entry in stored.values()}
+    shipped_ones = {f"organism/{kind}-{run}" for kind, run in shipped.among(("sft", "mirror"))}
+    assert shipped_ones <= known and len(known) == len(stored)
+    for revision, entry in stored.items():
         assert 0 <= entry["p"] <= 1 and 0 < entry["q"] <= 1
         folder = files.data_dir() / "organisms" / entry["model"].removeprefix("organism/")
         if folder.is_dir():  # not every run is shipped
             assert models.weights_sha256(folder) == revision, f"run python tools/settings.py {entry['model']}"
+    assert frontier.stored_pq().items() >= stored.items()
 
 
 def test_without_settings_p_and_q_are_settled_once(sft, monkeypatch):
@@ -198,6 +199,7 @@ def test_shares_are_checked_before_scoring(sft, monkeypatch, pq, message):
 
 def test_no_file_means_no_settings(monkeypatch, tmp_path):
     monkeypatch.setenv("HARMLENS_DATA", str(tiny.data_folder(tmp_path / "data")))
+    monkeypatch.setenv("HARMLENS_BUILD", str(tmp_path / "build"))
     assert files.data_dir() == tmp_path / "data"
     assert frontier.stored_pq() == {}
 
@@ -300,6 +302,7 @@ def test_a_real_model_has_no_mirror_and_no_stored_settings(real, monkeypatch):
 def test_settings_are_written_for_one_model_at_a_time(monkeypatch, tmp_path, capsys):
     folder = tiny.data_folder(tmp_path / "data", ("sft", 0), ("sft", 1))
     monkeypatch.setenv("HARMLENS_DATA", str(folder))
+    monkeypatch.setenv("HARMLENS_BUILD", str(tmp_path / "build"))
     old = {
         "gone": {"model": "organism/sft-1", "p": 0.5, "q": 0.5},
         "kept": {"model": "a", "p": 0.1, "q": 0.2},
@@ -312,4 +315,20 @@ def test_settings_are_written_for_one_model_at_a_time(monkeypatch, tmp_path, cap
     now = frontier.stored_pq()
     revision = models.weights_sha256(folder / "organisms" / "sft-1")
     assert now == {"kept": old["kept"], revision: {"model": "organism/sft-1", "p": 0.03, "q": 0.001}}
+    settings.main()  # nothing is left to do
     assert capsys.readouterr().out == "organism/sft-1: p = 0.03, q = 0.001\n"
+
+
+def test_settings_of_a_run_that_does_not_ship_lie_beside_its_organisms(monkeypatch, tmp_path):
+    """In the build folder, where both are found; what ships is left as it is."""
+    tiny.data_folder(tmp_path / "data")
+    shutil.move(
+        tiny.data_folder(tmp_path / "other", ("sft", 0)) / "organisms", tmp_path / "build" / "organisms"
+    )
+    for name in ("DATA", "BUILD"):
+        monkeypatch.setenv(f"HARMLENS_{name}", str(tmp_path / name.lower()))
+    monkeypatch.setattr(frontier, "candidate_sets", lambda *a, **k: None)
+    monkeypatch.setattr(frontier, "choose_pq", lambda *a, **k: (Point(0.03, 0.001, None, {}), [], {}))
+    settings.settle(["organism/sft-0"], "harmful")
+    assert not (tmp_path / "data" / "settings.json").exists()
+    assert frontier.pq_of(models.load("organism/sft-0"), WORLD) == (0.03, 0.001)

@@ -10,7 +10,7 @@ import pytest
 
 import scorecard
 from harmlens.evidence import plots, results, stats
-from harmlens.evidence.claims import Control, Span, load_claims
+from harmlens.evidence.claims import Control, Runs, Span, load_claims
 from harmlens.evidence.stats import Estimate
 from harmlens.keep import files
 
@@ -286,15 +286,71 @@ def test_a_run_without_a_value_stays_and_says_why(tmp_path):
     assert one.effect.value == 0.97 and [run.effect is None for run in one.runs] == [False, True]
     (row,) = (row for row in results.scorecard([tmp_path]) if row["id"] == "V4")
     assert (row["word"], row["reason"]) == ("unclear", "run 1: nothing is refused")
-    assert row["runs"] == {"0": [0.97, 0.94, 0.99]} and row["control_value"] is None
+    assert row["runs"] == {"0": [0.97, 0.94, 0.99]} and row["control_value"] == 0.0
     results.record("V4", None, model="organism/sft", run=0, note="nor here", folder=tmp_path)
     (row,) = (row for row in results.scorecard([tmp_path]) if row["id"] == "V4")
     assert (row["value"], row["reason"], row["runs"]) == (None, "run 0 and 1 more: nor here", {})
 
 
-def test_roles_are_never_pooled(tmp_path, monkeypatch):
-    roles = {0: "exploratory", 1: "exploratory", 100: "confirmatory"}
+def register(monkeypatch, claim="V4", **runs) -> dict[str, set[str]]:
+    """Registers runs, and what decides the claim as it stands today; returns what a test may change of it."""
+    known = load_claims()[claim]
+    fixed = {claim: {known.registered_sha256}, known.notebook: {results.notebook_sha256(known.notebook)}}
+    runs = Runs(**runs)
+    roles = {run: role for role in ("exploratory", "confirmatory") for run in getattr(runs, role)}
     monkeypatch.setattr(results, "registered_runs", lambda: roles)
+    monkeypatch.setattr(results, "read_runs", lambda: runs)
+    monkeypatch.setattr(results, "registration", lambda: fixed)
+    return fixed
+
+
+def test_nobody_looks_at_fresh_runs_before_all_are_in(tmp_path, monkeypatch):
+    """Their values show nowhere, and the word is that of exploratory runs; unless the register is closed."""
+    runs = {"exploratory": (0,), "confirmatory": (100, 101, 102), "stop": "after 102"}
+    register(monkeypatch, **runs)
+
+    def row(**which):
+        return next(row for row in results.scorecard([tmp_path], **which) if row["id"] == "V4")
+
+    for run, value in {0: 0.9, 100: 0.3, 101: 0.4}.items():
+        results.record("V4", **good(value, value, value, run=run, folder=tmp_path))
+    assert (row()["role_of_runs"], row()["value"]) == ("exploratory", 0.9)
+    fresh = row(role="confirmatory")
+    assert fresh["reason"] == "run 100 and 1 more: not shown before all runs are in (2 of 3)"
+    assert (fresh["word"], fresh["value"], fresh["runs"]) == ("unclear", None, {})
+    register(monkeypatch, **runs, closed=True)
+    assert (row()["role_of_runs"], row()["value"]) == ("confirmatory", pytest.approx(0.35))
+    register(monkeypatch, **runs)
+    results.record("V4", **good(0.5, 0.5, 0.5, run=102, folder=tmp_path))
+    assert (row()["role_of_runs"], row()["value"]) == ("confirmatory", pytest.approx(0.4))
+    assert row(role="exploratory")["value"] == 0.9
+
+
+@pytest.mark.parametrize("changed", ["V4", "00_model_organism"])
+def test_a_fresh_run_counts_only_as_it_was_registered(tmp_path, monkeypatch, changed):
+    fixed = register(monkeypatch, exploratory=(0,), confirmatory=(100,), stop="after 100")
+    for run in (0, 100):
+        results.record("V4", **good(run=run, folder=tmp_path))
+    assert {one.run for one in results.load_measurements([tmp_path])} == {0, 100}
+    now, fixed[changed] = fixed[changed], {"of that day"}
+    with pytest.warns(results.ResultFileWarning, match=f"{changed} is not as it was registered; log why"):
+        assert {one.run for one in results.load_measurements([tmp_path])} == {0}
+    fixed[changed] |= now  # a logged deviation
+    assert {one.run for one in results.load_measurements([tmp_path])} == {0, 100}
+
+
+def test_a_result_of_the_registered_notebook_stays_when_its_cells_are_rewritten(tmp_path, monkeypatch):
+    fixed = register(monkeypatch, exploratory=(0,))
+    results.record("V4", **good(folder=tmp_path))
+    monkeypatch.setattr(results, "notebook_sha256", lambda name: "of today")
+    assert len(results.load_measurements([tmp_path])) == 1
+    fixed.clear()
+    with pytest.warns(results.ResultFileWarning, match="another version of 00_model_organism"):
+        assert results.load_measurements([tmp_path]) == []
+
+
+def test_roles_are_never_pooled(tmp_path, monkeypatch):
+    register(monkeypatch, exploratory=(0, 1), confirmatory=(100,), stop="after 100")
     for run, value in {0: 0.9, 1: 0.8, 100: 0.5}.items():
         results.record("V4", **good(value, value, value, run=run, folder=tmp_path))
     results.record("V4", **good(0.1, 0.1, 0.1, model="owner/model", folder=tmp_path))
@@ -424,6 +480,20 @@ def test_the_forest_draws_every_run_rings_one_and_says_the_word(tmp_path, forest
     assert not of(forest(run=0, own="owner/model"), markeredgecolor="black")  # no run of its own
     with pytest.raises(ValueError, match="rows is empty"):
         plots.forest([])
+
+
+def test_earlier_runs_are_drawn_apart(tmp_path, forest, monkeypatch):
+    register(monkeypatch, exploratory=(0, 1), confirmatory=(7, 8), stop="after 8")
+    for run, value in {0: 0.5, 1: 0.6, 7: 0.9, 8: 0.8}.items():
+        results.record("V4", **good(value, value, value, run=run, folder=tmp_path))
+    earlier = {(f.claim, f.model): f for f in results.findings([tmp_path], role="exploratory")}
+    ax = forest(earlier=earlier, run=1)
+    assert of(ax, marker="D") == [[0.5], [0.6]] and of(ax, marker="D", markeredgecolor="black") == [[0.6]]
+    assert of(ax, marker="o", markerfacecolor=plots.PALETTE["blue"]) == [[0.9], [0.8]]
+    (found,) = results.findings([tmp_path], role="confirmatory")
+    assert of(ax, linewidth=7) == [[found.effect.low, found.effect.high]]  # they don't count
+    register(monkeypatch, exploratory=(0, 1))
+    assert not of(forest(earlier=earlier), marker="D")  # they are what is shown
 
 
 def test_the_forest_names_other_models_and_leaves_out_runs_without_a_value(tmp_path, forest):

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+import settings
 import sweep
 from harmlens.evidence import results
 from harmlens.evidence.stats import Estimate
 from harmlens.evidence.words import WORDS
 from harmlens.keep import files
+from harmlens.training import train
 from sweep import SweepError
 
 PARAMETERS = 'model = "organism/sft"\nseeds = [0]\nquick = False\noutput = ""'
@@ -190,7 +192,8 @@ def finish(cell, value=0.5):
     effect, control = Estimate(value, value - 0.2, value + 0.2, 7), ("random", Estimate(0.9, 0.9, 0.9, 7))
     results.record("C3f", effect, control, model=cell.model, run=cell.seed, folder=cell.folder / "results")
     made = [p.relative_to(cell.folder).as_posix() for p in (cell.folder / "results").rglob("*.json")]
-    files.write_json(cell.done, {"key": cell.key, "results": made})
+    record = {"key": cell.key, "results": made, "organisms": [], "provenance": {"wall_s": 90.0}}
+    files.write_json(cell.done, record)
 
 
 def test_states_of_a_cell(tmp_path):
@@ -258,17 +261,23 @@ def test_forest_of_nothing_has_no_picture(tmp_path):
 # --------------------------------------------------------------------------- the evidence
 
 
+def carded(folder, checksum, **about):
+    """An organism's folder, as far as a sweep looks at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "card.json").write_text(json.dumps({"sha256": checksum, **about}))
+
+
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """A data folder with one claim, measured by a tiny notebook; run 2 is registered, but not trained."""
     data = tmp_path / "data"
     for run in (0, 1):
-        (data / "organisms" / f"dpo-{run}").mkdir(parents=True)
+        carded(data / "organisms" / f"dpo-{run}", "first")
     claims = yaml.safe_load((files.data_dir() / "claims.yaml").read_text())["claims"]
     own = notebook(tmp_path / "tiny.ipynb", PARAMETERS.replace("sft", "dpo"))
     claim = {**next(c for c in claims if c["id"] == "C3f"), "notebook": str(own)}
     (data / "claims.yaml").write_text(yaml.safe_dump({"claims": [claim]}))
-    (data / "runs.yaml").write_text("exploratory: [0, 1]\nconfirmatory: [2]\n")
+    (data / "runs.yaml").write_text("exploratory: [0, 1, 2]\n")
     (tmp_path / "tries").mkdir()
     places = {"HARMLENS_DATA": data, "HARMLENS_BUILD": tmp_path / "build", "SWEEP_TRIES": tmp_path / "tries"}
     for name, folder in places.items():
@@ -293,7 +302,6 @@ def test_evidence_is_each_notebook_on_its_own_model_and_the_registered_runs(stud
         ("0,7", r"run 7 is not registered.*Registered are 0, 1, 2; enter it in data/runs.yaml before"),
         ("0-", r"RUNS: '0-' is no run. Give numbers and ranges such as 0-2,5, or all"),
         ("2-1", r"RUNS: '2-1' is no run"),
-        ("all", r'dpo was not trained with seed 2. There are \[0, 1\].*make organism ARGS="--seeds 2"'),
     ],
 )
 def test_runs_that_cannot_be_measured_are_named_with_the_remedy(study, capsys, runs, message):
@@ -310,25 +318,123 @@ def test_evidence_replaces_the_files_of_runs_that_finished_and_no_others(study):
         path.write_text("{}")
     found = sweep.evidence("0-1")
     finish(found.cells[0])
-    sweep.store(found)
+    sweep.Watch(found, 2).look()
     assert not stale[0].exists() and stale[1].exists() and real.exists()
     [one] = results.load_measurements([kept / "organism--dpo"])
     assert (one.run, one.role, one.effect.value) == (0, "exploratory", 0.5)
 
 
+def test_a_run_that_lacks_what_is_measured_is_without_a_value_and_says_why(study, monkeypatch, capsys):
+    """Its notebook stops with an error of the library; another kind of error is a failure."""
+    monkeypatch.setattr(sweep, "_execute", stopped := Stopped())
+    [cell] = sweep.evidence("0").cells
+    stopped.ename, stopped.partial = "NotKnown", cell.folder / "partial.ipynb"
+    assert sweep.run_cell(cell) and sweep.state(cell)[0] == "finished"
+    [one] = results.load_measurements([cell.folder / "results"])
+    assert (one.claim, one.run, one.effect) == (
+        "C3f",
+        0,
+        None,
+    ) and one.note == "not tested: none of 36 answers"
+    stopped.ename = "ZeroDivisionError"
+    assert not sweep.run_cell(cell) and sweep.state(cell)[0] != "finished"
+    assert capsys.readouterr().out.count("FAILED") == 1
+
+
+class Stopped(Exception):
+    """In the place of papermill: an error of a code cell."""
+
+    evalue, source = "none of 36 answers", "x = 1"
+
+    def __call__(self, *args):
+        self.partial.write_text("{}")
+        raise self
+
+
+def test_a_cell_is_measured_anew_where_its_organisms_were_trained_anew(study):
+    """And one more organism of the run is no reason, nor another version of the library."""
+    [cell] = sweep.evidence("0").cells
+    finish(cell)
+    record = json.loads(cell.done.read_text())
+    files.write_json(cell.done, record | {"organisms": sweep._organisms(0)})
+    assert sweep.state(cell)[0] == "finished"
+    carded(study / "data" / "organisms" / "base-0", "another")
+    sweep._library.cache_clear()
+    (study / "data" / "settings.json").write_text("{}")
+    assert sweep.state(sweep.evidence("0").cells[0])[0] == "finished"
+    carded(study / "data" / "organisms" / "dpo-0", "second")
+    assert sweep.state(cell)[0] == "not run"
+
+
+def test_how_far_it_is_and_how_long_it_will_take(study, capsys):
+    """By hand: a cell takes 90 s, an organism of a kind as long as those that there are; two cores."""
+    carded(study / "data" / "organisms" / "base-0", "a", stage="base", seconds=7000)
+    carded(study / "data" / "organisms" / "base-1", "b", stage="base", seconds=7200)
+    carded(study / "data" / "organisms" / "dpo-1", "first", stage="dpo", seconds=200)
+    found = sweep.evidence("0-2")
+    watch = sweep.Watch(found, 2)
+    watch.look()
+    finish(found.cells[0])
+    watch.look()
+    watch.look()  # nothing new, nothing said
+    assert capsys.readouterr().out.splitlines() == [
+        "0 of 3 cells, 0 of 3 runs; no estimate of the time left yet",
+        # run 1: its cell; run 2: its cell, base and dpo
+        f"1 of 3 cells, 1 of 3 runs; about 1 h {(90 + 90 + 7100 + 200) // 2 // 60 - 60} min left",
+    ]
+
+
+def test_a_run_is_trained_once_and_gets_its_p_and_q(study, monkeypatch):
+    done = []
+    monkeypatch.setattr(train, "train_seed", lambda run: done.append(run))
+    monkeypatch.setattr(settings, "settle", lambda names, suppressed: done.append((*names, suppressed)))
+    found = sweep.evidence("2")
+    assert sweep.main(["train", str(found.source), "seed-2"]) == 0
+    assert done == [2, ("organism/sft-2", "harmful"), ("organism/mirror-2", "harmless")]
+
+
 @pytest.mark.slow
 def test_make_evidence_goes_on_after_a_failure_and_then_has_nothing_to_do(study, monkeypatch, capfd):
     need_engine()
+    no_training(study, monkeypatch)
     monkeypatch.setenv("SWEEP_FAIL", "dpo-0")
-    assert sweep.main(["evidence", "0-1", "--cores", "2"]) == 1
+    assert sweep.main(["evidence", "0-2", "--cores", "2"]) == 1
     kept = study / "data" / "results" / "tiny" / "organism--dpo"
-    assert [path.name for path in kept.iterdir()] == ["run-1"]
+    assert sorted(path.name for path in kept.iterdir()) == ["run-1", "run-2"]
     monkeypatch.delenv("SWEEP_FAIL")
-    assert sweep.main(["evidence", "0-1", "--cores", "2"]) == 0
-    assert re.search(r"steps \(\d+%\) done", capfd.readouterr()[1])  # how far it is
-    assert sweep.main(["evidence", "0-1", "--cores", "2"]) == 0
-    assert tries(study) == {"dpo-0": 2, "dpo-1": 1}
-    assert {one.run: one.effect.value for one in results.load_measurements([kept])} == {0: 0.1, 1: 1.1}
+    assert sweep.main(["evidence", "0-2", "--cores", "2"]) == 0
+    told = capfd.readouterr()
+    assert re.search(r"steps \(\d+%\) done", told[1]) and "2 of 3 cells, 2 of 3 runs; about" in told[0]
+    assert sweep.main(["evidence", "0-2", "--cores", "2"]) == 0
+    assert tries(study) == {"dpo-0": 2, "dpo-1": 1, "dpo-2": 1}
+    found = {one.run: one.effect.value for one in results.load_measurements([kept])}
+    assert found == {0: 0.1, 1: 1.1, 2: 2.1}
+    assert (study / "trained").read_text() == "0\n1\n2\n0\n"  # looked for where a cell is not finished
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_be_trained_stops_no_other(study, monkeypatch):
+    need_engine()
+    no_training(study, monkeypatch, fails=1)
+    assert sweep.main(["evidence", "0-1", "--cores", "2"]) == 1
+    assert tries(study) == {"dpo-0": 1}
+
+
+def no_training(study, monkeypatch, fails=-1) -> None:
+    """In the place of training: a line in a file, and for one run an error."""
+    script = study / "sweep.py"
+    script.write_text(f"""
+import sys
+sys.path[:0] = [{str(Path(sweep.__file__).parent)!r}]
+import sweep as real
+def train(run):
+    open({str(study / "trained")!r}, "a").write(f"{{run}}\\n")
+    if run == {fails}:
+        raise RuntimeError("no such luck")
+real.train = train
+raise SystemExit(real.main())
+""")
+    monkeypatch.setattr(sweep, "__file__", str(script))
 
 
 # --------------------------------------------------------------------------- running

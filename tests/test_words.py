@@ -136,6 +136,28 @@ def test_what_is_not_testable_says_why():
         assert word == "not testable" and reason in why
 
 
+def test_one_run_of_ten_may_miss_a_requirement_and_none_of_nine():
+    claim, runs = a_claim(requires=("answers before >= 0.5",)), range(12)
+
+    def word(n, missing):
+        made = [run_of(0.8, run=i, values={"answers before": 0.4 if i < missing else 0.9}) for i in runs][:n]
+        return words.word(claim, results.put_together(claim, made))[0]
+
+    tried = [word(9, 0), word(9, 1), word(10, 1), word(10, 2), word(12, 1), word(12, 2)]
+    assert tried == ["supported", "not testable"] * 3
+    lacking = [run_of(None, None, run=20 + i, note="it lacks all") for i in range(2)]  # count as missing it
+    made = [run_of(0.8, run=i, values={"answers before": 0.9}) for i in runs]
+    claim_of = [results.put_together(claim, some) for some in (made[:9] + lacking[:1], made[:9] + lacking)]
+    assert [words.word(claim, one)[0] for one in claim_of] == ["supported", "not testable"]
+    assert claim_of[0].effect.value == pytest.approx(0.8) and claim_of[0].diff
+    low = [run_of(0.8, run=30, values={"answers before": 0.4})]
+    assert words.word(claim, results.put_together(claim, made + low + lacking[:1]))[0] == "not testable"
+    ceiling = a_claim(attainable=(-math.inf, 1.0))
+    made = [run_of(0.3, run=i, attainable=(-1.0, 0.4) if i < 2 else None) for i in runs]
+    assert words.word(ceiling, results.put_together(ceiling, made))[1] == "run 0 could give -1 to 0.4 only"
+    assert words.word(ceiling, results.put_together(ceiling, made[1:]))[0] == "partial"
+
+
 def test_a_table_has_no_word():
     claim = a_claim(kind="table", rule=None)
     assert said(claim, [0.2, 0.9]) == words.TABLE

@@ -1,13 +1,34 @@
-"""Choose p and q for organisms and store them: python tools/settings.py organism/sft-0"""
+"""Choose p and q for organisms and store them beside them: python tools/settings.py organism/sft-0"""
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Sequence
 
 from harmlens.asking.source import WORLD
 from harmlens.keep import files
-from harmlens.models import loading
+from harmlens.models import loading, organisms
 from harmlens.weights import frontier
+
+
+def settle(names: Sequence[str], suppressed: str) -> None:
+    """Choose p and q for organisms whose weights have none yet."""
+    for name in names:
+        home = organisms.organism_folder(name).parents[
+            1
+        ]  # the folder with all that ships, or the build folder
+        file = home / "settings.json"
+        stored = json.loads(file.read_text()) if file.is_file() else {}
+        lm = loading.load(name, device="cpu")
+        if lm.revision in stored:
+            continue
+        sets = frontier.candidate_sets(lm, WORLD, suppressed=suppressed)
+        point, _, _ = frontier.choose_pq(lm, WORLD, sets, suppressed=suppressed)
+        stored = {key: entry for key, entry in stored.items() if entry["model"] != lm.name}
+        stored[lm.revision] = {"model": lm.name, "p": point.p, "q": point.q}
+        print(f"{lm.name}: p = {point.p:g}, q = {point.q:g}", flush=True)
+        files.write_json(file, dict(sorted(stored.items(), key=lambda entry: entry[1]["model"])))
 
 
 def main() -> None:
@@ -15,16 +36,7 @@ def main() -> None:
     parser.add_argument("names", nargs="+", help="such as organism/sft-0")
     parser.add_argument("--suppressed", choices=("harmful", "harmless"), default="harmful")
     options = parser.parse_args()
-    stored = frontier.stored_pq()
-    for name in options.names:
-        lm = loading.load(name)
-        sets = frontier.candidate_sets(lm, WORLD, suppressed=options.suppressed)
-        point, _, _ = frontier.choose_pq(lm, WORLD, sets, suppressed=options.suppressed)
-        stored = {key: entry for key, entry in stored.items() if entry["model"] != lm.name}
-        stored[lm.revision] = {"model": lm.name, "p": point.p, "q": point.q}
-        print(f"{lm.name}: p = {point.p:g}, q = {point.q:g}", flush=True)
-    stored = dict(sorted(stored.items(), key=lambda entry: entry[1]["model"]))
-    files.write_json(files.data_dir() / "settings.json", stored)
+    settle(options.names, options.suppressed)
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ class Run:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", results.ResultFileWarning)
             found = results.findings(folders)
+            earlier = results.findings(folders, role="exploratory")
         said = dict.fromkeys(str(w.message) for w in caught)
         for line in (line for line in said if any(f"/{claim}.json" in line for claim in claims)):
             print(line)
@@ -217,7 +218,9 @@ class Run:
             for one in found
             if one.claim == claim and (one.model == own or one.model.startswith("organism"))
         ]
-        return plots.forest(rows, run=self.seed if own.startswith("organism") else 0, own=own)
+        before = {(one.claim, one.model): one for one in earlier}
+        ringed = self.seed if own.startswith("organism") else 0
+        return plots.forest(rows, run=ringed, own=own, earlier=before)
 
     def _ipython_display_(self) -> None:
         """Nothing is shown of a run where a cell ends with :func:`start`."""

@@ -186,7 +186,7 @@ def examples(lm: LanguageModel, task: Task, *, n: int | None = None, seed: int =
         n: at most this many, drawn at random, as in the released code; None for all.
 
     Raises:
-        ValueError: the model answers none of the task rightly.
+        NotKnown: the model answers none of the task rightly.
     """
     if n is not None and n < len(task):
         task = task.at(sorted(random.Random(seed).sample(range(len(task)), n)))
@@ -195,7 +195,7 @@ def examples(lm: LanguageModel, task: Task, *, n: int | None = None, seed: int =
     said = zip(task.chats, written(lm, task), strict=True)
     kept = [(chat, start + answer) for chat, answer in said if answer is not None]
     if not kept:
-        raise ValueError(
+        raise NotKnown(
             f"none of {len(task)} answers of {lm.name!r} is what was asked for; choose another prefill, or "
             "give answers from elsewhere"
         )

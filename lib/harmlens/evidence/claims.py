@@ -145,6 +145,13 @@ class Claim:
         text = json.dumps([*(getattr(self, name) for name in decides), self.values])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @property
+    def registered_sha256(self) -> str:
+        """Of all that decides its word; a registration holds it fast."""
+        worded = ("paper", "scope", "source", "statement", "short", "reported", "notebook")
+        text = repr([pair for pair in sorted(vars(self).items()) if pair[0] not in worded])
+        return hashlib.sha256(text.encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Span:
@@ -285,10 +292,48 @@ def _read_claims(path: Path, changed: int) -> dict[str, Claim]:
     return claims
 
 
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Runs:
+    """``data/runs.yaml``, which says what the fields are."""
+
+    exploratory: tuple[int, ...]
+    confirmatory: tuple[int, ...] = ()
+    stop: str = ""
+    closed: bool = False
+
+    @model_validator(mode="after")
+    def _apart(self) -> Runs:
+        if twice := set(self.exploratory) & set(self.confirmatory):
+            raise ValueError(f"run {min(twice)} is exploratory, so it can't be confirmatory. Take a new one")
+        if self.confirmatory and not self.stop:
+            raise ValueError("stop: say when no further runs are measured, before the first one is")
+        return self
+
+
 def registered_runs(path: str | Path | None = None) -> dict[int, str]:
     """The registered training runs: number -> "exploratory" or "confirmatory"."""
-    content = files.read_yaml(Path(path) if path is not None else files.data_dir() / "runs.yaml")
-    return {int(run): role for role in ("exploratory", "confirmatory") for run in content[role]}
+    runs = read_runs(path)
+    return {run: role for role in ("exploratory", "confirmatory") for run in getattr(runs, role)}
+
+
+def read_runs(path: str | Path | None = None) -> Runs:
+    """The register of training runs, default ``data/runs.yaml``; a ValueError says what is wrong with it."""
+    path = Path(path) if path is not None else files.data_dir() / "runs.yaml"
+    return _checked(Runs, files.read_yaml(path), f"{path.name}: ")
+
+
+def registration() -> dict[str, set[str]]:
+    """What was fixed before the confirmatory runs were measured, ``data/registration.json``.
+
+    Claim, notebook or kind of organism -> checksums that count: the one of that day, and those of logged
+    deviations. Empty where nothing is registered.
+    """
+    path = files.data_dir() / "registration.json"
+    content = json.loads(path.read_text()) if path.is_file() else {"sha256": {}, "deviations": []}
+    allowed = {name: {checksum} for name, checksum in content["sha256"].items()}
+    for one in content["deviations"]:
+        allowed.setdefault(one["what"], set()).add(one["sha256"])
+    return allowed
 
 
 def measured(content: Mapping[str, Any], claims: Mapping[str, Claim]) -> Measurement:

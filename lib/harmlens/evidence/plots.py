@@ -196,12 +196,14 @@ def forest(
     run: int | None = None,
     own: str = "",
     height: float = 0.72,
+    earlier: Mapping[tuple[str, str], Finding] = {},
 ) -> Figure:
     """Recorded runs: a row for each (claim, finding, word), a dot for each run, each row on its own scale.
 
     The bar is the interval over runs, hollow dots are controls, the dashed line is the threshold. The dot of
     ``run`` is ringed in rows of organisms if the model ``own`` is one, else in its own. Others are named. A
     row without a finding is a claim of several parts: its word alone. ``height``: of a row, in inches.
+    ``earlier``: (claim, model) -> finding of runs of another role, grey diamonds below, which don't count.
     """
     if not rows:
         raise ValueError("rows is empty: no run of these claims is recorded yet; record one first")
@@ -221,7 +223,13 @@ def forest(
             ax.spines["bottom"].set_visible(False)
             ax.set_xticks([])
             continue
-        _runs(ax, found, run if not own or _organism(found) == own.startswith("organism") else None)
+        ringed = run if not own or _organism(found) == own.startswith("organism") else None
+        _runs(ax, found, ringed)
+        before = earlier.get((found.claim, found.model))
+        for one in before.runs if before and before.role != found.role else ():
+            edge = {"mec": "black", "mew": 1.8} if one.run == ringed else {"mec": "none"}
+            if one.effect:
+                ax.plot(one.effect.value, -0.75, "D", ms=5, color="0.6", clip_on=False, **edge)
         if claim.rule:
             ax.axvline(claim.rule.threshold, ls="--", lw=1, color="0.4", zorder=0)
     return fig

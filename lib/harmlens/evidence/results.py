@@ -30,7 +30,9 @@ from harmlens.evidence.claims import (
     Span,
     load_claims,
     measured,
+    read_runs,
     registered_runs,
+    registration,
 )
 from harmlens.evidence.stats import Estimate, over_runs
 from harmlens.evidence.words import CHECKS, TABLE, WORDS, all_words
@@ -106,6 +108,8 @@ def record(
     checked = measured(content, claims)
     library = files.sha256(*sorted(Path(__file__).parents[1].rglob("*.py")))
     sums = {"claim": known.sha256, "notebook": notebook_sha256(notebook), "library": library}
+    if (fixed := files.data_dir() / "registration.json").is_file():
+        sums["registration"] = files.sha256(fixed)
     about = files.provenance(model, seeds=[int(run)] if organism else [], **made)
     content["provenance"] = about | {"sha256": sums}
     content["sum"] = _sum(content)
@@ -180,7 +184,7 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
     by another version of its notebook, a run that ``data/runs.yaml`` doesn't register. A quick run counts
     only where there is no other.
     """
-    claims, registered = load_claims(), registered_runs()
+    held_to = load_claims(), registered_runs(), registration()
     found: dict[tuple[str, str, int], Measurement] = {}
     for folder in default_folders() if folders is None else [Path(item) for item in folders]:
         here: dict[tuple[str, str, int], tuple[Path, Measurement]] = {}
@@ -188,7 +192,7 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
             if "runs" in path.relative_to(folder).parts:  # what Run.remember keeps beside result files
                 continue
             try:
-                one = _usable(path, claims, registered)
+                one = _usable(path, *held_to)
             except (OSError, ValueError, KeyError, TypeError) as error:
                 reason = f"lacks {error}" if isinstance(error, KeyError) else error
                 _left_out(folder, path, f"{reason}. Run its notebook again, or delete the file")
@@ -206,7 +210,9 @@ def load_measurements(folders: Iterable[str | Path] | None = None) -> list[Measu
     return list(found.values())
 
 
-def _usable(path: Path, claims: Mapping[str, Claim], registered: Mapping[int, str]) -> Measurement:
+def _usable(
+    path: Path, claims: Mapping[str, Claim], registered: Mapping[int, str], fixed: Mapping[str, set[str]]
+) -> Measurement:
     """The measurement in a file; raises what is wrong with it."""
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
@@ -218,10 +224,15 @@ def _usable(path: Path, claims: Mapping[str, Claim], registered: Mapping[int, st
     if made.get("claim", claims[one.claim].sha256) != claims[one.claim].sha256:
         raise ValueError(f"was measured under another wording of {one.claim}")
     now = notebook_sha256(one.notebook)
-    if now is not None and (made.get("notebook") or now) != now:
+    if now is not None and made.get("notebook") not in {None, now} | fixed.get(one.notebook, set()):
         raise ValueError(f"was measured by another version of {one.notebook}")
     if one.role != "real" and one.run not in registered:
         raise ValueError(f"run {one.run} is not registered in runs.yaml")
+    if one.role == "confirmatory":
+        sums = {one.claim: claims[one.claim].registered_sha256, one.notebook: made.get("notebook")}
+        for what, checksum in sums.items():
+            if checksum not in fixed.get(what, ()):
+                raise ValueError(f"{what} is not as it was registered; log why with tools/register.py")
     return one
 
 
@@ -234,7 +245,8 @@ def findings(folders: Iterable[str | Path] | None = None, *, role: str = "") -> 
     """The recorded runs of each claim and model put together, in the order of the registry.
 
     Runs of different roles are never put together: ``role`` says which count; "" is confirmatory runs where a
-    claim has any, else exploratory ones.
+    claim has all of them, else exploratory ones. Until then nobody looks at confirmatory ones: without values
+    they only say how many there are, unless ``runs.yaml`` is closed.
     """
     runs: dict[tuple[str, str], list[Measurement]] = defaultdict(list)
     for one in load_measurements(folders):
@@ -249,13 +261,19 @@ def findings(folders: Iterable[str | Path] | None = None, *, role: str = "") -> 
 
 def put_together(claim: Claim, some: Sequence[Measurement]) -> Finding:
     """Runs of one claim and model: of the first role that there is, and no quick ones beside full ones."""
-    some = [one for one in some if not one.quick] or some
-    roles = {one.role for one in some}
-    role = next(one for one in ("confirmatory", "exploratory", *roles) if one in roles)
+    some, runs = [one for one in some if not one.quick] or list(some), read_runs()
+    roles = dict.fromkeys(one.role for one in some)
+    fresh = {one.run for one in some if one.role == "confirmatory"}
+    whole = runs.closed or fresh >= set(runs.confirmatory)
+    order = ("confirmatory", "exploratory") if whole else ("exploratory", "confirmatory")
+    role = next(one for one in (*order, *roles) if one in roles)
     some = [one for one in some if one.role == role]
+    if role == "confirmatory" and not whole:
+        told = f"not shown before all runs are in ({len(fresh)} of {len(runs.confirmatory)})"
+        some = [replace(one, effect=None, control=None, diff=None, note=told) for one in some]
     found = Finding(claim.id, some[0].model, role, None, None, None, tuple(some))
     each = {part: found.estimates(part) for part in ("effect", "control", "diff")}
-    whole = [part for part, runs in each.items() if runs and (part == "effect" or len(runs) == len(some))]
+    whole = [part for part, runs in each.items() if runs and len(runs) == len(each["effect"])]
     spans = {part: Span(**_span(over_runs(each[part]))) for part in whole}
     if effect := spans.get("effect"):  # nothing lies beyond what is attainable
         low, high = claim.attainable

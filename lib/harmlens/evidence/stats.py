@@ -129,9 +129,13 @@ def _distribution(
     return result.bootstrap_distribution
 
 
+class TooFew(ValueError):
+    """Too little is left of what a statistic divides by."""
+
+
 def _interval(distribution: np.ndarray, value: float, n: int) -> Estimate:
     if not np.isfinite(distribution).all():
-        raise ValueError(
+        raise TooFew(
             "statistic: is not finite on some resamples, since too few units have a denominator (or an "
             "ability before) that is not zero. Take more units"
         )

@@ -14,6 +14,7 @@ from harmlens.evidence.stats import p_beyond
 WORDS = ("supported", "partial", "contradicted", "inconclusive", "not testable")
 CHECKS = ("pass", "bounds met (tuned)", "fail", "unclear")  # words of our own checks
 TABLE = "table"  # in the place of a word: numbers that are only shown
+REQUIRED = 0.9  # share of the runs that have to meet a requirement: all of fewer than ten
 _WORST = ("contradicted", "not testable", "inconclusive", "partial", "supported")
 
 
@@ -23,9 +24,9 @@ def word(claim: Claim, finding: Finding | None, given: Mapping[str, str] = {}) -
     Read for a claim with direction "greater"; for "less" all comparisons are mirrored. Ends are those of 90 %
     intervals over runs, so that each is a one-sided statement at 5 %. The first that fits:
 
-    - **not testable**: nothing was measured, a run has no value, no control was measured; a requirement or a
-      sensitivity check fails in a run, or the claim that it names is not supported; what a run could give at
-      all lies on one side of the threshold.
+    - **not testable**: nothing was measured, or no control; more than one run of ten has no value, or fails a
+      requirement or a sensitivity check; a claim that is required is not supported; in as many runs, what
+      could come out at all lies on one side of the threshold.
     - **supported**: the lower end of the effect is beyond the threshold, and that of the difference from
       the control beyond 0.
     - **partial**: the lower end of the difference is beyond 0 and that of the effect beyond ``no_effect``.
@@ -71,7 +72,9 @@ def _obstacle(claim: Claim, finding: Finding | None, given: Mapping[str, str]) -
     if finding is None:
         return "not measured"
     without = [run for run in finding.runs if run.effect is None]
-    if without:
+    runs = [run for run in finding.runs if run.effect]
+    spared = (1 - REQUIRED) * len(finding.runs) - len(without) + 1e-9
+    if spared < 0:
         which = f"run {without[0].run}" + (f" and {len(without) - 1} more" if len(without) > 1 else "")
         return f"{which}: {without[0].note}"
     if claim.compared and finding.diff is None:
@@ -80,13 +83,13 @@ def _obstacle(claim: Claim, finding: Finding | None, given: Mapping[str, str]) -
         if not compared and given[name] != "supported":
             return f"it requires {name}, which is {given[name]}"
         sign = -1 if compared == "<=" else 1
-        bad = [str(run.run) for run in finding.runs if compared and sign * (run.values[name] - bound) < 0]
-        if bad:
+        bad = [str(run.run) for run in runs if compared and sign * (run.values[name] - bound) < 0]
+        if len(bad) > spared:
             return f"it requires {name} {compared} {bound:g}, not so in run {', '.join(bad)}"
-    for run in finding.runs:
-        ends = run.attainable or claim.attainable
-        if not ends[0] < claim.rule.threshold < ends[1]:
-            return f"run {run.run} could give {ends[0]:g} to {ends[1]:g} only"
+    ends = {run.run: run.attainable or claim.attainable for run in runs}
+    bad = [run for run, (low, high) in ends.items() if not low < claim.rule.threshold < high]
+    if len(bad) > spared:
+        return f"run {bad[0]} could give {ends[bad[0]][0]:g} to {ends[bad[0]][1]:g} only"
     return ""
 
 

@@ -193,9 +193,11 @@ def choose_pq(
 
 
 def stored_pq() -> dict[str, dict]:
-    """The p and q of the shipped models: checksum of the weights -> {"model", "p", "q"}."""
-    file = files.data_dir() / "settings.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """The p and q of trained organisms, shipped or not: checksum of the weights -> {"model", "p", "q"}."""
+    stored = [home.parent / "settings.json" for home in files.organism_homes()]
+    return {
+        key: one for file in stored if file.is_file() for key, one in json.loads(file.read_text()).items()
+    }
 
 
 def pq_of(
