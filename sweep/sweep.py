@@ -497,7 +497,21 @@ def store(cell: Cell) -> None:
     execute.store_results(made, cell.folder / "results", kept)
 
 
-def train(run: int) -> None:
+def _stands_on(run: int) -> dict[str, Any]:
+    """What says that a run is trained: its organisms, and the file of their recipes."""
+    recipes = files.data_dir() / "organisms.yaml"
+    return {"organisms": _organisms(run), "recipes": files.sha256(recipes) if recipes.is_file() else ""}
+
+
+def forget_untrained(sweep: Sweep) -> None:
+    """Remove what says that a run is trained where that is no longer so: it is looked at again."""
+    for run in {cell.seed for cell in sweep.cells}:
+        told = sweep.output / "organisms" / f"seed-{run}.json"
+        if told.is_file() and execute.read_json(told) != _stands_on(run):
+            told.unlink()
+
+
+def train(sweep: Sweep, run: int) -> None:
     """Train the organisms of a run that are missing, and choose p and q for those that are pruned."""
     import settings
     from harmlens.training import train
@@ -505,6 +519,7 @@ def train(run: int) -> None:
     train.train_seed(run)
     settings.settle([f"organism/sft-{run}"], "harmful")
     settings.settle([f"organism/mirror-{run}"], "harmless")
+    files.write_json(sweep.output / "organisms" / f"seed-{run}.trained", _stands_on(run))
 
 
 class Watch:
@@ -586,7 +601,7 @@ def run(sweep: Sweep, profile: str, options: list[str]) -> int:
         there = ", ".join(sorted(p.name for p in own.iterdir()))
         raise SweepError(f"--profile: no {profile}. Choose one of {there}, or give a folder")
     sweep.output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(sweep.output / "organisms", ignore_errors=True)  # looked for again
+    forget_untrained(sweep)
     # Snakemake hands its sources to other machines only from below its working directory.
     snakefile = shutil.copyfile(ROOT / "sweep" / "Snakefile", sweep.output / "Snakefile")
     settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
@@ -638,7 +653,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "cell":
             return int(not run_cell(find(sweep, options.name)))
         if options.command == "train":
-            return train(int(options.name.removeprefix("seed-"))) or 0
+            return train(sweep, int(options.name.removeprefix("seed-"))) or 0
     except SweepError as error:
         print(f"{FAILED} {options.name}: {error}" if options.name else f"error: {error}", file=sys.stderr)
         return 2

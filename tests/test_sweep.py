@@ -391,12 +391,23 @@ def test_a_run_is_trained_once_and_gets_its_p_and_q(study, monkeypatch):
     found = sweep.evidence("2")
     assert sweep.main(["train", str(found.source), "seed-2"]) == 0
     assert done == [2, ("organism/sft-2", "harmful"), ("organism/mirror-2", "harmless")]
+    told = found.output / "organisms" / "seed-2.json"
+    (told.parent / "seed-2.trained").rename(told)  # as the engine does
+    sweep.forget_untrained(found)
+    assert told.is_file()
+    carded(study / "data" / "organisms" / "dpo-2", "anew")
+    sweep.forget_untrained(found)
+    assert not told.exists()
 
 
 @pytest.mark.slow
 def test_make_evidence_goes_on_after_a_failure_and_then_has_nothing_to_do(study, monkeypatch, capfd):
     need_engine()
     no_training(study, monkeypatch)
+    path = study / "data" / "claims.yaml"
+    (claim,) = yaml.safe_load(path.read_text())["claims"]
+    other = notebook(study / "other.ipynb", PARAMETERS.replace("sft", "base"), BODY.replace("C3f", "C3g"))
+    path.write_text(yaml.safe_dump({"claims": [claim, claim | {"id": "C3g", "notebook": str(other)}]}))
     monkeypatch.setenv("SWEEP_FAIL", "dpo-0")
     assert sweep.main(["evidence", "0-2", "--cores", "2"]) == 1
     kept = study / "data" / "results" / "tiny" / "organism--dpo"
@@ -404,12 +415,13 @@ def test_make_evidence_goes_on_after_a_failure_and_then_has_nothing_to_do(study,
     monkeypatch.delenv("SWEEP_FAIL")
     assert sweep.main(["evidence", "0-2", "--cores", "2"]) == 0
     told = capfd.readouterr()
-    assert re.search(r"steps \(\d+%\) done", told[1]) and "2 of 3 cells, 2 of 3 runs; about" in told[0]
+    assert re.search(r"steps \(\d+%\) done", told[1]) and "5 of 6 cells, 2 of 3 runs; about" in told[0]
     assert sweep.main(["evidence", "0-2", "--cores", "2"]) == 0
-    assert tries(study) == {"dpo-0": 2, "dpo-1": 1, "dpo-2": 1}
+    one = dict.fromkeys([f"{kind}-{run}" for kind in ("base", "dpo") for run in (0, 1, 2)], 1)
+    assert tries(study) == one | {"dpo-0": 2}  # of run 0, too, only what had failed
     found = {one.run: one.effect.value for one in results.load_measurements([kept])}
     assert found == {0: 0.1, 1: 1.1, 2: 2.1}
-    assert (study / "trained").read_text() == "0\n1\n2\n0\n"  # looked for where a cell is not finished
+    assert sorted((study / "trained").read_text().split()) == ["0", "1", "2"]  # once
 
 
 @pytest.mark.slow
@@ -427,10 +439,11 @@ def no_training(study, monkeypatch, fails=-1) -> None:
 import sys
 sys.path[:0] = [{str(Path(sweep.__file__).parent)!r}]
 import sweep as real
-def train(run):
+def train(found, run):
     open({str(study / "trained")!r}, "a").write(f"{{run}}\\n")
     if run == {fails}:
         raise RuntimeError("no such luck")
+    real.files.write_json(found.output / "organisms" / f"seed-{{run}}.trained", real._stands_on(run))
 real.train = train
 raise SystemExit(real.main())
 """)
