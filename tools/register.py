@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 from datetime import UTC, datetime
-from pathlib import Path
 
 from harmlens.evidence import claims, results
 from harmlens.keep import files
@@ -73,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         content = {"date": today, "sha256": now, "deviations": []}
     files.write_json(path, content)
-    print(f"{len(now)} checksums, {len(content['deviations'])} deviations in {Path(path.name)}")
+    print(f"{len(now)} checksums, {len(content['deviations'])} deviations in {path.name}")
     return 0
 
 

@@ -15,10 +15,8 @@ from harmlens.weights import frontier
 def settle(names: Sequence[str], suppressed: str) -> None:
     """Choose p and q for organisms whose weights have none yet."""
     for name in names:
-        home = organisms.organism_folder(name).parents[
-            1
-        ]  # the folder with all that ships, or the build folder
-        file = home / "settings.json"
+        # beside the organisms that ship, or those that were trained here
+        file = organisms.organism_folder(name).parents[1] / "settings.json"
         stored = json.loads(file.read_text()) if file.is_file() else {}
         lm = loading.load(name, device="cpu")
         if lm.revision in stored:

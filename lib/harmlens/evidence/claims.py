@@ -319,6 +319,11 @@ def registered_runs(path: str | Path | None = None) -> dict[int, str]:
 def read_runs(path: str | Path | None = None) -> Runs:
     """The register of training runs, default ``data/runs.yaml``; a ValueError says what is wrong with it."""
     path = Path(path) if path is not None else files.data_dir() / "runs.yaml"
+    return _read_runs(path, path.stat().st_mtime_ns)
+
+
+@cache
+def _read_runs(path: Path, changed: int) -> Runs:
     return _checked(Runs, files.read_yaml(path), f"{path.name}: ")
 
 

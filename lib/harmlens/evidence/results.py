@@ -224,7 +224,7 @@ def _usable(
     if made.get("claim", claims[one.claim].sha256) != claims[one.claim].sha256:
         raise ValueError(f"was measured under another wording of {one.claim}")
     now = notebook_sha256(one.notebook)
-    if now is not None and made.get("notebook") not in {None, now} | fixed.get(one.notebook, set()):
+    if now is not None and (made.get("notebook") or now) not in {now} | fixed.get(one.notebook, set()):
         raise ValueError(f"was measured by another version of {one.notebook}")
     if one.role != "real" and one.run not in registered:
         raise ValueError(f"run {one.run} is not registered in runs.yaml")
@@ -264,11 +264,11 @@ def put_together(claim: Claim, some: Sequence[Measurement]) -> Finding:
     some, runs = [one for one in some if not one.quick] or list(some), read_runs()
     roles = dict.fromkeys(one.role for one in some)
     fresh = {one.run for one in some if one.role == "confirmatory"}
-    whole = runs.closed or fresh >= set(runs.confirmatory)
-    order = ("confirmatory", "exploratory") if whole else ("exploratory", "confirmatory")
+    all_in = runs.closed or fresh >= set(runs.confirmatory)
+    order = ("confirmatory", "exploratory") if all_in else ("exploratory", "confirmatory")
     role = next(one for one in (*order, *roles) if one in roles)
     some = [one for one in some if one.role == role]
-    if role == "confirmatory" and not whole:
+    if role == "confirmatory" and not all_in:
         told = f"not shown before all runs are in ({len(fresh)} of {len(runs.confirmatory)})"
         some = [replace(one, effect=None, control=None, diff=None, note=told) for one in some]
     found = Finding(claim.id, some[0].model, role, None, None, None, tuple(some))
