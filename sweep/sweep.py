@@ -526,8 +526,7 @@ class Watch:
     """Follows the cells of a sweep: stores the results of each when it finishes, says how far it is."""
 
     def __init__(self, sweep: Sweep, cores: int) -> None:
-        self.cells, self.cores, self.begun, self.finished = sweep.cells, cores, time.time(), set()
-        self.said = ""
+        self.cells, self.cores, self.finished, self.said = sweep.cells, cores, set(), ""
 
     def look(self) -> None:
         """Store what has finished since the last look, and say so."""

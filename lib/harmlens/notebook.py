@@ -207,7 +207,8 @@ class Run:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", results.ResultFileWarning)
             found = results.findings(folders)
-            earlier = results.findings(folders, role="exploratory")
+            fresh = any(one.role == "confirmatory" for one in found)  # else those are what is shown
+            earlier = results.findings(folders, role="exploratory") if fresh else []
         said = dict.fromkeys(str(w.message) for w in caught)
         for line in (line for line in said if any(f"/{claim}.json" in line for claim in claims)):
             print(line)
