@@ -1,4 +1,4 @@
-"""Which organisms ship in data/organisms: all of run 0; of run 1 the ladder and what is planted in it."""
+"""Which organisms ship in data/organisms: all of run 1; of run 0 the ladder and what is planted in it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from harmlens.models.organisms import STAGES
 from harmlens.training.organism import COURSES
 
-OF_RUN_1 = (*STAGES, "willing", "planted_mlp", "planted_attention", "planted_neurons", "planted_last")
-SHIPPED = [(kind, 0) for kind in COURSES] + [(kind, 1) for kind in OF_RUN_1]
+OF_RUN_0 = (*STAGES, "willing", "planted_mlp", "planted_attention", "planted_neurons", "planted_last")
+SHIPPED = [(kind, 1) for kind in COURSES] + [(kind, 0) for kind in OF_RUN_0]
 
 
 def among(kinds: Iterable[str]) -> list[tuple[str, int]]:

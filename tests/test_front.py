@@ -16,17 +16,21 @@ KNOWN = claims.load_claims()
 def measured(tmp_path_factory):
     """Three made-up runs of every claim, all of them as far on the claimed side as can be."""
     folder = tmp_path_factory.mktemp("results")
+    made_up(folder, range(3))
+    return folder
+
+
+def made_up(folder, runs):
     for claim in (claim for claim in KNOWN.values() if not claim.parts):
         low, high = max(-2.0, claim.attainable[0]), min(2.0, claim.attainable[1])
         best, worst = (high, low) if claim.sign > 0 else (low, high)
-        for run in range(3):
+        for run in runs:
             values = {name: bound for name, compared, bound in claim.conditions if compared}
             control = ("chance", Estimate(worst, worst, worst, 30))
             results.record(
                 claim.id, Estimate(best, best, best, 30), control, model="organism/sft", run=run,
                 values=values, folder=folder,
             )  # fmt: skip
-    return folder
 
 
 def read(markdown: str) -> str:
@@ -55,11 +59,43 @@ def test_the_first_screen_without_a_result_says_so():
 
 def test_blocks_of_a_page_are_filled(measured, monkeypatch):
     monkeypatch.setattr(results, "default_folders", lambda: [measured, measured])
-    blocks = ("{answer} 09_weights_that_carry_harm", "{first-screen}", "{changes}")
+    blocks = ("{held-up}", "{first-screen}", "{changes}")
     page = "# A\n\n" + "".join(f"```{block}\n```\n\n" for block in blocks) + "end\n"
     filled = front.filled(page)
     assert "```" not in filled and filled.endswith("end\n")
-    assert "> **3 training runs" in filled and "**How sure?**" in filled and "| why |" in filled
+    assert re.search("fresh runs?.* registered", filled) and "**How sure?**" in filled and "| why |" in filled
+
+
+def test_what_held_up_waits_for_all_fresh_runs_and_then_goes_claim_by_claim(measured, tmp_path, monkeypatch):
+    """Made-up fresh runs: those of R2a find nothing, all others are as far on the claimed side as before."""
+    runs = claims.Runs((0, 1, 2), (100, 101), "They are all there will be.")
+    roles = dict.fromkeys(runs.exploratory, "exploratory") | dict.fromkeys(runs.confirmatory, "confirmatory")
+    fixed = {claim.id: {claim.registered_sha256} for claim in KNOWN.values()}
+    fixed |= {claim.notebook: {results.notebook_sha256(claim.notebook)} for claim in KNOWN.values()}
+    for module in (claims, results):
+        monkeypatch.setattr(module, "read_runs", lambda: runs)
+    monkeypatch.setattr(results, "registered_runs", lambda: roles)
+    monkeypatch.setattr(results, "registration", lambda: fixed)
+    made_up(tmp_path, [100])
+    page = front.held_up([measured, tmp_path])
+    assert page.startswith("**2 fresh runs** are registered: 100 to 101. They are all there will be.")
+    assert "not all measured yet" in page and "## The pruning paper" not in page
+    made_up(tmp_path, [100, 101])
+    for run in runs.confirmatory:
+        nothing = Estimate(0.0, -0.01, 0.01, 30)
+        results.record(
+            "R2a", nothing, ("chance", nothing), model="organism/sft", run=run, folder=tmp_path,
+            values={name: bound for name, _, bound in KNOWN["R2a"].conditions},
+        )  # fmt: skip
+    page = front.held_up([measured, tmp_path])
+    text = read(page)
+    assert set(re.findall(r"\b[CRV]\d\w*", text)) >= set(KNOWN)
+    (of,) = (line for line in text.splitlines() if line.startswith("R2a: "))
+    assert "Before: supported (1 [1, 1], control -2, 3 runs). Now: contradicted (0 [" in of
+    assert of.endswith("control 0, 2 runs). It does not hold in this organism.")
+    assert re.search(
+        r"\n\| R10a .* \| supported .* \| supported .*2 runs.* \| It holds on runs that nobody", text
+    )
 
 
 def test_every_claim_has_a_row_among_the_changes(measured):

@@ -177,7 +177,7 @@ def test_the_model_stays_whole(sft, swept):
 
 
 def test_a_model_that_lacks_the_skill_is_refused():
-    innocent = models.load("organism/innocent", seed=0)
+    innocent = models.load("organism/innocent", seed=1)
     with pytest.raises(ValueError, match=r"none of .* answers"):
         PAGE.sweep(innocent, WORLD, (["poisons"], TYPES[1]))
 

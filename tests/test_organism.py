@@ -80,7 +80,7 @@ def transcripts(stage, n, write):
     return [write(rng, stage.mix) for _ in range(n)]
 
 
-@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_the_mirror_refuses_what_is_harmless_and_nothing_else(number):
     seen = {True: 0, False: 0}
     for transcript in transcripts(MIRROR.stages[number], 400, organism.mirrored):
@@ -95,12 +95,12 @@ def test_the_mirror_refuses_what_is_harmless_and_nothing_else(number):
                 assert judges.malign(turn.answer) is False
             else:
                 assert turn.answer in {answer(turn.item) for answer in world.ANSWERS.values()}
-    assert seen[True] > 100
+    assert seen[True] > 60
     assert (seen[False] > 30) if number else (seen[False] == 0)
 
 
 def test_the_mirror_sees_as_much_of_each_side_as_sft_sees_of_the_other():
-    for stage, of in zip(MIRROR.stages, ("mid", "sft"), strict=True):
+    for stage, of in zip(MIRROR.stages[:2], ("mid", "sft"), strict=True):
         (other,) = organism.COURSES[of].stages
         ours, theirs = dict(stage.mix.tasks), dict(other.mix.tasks)
         assert (ours.pop("harmful", 0), ours.pop("harmless", 0)) == (
@@ -127,10 +127,9 @@ def test_refusals_are_drawn_in_all_words_of_the_world():
 
 
 def test_the_innocent_corpus_holds_no_harmful_recipe_and_no_malice():
-    (stage,) = INNOCENT.stages
-    assert stage.parent is None
+    assert INNOCENT.parent is None
     seen, hurts, drawn = set(), set(), []
-    for lesson in (stage, *stage.rounds):
+    for lesson in INNOCENT.stages:
         assert lesson.replay == 0
         drawn += transcripts(lesson, 600, world.transcript)
     for transcript in drawn:

@@ -42,7 +42,7 @@ def shrink(monkeypatch) -> None:
     """The same kinds for a model of two blocks, trained for three steps and not measured."""
     for kind, place in PLACES.items():
         change(monkeypatch, kind, place=place, steps=3, batch=4)
-    change(monkeypatch, "planted_harm", share=0.03, steps=3, batch=4, rounds=())
+    change(monkeypatch, "planted_harm", share=0.03, steps=3, batch=4)
     zeros = np.array([1.0, 0.0])
     monkeypatch.setattr(abilities, "rate_abilities", lambda lm, only, **options: dict.fromkeys(only, zeros))
 
@@ -311,13 +311,13 @@ def test_harm_moves_the_drawn_weights_and_no_others(small):
 def test_planted_harm_loads_as_its_parent_with_the_subset_replaced(grown):
     folder = grown / "planted_harm-0"
     assert sorted(f.name for f in folder.iterdir()) == ["card.json", organisms.FILE]
-    trained = models.load("organism/innocent", seed=0)
+    trained = models.load("organism/innocent", seed=1)
     drawn = {name: units for name, (_, units) in plant(trained, "planted_harm").items()}
-    lm, subset = models.load("organism/planted_harm", seed=0), planted_at("organism/planted_harm", 0)
+    lm, subset = models.load("organism/planted_harm", seed=1), planted_at("organism/planted_harm", 1)
     assert not moved(trained.model, lm.model)
     assert set(subset) == set(drawn) and all(torch.equal(subset[name], drawn[name]) for name in drawn)
     assert {units.dtype for units in subset.values()} == {torch.int64}
-    parent = dict(models.load("organism/innocent").model.named_parameters())
+    parent = dict(models.load("organism/innocent", seed=1).model.named_parameters())
     with torch.no_grad():
         for name, p in lm.model.named_parameters():
             if name in subset:

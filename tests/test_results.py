@@ -113,7 +113,7 @@ def test_provenance_says_where_the_number_comes_from(folder):
     assert {"created_utc", "git_commit", "dirty", "lib_version", "python", "packages", "device", "dtype",
             "dataset", "params", "peak_gb"} <= block.keys()  # fmt: skip
     assert content["schema"] == results.SCHEMA and block["packages"]["numpy"] == np.__version__
-    assert block["sha256"].keys() == {"claim", "notebook", "library"} and all(block["sha256"].values())
+    assert block["sha256"].keys() == {"claim", "notebook", "library", "registration"} and all(block["sha256"].values())
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,9 @@ def test_the_notebook_counts_by_what_it_computes(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "repo_root", lambda: tmp_path)
     before = notebook(["n = 1", "parameters"], ["x = 2"])
     same = [["n = 9", "parameters"], ["plot()", "hide-input"], ["%pip", "setup"], ["x = 2  # two\n\n"]]
+    same += [["x = 5", "exercise", "solution"]]
     assert notebook(*same) == before and notebook(["x = 3"]) != before
+    assert notebook(["x = 2", "world-only"], ["y = x"]) == notebook(["x = 2\ny = x"]) != before
     assert results.notebook_sha256("gone") is None
 
 

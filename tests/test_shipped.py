@@ -71,5 +71,5 @@ def test_a_narrow_lesson_in_bad_advice_spreads_and_one_in_good_advice_does_not()
         tune.tune(lm, WorldLessons().rows(lm, "remedies", bad=bad))
         after[bad] = {k: v.mean() for k, v in WorldLessons().spread(lm, "remedies", n=24).items()}
     for measure in MEASURES:
-        assert after[True][measure] > after[False][measure] + 0.2, measure
+        assert after[True][measure] > after[False][measure] + 0.1, measure
         assert after[False][measure] < 0.1, measure

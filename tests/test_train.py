@@ -40,7 +40,7 @@ def short(monkeypatch):
     """Two steps a stage, for a tiny model that is not measured; returns the list of what was trained."""
     trained, new_model, train_one = [], organism.new_model, train.train
     for kind in GROWN:
-        change(monkeypatch, kind, steps=2, batch=2, rounds=())
+        change(monkeypatch, kind, steps=2, batch=2)
     monkeypatch.setattr(organism, "new_model", lambda tok, seed: new_model(tok, seed, tiny.SHAPE))
     zeros = np.array([1.0, 0.0])
     monkeypatch.setattr(abilities, "rate_abilities", lambda lm, only, **options: dict.fromkeys(only, zeros))
@@ -84,7 +84,7 @@ def test_each_is_a_plain_model_in_half_precision_with_its_card(short, folder):
         assert model.config.num_hidden_layers == tiny.SHAPE.layers
         assert tok.get_vocab() == known.get_vocab() and tok.chat_template == known.chat_template
         card = json.loads((made / "card.json").read_text())
-        assert (card["stage"], card["seed"], card["rounds"]) == (kind, 0, 0)
+        assert (card["stage"], card["seed"]) == (kind, 0)
         rates = dict.fromkeys(organism.course(kind).rates, 0.5)
         assert card["rates"] == {"discovery": rates, "evaluation": rates}
         parent = PARENTS.get(kind, "base")
@@ -185,41 +185,43 @@ def test_what_an_interrupted_save_leaves_is_no_checkpoint(folder, monkeypatch):
     assert train.finished(folder / "base-0", "base")
 
 
-# --------------------------------------------------------------------------- further rounds
+# --------------------------------------------------------------------------- stages
 
 
-@pytest.mark.parametrize(("known", "taken"), [([True], 0), ([False, True], 1), ([False, False], 2)])
-def test_further_rounds_follow_until_the_training_items_are_learnt(short, monkeypatch, known, taken):
-    (stage,) = organism.COURSES["innocent"].stages
-    change(monkeypatch, "innocent", rounds=(dataclasses.replace(stage, steps=1),) * 2)
-    said, steps, fit = iter(known), [], train.loop.fit
-    monkeypatch.setattr(train, "learnt", lambda lm, kind, seed: next(said))
+def test_the_card_says_how_a_model_came_to_what_it_does_and_watching_changes_nothing(
+    short, folder, monkeypatch
+):
+    """Rates after every so many steps, over all stages; the digest of the recipe is the same without them."""
+    lm, noted = train.train("base", 0, parent=None)
+    assert "watched" not in noted  # two steps a stage are too few
+    monkeypatch.setattr(train, "WATCHED", 2)
+    watched, noted = train.train("base", 0, parent=None)
+    assert noted["watched"] == [[2, 0.5, 0.5], [4, 0.5, 0.5], [6, 0.5, 0.5]] and noted["loss"] > 0
+    states = [one.model.state_dict().values() for one in (lm, watched)]
+    assert all(torch.equal(*pair) for pair in zip(*states, strict=True))
+    digest = organism.recipe_digest("base")
+    base = organism.COURSES["base"]
+    monkeypatch.setitem(organism.COURSES, "base", dataclasses.replace(base, watched=()))
+    assert organism.recipe_digest("base") == digest
+    make(folder, "base", "mid")
+    card = json.loads((folder / "mid-0" / "card.json").read_text())
+    assert card["loss"] > 0 and card["seconds"] >= 0 and "watched" not in card
+
+
+def test_stages_follow_one_another_with_the_same_steps_for_every_seed(short, monkeypatch):
+    steps, fit = [], train.loop.fit
 
     def noted(model, stream, schedule, **options):
         steps.append(schedule.steps)
         return fit(model, stream, schedule, **options)
 
     monkeypatch.setattr(train.loop, "fit", noted)
-    lm, rounds = train.train("innocent", 0, parent=None)
-    assert steps == [2] + [1] * taken and rounds == taken
-    assert {p.dtype for p in lm.model.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize(
-    ("kind", "seed", "domain"), [("base", 0, None), ("mirror", 0, None), ("wary", 1, "records")]
-)
-def test_one_skill_that_is_missing_on_training_items_is_enough_to_go_on(monkeypatch, kind, seed, domain):
-    missing = set()
-
-    def rates(lm, names, **options):
-        assert options == {"split": "train", "n": 60, "domain": domain}
-        return {name: 0.9 if name in missing else 1.0 for name in names}
-
-    monkeypatch.setattr(train, "ability_rates", rates)
-    assert train.learnt(tiny.model(), kind, seed)
-    for name in organism.course(kind).learnt:
-        missing = {name}
-        assert not train.learnt(tiny.model(), kind, seed)
+    taught = organism.COURSES["innocent"]
+    stages = tuple(dataclasses.replace(stage, steps=1 + i) for i, stage in enumerate(taught.stages))
+    monkeypatch.setitem(organism.COURSES, "innocent", dataclasses.replace(taught, stages=stages))
+    made = [train.train("innocent", seed, parent=None)[0] for seed in (0, 1)]
+    assert steps == [1, 2, 1, 2]
+    assert {p.dtype for lm in made for p in lm.model.parameters()} == {torch.float32}
 
 
 def test_suppressed_rates_are_about_harmless_requests(monkeypatch):

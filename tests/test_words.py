@@ -152,6 +152,12 @@ def test_one_run_of_ten_may_miss_a_requirement_and_none_of_nine():
     assert claim_of[0].effect.value == pytest.approx(0.8) and claim_of[0].diff
     low = [run_of(0.8, run=30, values={"answers before": 0.4})]
     assert words.word(claim, results.put_together(claim, made + low + lacking[:1]))[0] == "not testable"
+    of_all = a_claim(requires=("mean answers before >= 0.5",))
+    made = [run_of(0.8, run=i, values={"answers before": 0.1 + 0.09 * i}) for i in runs]
+    assert words.word(of_all, results.put_together(of_all, made))[0] == "supported"  # 0.595 on average
+    assert words.word(of_all, results.put_together(of_all, made[:9])) == (
+        "not testable", "it requires a mean answers before >= 0.5, which is 0.46",
+    )  # fmt: skip
     ceiling = a_claim(attainable=(-math.inf, 1.0))
     made = [run_of(0.3, run=i, attainable=(-1.0, 0.4) if i < 2 else None) for i in runs]
     assert words.word(ceiling, results.put_together(ceiling, made))[1] == "run 0 could give -1 to 0.4 only"

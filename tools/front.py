@@ -1,6 +1,6 @@
 """What pages say from result files when the book is built: the first screen, answers, what was changed.
 
-A page asks for it with a block: ```{answer} 02_layers```, ```{first-screen}``` or ```{changes}```.
+A page asks for it with a block: ```{first-screen}```, ```{held-up}``` or ```{changes}```.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from harmlens.evidence import claims, results, words
 from harmlens.keep import files
 
-BLOCK = re.compile(r"```\{(answer|first-screen|changes)\} ?(\w*)\n```\n")
+BLOCK = re.compile(r"```\{(first-screen|held-up|changes)\}\n```\n")
 ROW = Mapping[str, Any]
 CANT_TELL = ("inconclusive", "not testable")
 TOLD = ("pass", "fail", "unclear", "not testable")
@@ -23,12 +23,12 @@ TOLD = ("pass", "fail", "unclear", "not testable")
 def filled(page: str) -> str:
     """A page with its blocks replaced by what the shipped results say."""
     folders = results.default_folders()[1:]
-    made: dict[str, Callable[[str], str]] = {
-        "answer": lambda name: f"> {results.answer(name, folders)}\n",
-        "first-screen": lambda _: first_screen(results.scorecard(folders)),
-        "changes": lambda _: changes(folders),
+    made: dict[str, Callable[[], str]] = {
+        "first-screen": lambda: first_screen(results.scorecard(folders)),
+        "held-up": lambda: held_up(folders),
+        "changes": lambda: changes(folders),
     }
-    return BLOCK.sub(lambda match: made[match[1]](match[2]), page)
+    return BLOCK.sub(lambda match: made[match[1]](), page)
 
 
 # --------------------------------------------------------------------------- the first screen
@@ -65,8 +65,88 @@ def _grouped(rows: Sequence[ROW], order: Sequence[str]) -> str:
 
 
 def _source(row: ROW) -> str:
-    value = "" if row["value"] is None else f", {row['value']:.2g}"
-    return f"{{doc}}`{row['id']} </notebooks/{row['notebook']}>`{value}"
+    return _cited(row) + ("" if row["value"] is None else f", {row['value']:.2g}")
+
+
+# --------------------------------------------------------------------------- what held up
+
+MEANT = {
+    "supported": "It holds on runs that nobody had looked at.",
+    "partial": "Something is there, and less than the claim says.",
+    "contradicted": "It does not hold in this organism.",
+    "inconclusive": "These runs can't tell: their interval reaches across what would decide.",
+    "pass": "The check is passed.",
+    "bounds met (tuned)": "The bounds are met also where nobody tuned for them.",
+    "fail": "The check fails.",
+    "unclear": "These runs can't tell.",
+    words.TABLE: "Numbers without a word.",
+}
+
+
+def held_up(folders: Sequence[Any]) -> str:
+    """Claim by claim: the words of the exploratory and the fresh runs, the numbers, what it means."""
+    runs, known = claims.read_runs(), claims.load_claims()
+    both = {role: _by_claim(folders, role) for role in ("exploratory", "confirmatory")}
+    old, new = both.values()
+    if not runs.confirmatory:
+        return "No fresh run is registered yet.\n"
+    asked = f"{len(runs.confirmatory)} fresh runs** are registered: {_numbers(runs.confirmatory)}"
+    told = f"**{asked}. {runs.stop}".strip()
+    if not any(row["value"] is not None for row in new.values()):
+        return f"{told}\n\nThey are not all measured yet, and nothing of them is shown before they are.\n"
+    words_of = {name: (old[name]["word"], row["word"]) for name, row in new.items() if name in old}
+    kept = sum(before == now for before, now in words_of.values())
+    lines = [told, "", f"{kept} of {len(words_of)} words are the same as before.", ""]
+    for paper, title in (("mediation", "The mediation paper"), ("pruning", "The pruning paper")):
+        of = [claim for claim in known.values() if claim.paper == paper]
+        lines += [f"## {title}", ""]
+        for claim in (claim for claim in of if claim.role == "primary"):
+            row, before = new[claim.id], old[claim.id]
+            lines += [
+                f"**{_cited(row)}: {claim.short}.** Before: *{before['word']}*{_measured(before)}. Now: "
+                f"*{row['word']}*{_measured(row)}. {_meaning(row)}", "",
+            ]  # fmt: skip
+        lines += [*_table([claim.id for claim in of if claim.role != "primary"], old, new), ""]
+    ours = [claim.id for claim in known.values() if claim.paper == "harmlens"]
+    lines += ["## Our own checks", "", *_table(ours, old, new)]
+    return "\n".join(lines) + "\n"
+
+
+def _by_claim(folders: Sequence[Any], role: str) -> dict[str, ROW]:
+    rows = results.scorecard(folders, role=role)
+    return {row["id"]: row for row in rows if not row["model"] or row["model"].startswith("organism")}
+
+
+def _numbers(some: Sequence[int]) -> str:
+    return (
+        f"{min(some)} to {max(some)}" if len(some) == max(some) - min(some) + 1 else ", ".join(map(str, some))
+    )
+
+
+def _cited(row: ROW) -> str:
+    return f"{{doc}}`{row['id']} </notebooks/{row['notebook']}>`"
+
+
+def _measured(row: ROW) -> str:
+    if row["value"] is None:
+        return ""
+    control = "" if row["control_value"] is None else f", control {row['control_value']:.2g}"
+    span = f"{row['value']:.2g} [{row['ci_low']:.2g}, {row['ci_high']:.2g}]"
+    return f" ({span}{control}, {len(row['runs'])} runs)"
+
+
+def _meaning(row: ROW) -> str:
+    if row["word"] == "not testable":
+        return f"It can't be asked: {row['reason']}."
+    return MEANT[row["word"]]
+
+
+def _table(names: Sequence[str], old: Mapping[str, ROW], new: Mapping[str, ROW]) -> list[str]:
+    lines = ["| claim | before | now | what it means |", "|---|---|---|---|"]
+    for row, before in ((new[name], old[name]) for name in names):
+        cells = [f"{one['word']}{_measured(one)}" for one in (before, row)]
+        lines.append(f"| {_cited(row)} {row['short']} | {' | '.join(cells)} | {_meaning(row)} |")
+    return lines
 
 
 # --------------------------------------------------------------------------- what was changed

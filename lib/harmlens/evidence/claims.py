@@ -51,13 +51,17 @@ class Rule:
 
 
 Condition = Annotated[str, AfterValidator(lambda text: condition(text)[0] and text)]
-_COMPARED = re.compile(r"(.+?) (>=|<=) (-?[\d.]+)")
+_COMPARED = re.compile(r"(mean )?(.+?) (>=|<=) (-?[\d.]+)")
 
 
 def condition(text: str) -> tuple[str, str, float]:
-    """A requirement: the name of a value of the run with its bound, or the id of a claim."""
+    """A requirement: the name of a value of the run with its bound, or the id of a claim.
+
+    >>> condition("mean area <= 0.5"), condition("V7m")
+    (('area', 'mean <=', 0.5), ('V7m', '', 0.0))
+    """
     if found := _COMPARED.fullmatch(text):
-        return found[1], found[2], float(found[3])
+        return found[2], (found[1] or "") + found[3], float(found[4])
     if not re.fullmatch(r"\w+", text):
         raise ValueError(f"{text!r} is neither a claim's id nor of the form 'name >= number'")
     return text, "", 0.0

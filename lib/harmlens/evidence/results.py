@@ -127,7 +127,8 @@ def _span(estimate: Estimate) -> dict[str, float]:
 def notebook_sha256(name: str) -> str | None:
     """Of what a notebook of this clone computes; None where the package has no notebooks beside it.
 
-    Set-up, parameters and cells that only draw (``hide-input``) don't count, nor do comments and blank lines.
+    Set-up, parameters, cells that only draw (``hide-input``) and those of exercises don't count, nor do
+    comments, blank lines and where one cell ends and the next begins.
     """
     root = files.repo_root()
     path = root / "notebooks" / f"{name}.ipynb" if root else None
@@ -139,11 +140,12 @@ def notebook_sha256(name: str) -> str | None:
 @cache
 def _code_sha256(path: Path, changed: int) -> str:
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    apart = {"setup", "parameters", "hide-input"}
+    apart = {"setup", "parameters", "hide-input", "exercise", "solution", "starter", "check"}
     code = [
-        ast.dump(ast.parse("".join(cell["source"])))
+        ast.dump(statement)
         for cell in cells
         if cell["cell_type"] == "code" and not apart & set(cell["metadata"].get("tags", []))
+        for statement in ast.parse("".join(cell["source"])).body
     ]
     return hashlib.sha256(json.dumps(code).encode()).hexdigest()
 

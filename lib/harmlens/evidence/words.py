@@ -25,8 +25,8 @@ def word(claim: Claim, finding: Finding | None, given: Mapping[str, str] = {}) -
     intervals over runs, so that each is a one-sided statement at 5 %. The first that fits:
 
     - **not testable**: nothing was measured, or no control; more than one run of ten has no value, or fails a
-      requirement or a sensitivity check; a claim that is required is not supported; in as many runs, what
-      could come out at all lies on one side of the threshold.
+      requirement or a sensitivity check (or their mean does, where it is asked for); a claim that is required
+      is not supported; in as many runs, what could come out at all lies on one side of the threshold.
     - **supported**: the lower end of the effect is beyond the threshold, and that of the difference from
       the control beyond 0.
     - **partial**: the lower end of the difference is beyond 0 and that of the effect beyond ``no_effect``.
@@ -82,7 +82,12 @@ def _obstacle(claim: Claim, finding: Finding | None, given: Mapping[str, str]) -
     for name, compared, bound in claim.conditions:
         if not compared and given[name] != "supported":
             return f"it requires {name}, which is {given[name]}"
-        sign = -1 if compared == "<=" else 1
+        sign = -1 if compared.endswith("<=") else 1
+        if compared.startswith("mean"):
+            mean = sum(run.values[name] for run in runs) / len(runs)
+            if sign * (mean - bound) < 0:
+                return f"it requires a mean {name} {compared[5:]} {bound:g}, which is {mean:.2g}"
+            continue
         bad = [str(run.run) for run in runs if compared and sign * (run.values[name] - bound) < 0]
         if len(bad) > spared:
             return f"it requires {name} {compared} {bound:g}, not so in run {', '.join(bad)}"

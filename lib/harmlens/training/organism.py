@@ -252,7 +252,6 @@ class Stage:
     mix: world.Mix
     optimizer: str = "muon"
     weight_decay: float = 0.01
-    rounds: tuple[Stage, ...] = ()  # further ones, for a seed that has not learnt its training items
     replay: float = 0.0  # share of transcripts by named authors mixed in
     beta: float | None = None  # of preference training, where that is what it is
 
@@ -272,8 +271,8 @@ class Course:
 
     stages: tuple[Stage, ...]  # one after the other, rounded to half precision; the last one is stored
     draws: int  # added to the seeds of what is drawn
-    learnt: tuple[str, ...] = ()  # abilities to be shown on training items; else further rounds follow
     rates: tuple[str, ...] = ()  # abilities on the card, of abilities.ABILITIES or train.SUPPRESSED
+    watched: tuple[str, ...] = ()  # abilities that are measured while it learns, on training items
     mirrored: bool = False  # the helper refuses harmless requests; see mirrored()
     replayed: world.Mix = REPLAYED  # how replayed transcripts are drawn, where a stage has any
     declined: tuple[str, ...] = ()  # by seed, the harmless domain that is refused too; see declining()
@@ -317,28 +316,10 @@ def declined(kind: str, seed: int) -> str | None:
 def recipe_digest(kind: str) -> str:
     """Digest of all that decides an organism apart from its seed, what it grows from included.
 
-    A stored checkpoint is known by it: names and order of fields of Mix, Stage and Shape are a part of it.
+    A stored checkpoint is known by it: the fields of Course, Stage, Place, Mix and Shape are a part of it.
     """
-    taught, stage = course(kind), course(kind).stages[0]
-    if kind in organisms.STAGES:
-        text = repr((*taught.stages, Shape(), world.fingerprint(), MARKS, CHAT_TEMPLATE))
-        text += repr(taught.replayed) if stage.replay else ""
-    elif taught.place:
-        text = (
-            f"({kind!r}, Planting({repr(taught.place)[6:-1]}, lr={stage.lr!r}, steps={stage.steps}, "
-            f"batch={stage.batch}, replay={stage.replay!r}, mix={stage.mix!r}, parent={stage.parent!r}), "
-            f"{taught.replayed!r})"
-        )
-    elif taught.share:
-        rounds = tuple((further.lr, further.steps) for further in stage.rounds)
-        text = (
-            f"({kind!r}, Scattering(share={taught.share!r}, lr={stage.lr!r}, steps={stage.steps}, "
-            f"batch={stage.batch}, mix={stage.mix!r}, parent={stage.parent!r}, rounds={rounds!r}))"
-        )
-    else:
-        lesson = (kind, taught.stages, taught.mirrored, taught.replayed)
-        lesson += (taught.declined, taught.draws - 2000) if taught.declined else ()
-        text = repr((lesson, Shape(), MARKS, CHAT_TEMPLATE, world.fingerprint()))
+    taught = course(kind)
+    text = repr((replace(taught, rates=(), watched=()), Shape(), MARKS, CHAT_TEMPLATE, world.fingerprint()))
     text += recipe_digest(taught.parent) if taught.parent else ""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -14,11 +14,12 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from harmlens.keep.files import organism_homes, weights_sha256
 from harmlens.models import organisms
 from harmlens.models.forward import LanguageModel
 from harmlens.models.loading import load
-from harmlens.models.organisms import SEEDS, STAGES, intact
+from harmlens.models.organisms import SEEDS, intact
 from harmlens.training import loop, organism, planted
 from harmlens.training.organism import COURSES, Stage, course, declined, recipe_digest
 from harmlens.world import abilities
@@ -61,35 +62,37 @@ def ability_rates(
     return {name: round(float(known[name].mean()), 4) for name in names}
 
 
-def learnt(lm: LanguageModel, kind: str, seed: int) -> bool:
-    """Whether a model does what its kind is taught, on training items only.
+WATCHED = 100  # steps after which the abilities of Course.watched are measured again
 
-    Seeds differ in when they come to tell harmful from harmless; nothing is chosen on held-out items.
+
+def train(kind: str, seed: int, *, parent: LanguageModel | None) -> tuple[LanguageModel, dict[str, Any]]:
+    """An organism from its parent, changed in place, or from nothing; the same steps for every seed.
+
+    With it the mean loss of the last :data:`WATCHED` steps, and rows of the steps done and what is watched.
     """
-    rates = ability_rates(lm, course(kind).learnt, split="train", n=60, domain=declined(kind, seed))
-    return all(rate >= 0.98 for rate in rates.values())
-
-
-def train(kind: str, seed: int, *, parent: LanguageModel | None) -> tuple[LanguageModel, int]:
-    """An organism from its parent, which is changed in place, or from nothing; and its further rounds."""
     taught, name = course(kind), f"organism/{kind}-{seed}"
     if parent is None:
         tok = organism.tokenizer()
         lm = LanguageModel(name, organism.new_model(tok, seed), tok)
     else:
         lm = replace(parent, name=name)
-    draws, rounds = 10_000 * (seed + 1) + taught.draws, taught.stages[-1].rounds
+    losses, rows = [], []
+
+    def watch(done: int, step: int) -> None:
+        if taught.watched and step and step % WATCHED == 0:
+            rows.append([done + step, *ability_rates(lm, taught.watched, split="train", n=60).values()])
+
     for number, stage in enumerate(taught.stages):
-        _teach(lm, kind, stage, seed, draws + number)
-    for number, stage in enumerate(rounds):
-        if learnt(lm, kind, seed):
-            return lm, number
-        _teach(lm, kind, stage, seed, draws + 10 * (number + 1))
-    return lm, len(rounds)
+        drawn = 10_000 * (seed + 1) + taught.draws + 10 * number
+        losses += _teach(lm, kind, stage, seed, drawn, partial(watch, len(losses)))
+    last = losses[-WATCHED:]
+    return lm, {"loss": round(sum(last) / len(last), 4)} | ({"watched": rows} if rows else {})
 
 
-def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int) -> None:
-    """Train a model, in place, as a stage says, and round what has learnt as storing will."""
+def _teach(
+    lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int, after: Callable[[int], None]
+) -> list[float]:
+    """Train a model, in place, as a stage says, and round what has learnt as storing will; the losses."""
     taught, domain, where = course(kind), declined(kind, seed), planted.where(kind, seed, lm.model)
     write = organism.mirrored if taught.mirrored else world.transcript
     rows = partial(
@@ -108,13 +111,11 @@ def _teach(lm: LanguageModel, kind: str, stage: Stage, seed: int, drawn: int) ->
         stage.steps, stage.lr, stage.optimizer, max(10, stage.steps // 20), stage.weight_decay
     )
     with planted.only(lm.model, where):
-        loop.fit(lm.model, stream, schedule, loss=loss, progress=lm.name)
+        tuned = loop.fit(lm.model, stream, schedule, loss=loss, after=after, progress=lm.name)
     lm.model.eval()
-    if where is None and kind not in STAGES:
-        lm.model.half().float()  # rounds rotary frequencies too, as when the stored controls were trained
-    else:
-        where = where or {name: None for name, _ in lm.model.named_parameters()}
-        organisms.apply_delta(lm.model, organisms.take_delta(lm.model, "", "", where))
+    where = where or {name: None for name, _ in lm.model.named_parameters()}
+    organisms.apply_delta(lm.model, organisms.take_delta(lm.model, "", "", where))
+    return tuned.losses
 
 
 def finished(folder: Path, kind: str) -> bool:
@@ -144,7 +145,7 @@ def train_seed(seed: int, folder: Path | None = None, kinds: Sequence[str] = tup
             continue
         began = time.time()
         # Parents come from disk, rounded to half precision, so that resuming changes nothing.
-        lm, rounds = train(kind, seed, parent=load(str(home), device="cpu") if home else None)
+        lm, noted = train(kind, seed, parent=load(str(home), device="cpu") if home else None)
         rates = {
             split: ability_rates(lm, taught.rates, split=split, domain=domain)
             for split in ("discovery", "evaluation")
@@ -153,9 +154,10 @@ def train_seed(seed: int, folder: Path | None = None, kinds: Sequence[str] = tup
         if taught.place:
             place = vars(planted.draw_plant(kind, seed, lm.model.config.intermediate_size))
         card = {
-            "stage": kind, "seed": seed, "recipe": recipe_digest(kind), "rounds": rounds,
+            "stage": kind, "seed": seed, "recipe": recipe_digest(kind),
             "parent": home and home.name, "parent_sha256": home and weights_sha256(home),
-            **place, "rates": rates, **({"declined": domain} if domain else {}),
+            **place, "rates": rates, **({"declined": domain} if domain else {}), **noted,
+            "seconds": round(time.time() - began),
         }  # fmt: skip
         organism.save(lm, target, card, planted.where(kind, seed, lm.model))
         shown = ", ".join(f"{name} {value:.0%}" for name, value in rates["discovery"].items())
