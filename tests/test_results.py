@@ -113,7 +113,8 @@ def test_provenance_says_where_the_number_comes_from(folder):
     assert {"created_utc", "git_commit", "dirty", "lib_version", "python", "packages", "device", "dtype",
             "dataset", "params", "peak_gb"} <= block.keys()  # fmt: skip
     assert content["schema"] == results.SCHEMA and block["packages"]["numpy"] == np.__version__
-    assert block["sha256"].keys() == {"claim", "notebook", "library", "registration"} and all(block["sha256"].values())
+    sums = block["sha256"]
+    assert sums.keys() == {"claim", "notebook", "library", "registration"} and all(sums.values())
 
 
 @pytest.mark.parametrize(
