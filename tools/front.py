@@ -86,10 +86,9 @@ MEANT = {
 def held_up(folders: Sequence[Any]) -> str:
     """Claim by claim: the words of the exploratory and the fresh runs, the numbers, what it means."""
     runs, known = claims.read_runs(), claims.load_claims()
-    both = {role: _by_claim(folders, role) for role in ("exploratory", "confirmatory")}
-    old, new = both.values()
     if not runs.confirmatory:
         return "No fresh run is registered yet.\n"
+    old, new = (_by_claim(folders, role) for role in ("exploratory", "confirmatory"))
     asked = f"{len(runs.confirmatory)} fresh runs** are registered: {_numbers(runs.confirmatory)}"
     told = f"**{asked}. {runs.stop}".strip()
     if not any(row["value"] is not None for row in new.values()):
