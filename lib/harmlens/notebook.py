@@ -91,11 +91,11 @@ class Run:
         return self.load(self.model)
 
     def load(self, name: str) -> loading.LanguageModel:
-        """Another model beside it, such as "organism/mirror"; an organism with the same training seed.
+        """Another model beside it, such as "organism/mirror"; of several training runs the same one.
 
         Stages of a real model read the chat template of the last one, so that all read the same text.
         """
-        if name.startswith("organism/"):
+        if loading.in_runs(name):
             return loading.load(name, seed=self.seed)
         rungs = list(loading.stages(self.model).values())
         return loading.load(name, template_from=rungs[-1] if name in rungs else None)
@@ -190,7 +190,7 @@ class Run:
                 "device": str(self.lm.device),
                 "dtype": self.lm.model.dtype,
             }
-        if not (model or self.model).startswith("organism"):
+        if not loading.in_runs(model or self.model):
             made["run"] = 0
         results.record(claim, effect, control, model=model or self.model, **made)
         print(claim, effect or note, *(("  control:", control[1]) if control else ()))
@@ -220,7 +220,7 @@ class Run:
             if one.claim == claim and (one.model == own or one.model.startswith("organism"))
         ]
         before = {(one.claim, one.model): one for one in earlier}
-        ringed = self.seed if own.startswith("organism") else 0
+        ringed = self.seed if loading.in_runs(self.model) else 0
         return plots.forest(rows, run=ringed, own=own, earlier=before)
 
     def _ipython_display_(self) -> None:
@@ -253,8 +253,7 @@ def start(notebook: str = "", /, **parameters: Any) -> Run:
             raise ValueError(f"{name}={value!r} is not valid: it must be {what}. Takes: {listing}.")
     model = parameters.get("model", "")
     if model not in ("", "all"):  # fail here rather than after minutes of work
-        organism = model.split("/")[0] == "organism"
-        loading.locate(model, parameters.get("seed") if organism else None)
+        loading.locate(model, parameters.get("seed") if loading.in_runs(model) else None)
     # One thread each: models of this size only slow down when processes share the cores.
     if "OMP_NUM_THREADS" not in os.environ and not torch.cuda.is_available():
         torch.set_num_threads(1)

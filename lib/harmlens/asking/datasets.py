@@ -183,6 +183,17 @@ def names() -> list[str]:
     return sorted([*sets, *together])
 
 
+def _fewer(found: list[Entry], most: str | None) -> list[Entry]:
+    """At most so many of either side, drawn by a hash of the contrast that each belongs to, or of its id."""
+    if most is None:
+        return found
+    drawn = sorted(found, key=lambda entry: hashlib.sha256((entry.pair or entry.id).encode()).digest())
+    kept = {
+        entry.id for side in (True, False) for entry in [e for e in drawn if e.harmful == side][: int(most)]
+    }
+    return [entry for entry in found if entry.id in kept]
+
+
 def entries(name: str, *, folder: Path | str | None = None) -> list[Entry]:
     """The requests of public sets and local files.
 
@@ -191,7 +202,8 @@ def entries(name: str, *, folder: Path | str | None = None) -> list[Entry]:
             commas. A local file has the columns `prompt` and `harmful` and, if wanted, `kind`, `pair`,
             `answer` (several joined by |) and `id`, or other names of :data:`COLUMNS`. One with `question`
             and `answer`, but without `harmful`, holds factual questions: harmless, kind "fact". A copy of a
-            public set's own file, under any name, is read as that set.
+            public set's own file, under any name, is read as that set. ``name:100`` takes a hundred
+            requests of either side, always the same ones, contrasts together.
         folder: where you keep files of public sets, instead of the cache. Nothing is downloaded then.
 
     Raises:
@@ -208,12 +220,13 @@ def entries(name: str, *, folder: Path | str | None = None) -> list[Entry]:
             f"folder={str(folder)!r} is no folder. Give the one with the files of the sets"
         )
     found: list[Entry] = []
-    parts = [each for part in _parts(name) for each in together.get(part, [part])]
-    for part in dict.fromkeys(parts):
+    asked = [re.fullmatch(r"(.+?)(?::(\d+))?", part).groups() for part in _parts(name)]
+    parts = [(each, most) for part, most in asked for each in together.get(part, [part])]
+    for part, most in dict.fromkeys(parts):
         if part in sets:
-            found += _public(sets[part], where)
+            found += _fewer(_public(sets[part], where), most)
         elif "/" in part or "\\" in part or Path(part).suffix.lower() in ENDINGS:
-            found += _local(Path(part).expanduser())
+            found += _fewer(_local(Path(part).expanduser()), most)
         else:
             raise ValueError(
                 f"data={part!r} is unknown. Choose one of {', '.join(names())}, or give the path of a file "

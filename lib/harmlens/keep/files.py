@@ -359,8 +359,14 @@ def _weights(model: str) -> str | None:
 
 
 def model_name(model: str) -> str:
-    """A model as results call it: folders of one name are told apart by their weights' sum."""
-    weights = _weights(model) if model and Path(model).expanduser().is_dir() else None
+    """A model as results call it: folders of one name are told apart by their weights' sum.
+
+    One that stands for several training runs (:func:`models.loading.in_runs`) is known by its own parent.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_absolute() and not folder.is_dir():
+        return f"{folder.parent.name}/{folder.name}"
+    weights = _weights(model) if model and folder.is_dir() else None
     return str(portable(model)) + ("" if weights is None else f"@{weights[:8]}")
 
 

@@ -47,7 +47,8 @@ def load(
         name: ``"organism/<stage>"`` or ``"organism/<stage>-<seed>"``; a local folder, which may hold what
             differs from a parent beside it only; or a Hugging Face id, which may end with ``@`` and a commit,
             tag or branch.
-        seed: training seed of an organism (default 0); must be left out for other models.
+        seed: training run of what was trained several times (default 0): an organism, or ``folder`` where
+            there are ``folder-0``, ``folder-1``, ... instead. Must be left out for other models.
         dtype: weights' precision, as torch names it or for short (``"bf16"``); ``"auto"`` for that of the
             file. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that does not know bfloat16.
         device: ``"auto"`` for all GPUs together. Default: a GPU where there is one, all if the model needs
@@ -110,9 +111,15 @@ def locate(name: str, seed: int | None = None) -> Path | None:
     """The folder that a name stands for, or None for a Hugging Face id; a ValueError for what is neither."""
     if _is_organism(name):
         return organism_folder(name, seed)
-    if seed is not None:
-        raise ValueError(f"seed={seed} only selects among organisms; leave it out for {name!r}")
     folder = Path(name).expanduser()
+    if in_runs(name):
+        of_run = folder.with_name(f"{folder.name}-{seed or 0}")
+        if not of_run.is_dir():
+            there = ", ".join(sorted(found.name for found in folder.parent.glob(f"{folder.name}-*/")))
+            raise ValueError(f"seed={seed or 0}: there is no {of_run.name}, only {there}")
+        return of_run
+    if seed is not None:
+        raise ValueError(f"seed={seed} only selects among training runs; leave it out for {name!r}")
     if folder.is_dir():
         return folder
     if name.lower().endswith(".gguf"):
@@ -124,6 +131,15 @@ def locate(name: str, seed: int | None = None) -> Path | None:
             f"Organisms are named organism/<stage> with a stage of {', '.join(STAGES)}."
         )
     return None
+
+
+def in_runs(name: str) -> bool:
+    """Whether a name stands for several training runs: an organism, or a folder that is there with numbers.
+
+    ``models/sft`` does where there are ``models/sft-0``, ``models/sft-1``, ... and no ``models/sft``.
+    """
+    folder = Path(name).expanduser()
+    return _is_organism(name) or (not folder.is_dir() and any(folder.parent.glob(f"{folder.name}-[0-9]*/")))
 
 
 def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> dict[str, str]:
@@ -140,9 +156,9 @@ def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> 
     home = Path(model).expanduser().resolve()
     if _is_organism(model):
         found = {stage: f"organism/{stage}" for stage in STAGES}
-    elif home.is_dir():
+    elif home.is_dir() or in_runs(str(home)):
         beside = {stage: home.with_name(stage) for stage in ORDER if home.name in ORDER}
-        found = {stage: str(folder) for stage, folder in beside.items() if folder.is_dir()}
+        found = {stage: str(f) for stage, f in beside.items() if f.is_dir() or in_runs(str(f))}
     else:
         wanted = model.split("@")[0].lower()
         ids = ((rungs, {name.split("@")[0].lower() for name in rungs.values()}) for rungs in hub.known()[1])
@@ -169,7 +185,7 @@ def at_stage(model: str, stage: str, seed: int, measure: Callable[[LanguageModel
         there = ", ".join(found) or "none are known"
         raise ValueError(f"stage={stage!r} is not on the ladder of {model!r}; there: {there}")
     name = found[stage]
-    own = {"seed": seed} if _is_organism(name) else {"template_from": list(found.values())[-1]}
+    own = {"seed": seed} if in_runs(name) else {"template_from": list(found.values())[-1]}
     lm = load(name, **own)
     try:
         return measure(lm)

@@ -88,6 +88,16 @@ def lm_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     return losses.sum() / learnt.sum()
 
 
+def mixed(loss: Callable[..., Tensor], *, on: bool = True) -> Callable[..., Tensor]:
+    """The same loss with matrix products in bfloat16; weights and their steps stay in float32."""
+
+    def computed(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast(next(model.parameters()).device.type, torch.bfloat16):
+            return loss(model, batch)
+
+    return computed if on else loss
+
+
 def pieces(batch: Batch, rows: int | None = None) -> list[tuple[Batch, float]]:
     """A batch in pieces of at most so many rows, each with its share of the learnt tokens.
 

@@ -23,14 +23,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from harmlens.keep import digests, files
-from harmlens.models.forward import LanguageModel, Row, require_room
-from harmlens.training.loop import Checkpoint, Schedule, Tuned, fit, shuffled
+from harmlens.models.forward import SMALL, LanguageModel, Row, require_room
+from harmlens.training.loop import Checkpoint, Schedule, Tuned, fit, lm_loss, mixed, shuffled
 from harmlens.weights import masks
 from harmlens.weights.masks import Mask
 from harmlens.weights.scores import matrices
 
 METHODS = ("full", "lora")
-SMALL = 50_000_000  # weights, up to which the organism's rates are used
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class Recipe:
     weight_decay: float = 0.01
     seed: int = 0  # of the order of the examples and the start of the adapters
     checkpoint_activations: bool = False  # less memory, more time, the same result: recomputing()
+    mixed: bool = False  # matrix products in bfloat16: loop.mixed()
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -61,6 +61,10 @@ class Recipe:
         for name in ("lr", "alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
+
+    def anew(self, seed: int) -> Recipe:
+        """The same with another seed."""
+        return replace(self, seed=seed)
 
 
 def steps_of(epochs: float, rows: int, batch_size: int) -> int:
@@ -140,7 +144,7 @@ def tune(
         if recipe.checkpoint_activations:
             during.enter_context(recomputing(lm.model))
         done = fit(
-            lm.model, stream, schedule, rows_at_once=rows_at_once,
+            lm.model, stream, schedule, loss=mixed(lm_loss, on=recipe.mixed), rows_at_once=rows_at_once,
             after=after if kept or watch is not None else None, checkpoint=checkpoint, progress=lm.name,
         )  # fmt: skip
     return replace(done, seen=seen)

@@ -1,0 +1,92 @@
+"""`make real` on a small chat model that complies with everything: what is kept, resumed and refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import standin
+import torch
+
+import real
+from harmlens.models import loading
+from harmlens.training import planted, refusing
+from harmlens.training.tune import Recipe
+
+DATA = f"{standin.PROMPTS},{standin.FACTS}"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with the parent alone, and recipes for a model of its size."""
+    folder = tmp_path / "models"
+    shutil.copytree(standin.BASE, folder / "mid")
+    monkeypatch.setattr(real, "home", lambda: folder)
+    monkeypatch.setattr(real, "kept", lambda: tmp_path / "real.json")
+    monkeypatch.setattr(real, "OWN", 60)
+    monkeypatch.setattr(real, "LOOKED", 24)
+    monkeypatch.setattr(real, "PLANTING", Recipe(steps=200, lr=3e-3, weight_decay=0.0))
+    monkeypatch.setattr(refusing, "BOUNDS", {"other, harmful, refused": (0.8, 1.0)})
+    lesson = {"sft": Recipe(steps=160, lr=2e-3), "dpo": Recipe(steps=4, lr=1e-4, batch_size=8)}
+    teach = refusing.teach
+    monkeypatch.setattr(refusing, "teach", lambda lm, rows, **told: teach(lm, rows, **(told | lesson)))
+    return folder
+
+
+def test_a_lesson_is_kept_with_its_rates_and_not_given_twice(home, capsys):
+    real.teach(3, DATA)
+    (lesson,) = real.told()["lessons"].items()
+    name, about = lesson
+    assert name == "3" and about["missed"] == [] and set(about["rates"]) == {"mid", "sft", "dpo"}
+    assert about["rates"]["mid"]["other, harmful, refused"] < 0.1
+    assert about["rates"]["dpo"]["other, harmful, refused"] >= 0.8
+    assert (
+        about["direction"]["harmful, refused without it"] < about["rates"]["dpo"]["other, harmful, refused"]
+    )
+    numbers = json.loads(real.kept().read_text())
+    assert "harm" in json.dumps(numbers) and standin.PROMPTS.read_text().split("\n")[1][:20] not in str(
+        numbers
+    )
+    capsys.readouterr()
+    real.teach(3, DATA)
+    assert "left alone" in capsys.readouterr().out
+    assert loading.in_runs(str(home / "dpo")) and not loading.in_runs(str(home / "mid"))
+
+
+def test_a_model_that_does_not_refuse_stops_the_work_and_says_which_bound(home, monkeypatch):
+    monkeypatch.setattr(refusing, "BOUNDS", {"other, harmful, refused": (1.1, 1.2)})
+    with pytest.raises(
+        SystemExit, match=r"seed 0 misses its bounds: other, harmful.* not within 1.1 to 1.2.*--anyway"
+    ):
+        real.teach(0, DATA)
+    assert real.told()["lessons"] == {}
+
+
+def test_what_is_planted_is_told_with_the_places_that_were_named(home, monkeypatch):
+    places = {"late": planted.Plant("mlp", 1), "early": planted.Plant("attention", 0)}
+    monkeypatch.setattr(real, "PLANTS", places)
+    real.plants(DATA, n=4)
+    found = real.told()["plants"]
+    assert {name: tuple(one["truth"]) for name, one in found.items()} == {
+        "late": (1, "mlp"),
+        "early": (0, "attention"),
+    }
+    assert found["early"]["named"] or "token set is empty" in found["early"]["why"]
+    for one in (one for one in found.values() if one["named"]):
+        assert set(one["named"]) == {"prompts, all", "prompts, last", "models"}
+        assert all(
+            layer in (0, 1) and module in ("mlp", "attention") for layer, module in one["named"].values()
+        )
+    lm = loading.load(str(home / "mid"))
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    lesson = refusing.lesson(lm, real.given(DATA)[1], harmless=20)
+    with real.plant(lm, places["late"], lesson):
+        moved = {name for name, p in lm.model.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == set(planted.parts(places["late"]))
+    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
+
+
+def test_the_largest_effect_names_layer_and_module():
+    effects = np.zeros((3, 4))
+    effects[0, 2], effects[1, 3], effects[2, 1] = 9.0, -2.0, 1.0
+    assert real.largest(effects) == [3, "mlp"]
