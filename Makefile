@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup book test bench notebooks scorecard smollm2 real size organism sweep evidence sync clean clean-all
+.PHONY: help setup book test bench notebooks scorecard smollm2 real size organism sweep evidence sync check-pages students instructors otter slides clean clean-all
 
 help:
 	@echo "make book       run the notebooks and render the book (unchanged notebooks are not run again)"
@@ -33,6 +33,8 @@ help:
 	@echo "make sweep      run notebooks over models, stages and seeds, on one machine or a cluster"
 	@echo "make evidence   train and measure all registered training runs (RUNS=100-103: these)"
 	@echo "make sync       rewrite badges, links and set-up cells from the address in pyproject.toml"
+	@echo "make students   copies of the notebooks without solutions in build/students (instructors: with notes; otter: to be graded; slides)"
+	@echo "make check-pages  look at all built pages in a browser: barriers, code that is cut off, sideways scrolling"
 	@echo "make setup      only make the environment in .venv"
 	@echo "make clean      remove build/; make clean-all removes .venv too"
 	@echo
@@ -117,6 +119,14 @@ evidence: $(STAMP) $(ENGINE_STAMP)
 
 sync: $(STAMP)
 	@$(PY) tools/sync.py $(ARGS)
+
+# Needs a Chromium; not part of make test.
+check-pages: $(STAMP)
+	@$(PY) -m pip install --quiet --no-deps axe-playwright-python==0.1.8
+	@$(PY) tools/check_pages.py $(ARGS)
+
+students instructors otter slides: $(STAMP)
+	@$(PY) tools/editions.py $@ $(ARGS)
 
 clean:
 	rm -rf build .pytest_cache .ruff_cache lib/*.egg-info

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import layout
 
-NOTEBOOKS = sorted((layout.ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((layout.ROOT / "book" / "colab" / "notebooks").glob("*.ipynb"))
 
 # IPython runs this in a kernel before the first cell.
 STARTUP = """

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import layout
+from harmlens.evidence.claims import load_claims
 
 pytestmark = pytest.mark.slow
 
@@ -44,13 +45,19 @@ def test_formulas_come_with_the_book(html):
     assert (html / "book" / script[1]).resolve().exists()
 
 
-def test_notebooks_open_in_colab_under_their_own_path(html):
+def test_a_notebook_says_what_was_found_before_any_code_and_in_its_summary(html):
+    for name in sorted({claim.notebook for claim in load_claims().values()}):
+        text = (html / "notebooks" / f"{name}.html").read_text(encoding="utf-8")
+        assert text.index("In short") < text.index('class="highlight'), name
+        assert "What was found." in text, name
+
+
+def test_badge_and_rocket_open_the_colab_edition(html):
     for path in layout.notebooks():
         relative = path.relative_to(layout.ROOT)
         text = (html / relative.with_suffix(".html")).read_text(encoding="utf-8")
         links = set(re.findall(r"https://colab\.research\.google\.com/github/[^\"]+", text))
         owner = layout.address().removeprefix("https://github.com/")
-        wanted = (
-            f"https://colab.research.google.com/github/{owner}/blob/{layout.BRANCH}/{relative.as_posix()}"
-        )
-        assert links == {wanted}
+        blob = f"https://colab.research.google.com/github/{owner}/blob/{layout.BRANCH}"
+        assert links == {f"{blob}/book/colab/{relative.as_posix()}"}
+        assert (layout.ROOT / "book/colab" / relative).exists()

@@ -98,6 +98,17 @@ def test_what_held_up_waits_for_all_fresh_runs_and_then_goes_claim_by_claim(meas
     )
 
 
+@pytest.mark.parametrize("session", ["1", "2", "3", "4"])
+def test_a_quiz_has_five_questions_with_one_right_answer_each(session):
+    asked = front.questions(session)
+    assert len(asked) == 5 and all(sum(a["correct"] for a in one["answers"]) == 1 for one in asked)
+    assert all(a["feedback"] for one in asked for a in one["answers"])
+    places = {[a["correct"] for a in one["answers"]].index(True) for one in asked}
+    assert len(places) > 1  # the first one is not always right
+    page = front.filled(f"```{{quiz}} {session}\n```\n")
+    assert page.count(":class: dropdown") == 5 and page.startswith("1. ")
+
+
 def test_every_claim_has_a_row_among_the_changes(measured):
     lines = front.changes([measured]).splitlines()[2:]
     cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]

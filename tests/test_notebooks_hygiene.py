@@ -12,6 +12,7 @@ import yaml
 
 import layout
 import sync
+from harmlens.evidence import plots
 from harmlens.notebook import WORLD_ONLY
 
 ROOT = layout.ROOT
@@ -242,7 +243,11 @@ def test_badges_setup_cells_and_links_follow_the_address():
 
 def test_launch_buttons_lead_to_this_repository():
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    assert config["repository"] == {"url": layout.address(), "path_to_book": "", "branch": layout.BRANCH}
+    assert config["repository"] == {
+        "url": layout.address(),
+        "path_to_book": "book/colab",
+        "branch": layout.BRANCH,
+    }
     assert config["execute"]["execute_notebooks"] == "off"
 
 
@@ -259,3 +264,25 @@ def test_pictures_outside_the_notebooks_are_those_of_the_notebooks(picture):
     name, label = layout.PICTURES[picture]
     notebook = layout.read_notebook(ROOT / "notebooks" / f"{name}.ipynb")
     assert (ROOT / picture).read_bytes() == layout.figure(notebook, label), "make notebooks writes it anew"
+
+
+HEAT = {"red", "blue"}  # of maps that diverge
+COLOUR = re.compile(rf"\b({'|'.join([*plots.PALETTE, 'orange', 'yellow', 'purple', 'violet', 'brown'])})\b")
+
+
+def drawn_in(source: str) -> set[str]:
+    """Names of the colours that a cell asks for by a constant of plots, or by drawing a map."""
+    values = {getattr(plots, name) for name in re.findall(r"plots\.([A-Z]+)\b", source) if name != "PALETTE"}
+    names = {name for name, value in plots.PALETTE.items() if value in values}
+    names |= HEAT if "heat(" in source else set()
+    names |= {"grey"} if re.search(r'"0\.\d+"|"gr[ae]y"', source) else set()
+    listed = re.search(r"\bPALETTE\b", source) is not None  # then by name
+    return names | {name for name in plots.PALETTE if listed and f'"{name}"' in source}
+
+
+@each_notebook
+def test_colours_in_captions_are_those_of_the_figure(path):
+    for cell in layout.read_notebook(path).cells:
+        told = cell.metadata.get("mystnb", {}).get("figure", {}).get("caption", "")
+        if "plots." in cell.source and re.search(r"plots\.[A-Z]", cell.source):
+            assert set(COLOUR.findall(told)) <= drawn_in(cell.source), told

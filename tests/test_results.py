@@ -404,7 +404,8 @@ def test_the_answer_of_a_notebook_has_the_words_of_its_claims(tmp_path):
         results.record("V4", **good(folder=tmp_path, run=run))
     results.record("V4", **good(0.1, 0.0, 0.2, folder=tmp_path, model="owner/model"))
     runs = "**2 training runs of the organism say:** "
-    assert results.answer("00_model_organism", [tmp_path]) == f"{runs}*bounds met (tuned)* – {said}."
+    told = f"{said} (V4: 0.97 [0.91, 1])"
+    assert results.answer("00_model_organism", [tmp_path]) == f"{runs}*bounds met (tuned)* – {told}."
     assert "*fail* – " in results.answer("00_model_organism", [tmp_path], model="owner/model")
     assert "no claim" in results.answer("05_neurons", [tmp_path]).lower()
     assert results.answer("18_your_own_model", [tmp_path]) == ""  # no claim is its own

@@ -325,7 +325,7 @@ def test_one_command_changes_the_address_everywhere(project):
     assert "https://some-one.github.io/other.book" in readme
     assert f"<{new}/issues>" in (project / "book" / "intro.md").read_text()
     cells = layout.read_notebook(project / "notebooks" / "01_first.ipynb").cells
-    assert "github/Some-One/other.book/blob/main/notebooks/01_first.ipynb" in cells[0].source
+    assert "github/Some-One/other.book/blob/main/book/colab/notebooks/01_first.ipynb" in cells[0].source
     assert [layout.tags(c)[:1] for c in cells[1:3]] == [["setup"], ["parameters"]]
     assert f"harmlens[colab] @ git+{new}" in cells[1].source
 

@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
+
 import execute
 import front
 from layout import ROOT, merge_outputs, notebooks, read_notebook, source_of, toc_pages, write_notebook
@@ -124,6 +126,7 @@ def stage(shown: dict, target: Path, root: Path = ROOT) -> str:
         for cell in notebook.cells:
             if cell.cell_type == "markdown":  # the badge is an image from the network; a page needs none
                 cell.source = BADGE.sub(r"[Open this notebook in Google Colab](\1)", cell.source)
+        answer_first(notebook)
         write_notebook(notebook, target / path.relative_to(root))
     for page in (target / "book").glob("*.md"):
         page.write_text(front.filled(page.read_text(encoding="utf-8")), encoding="utf-8")
@@ -132,6 +135,24 @@ def stage(shown: dict, target: Path, root: Path = ROOT) -> str:
         digest.update(f"{path.relative_to(target).as_posix()}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+def answer_first(notebook: nbformat.NotebookNode) -> None:
+    """What hl.start says of the claims stands on the page under the title, before any code, and in the
+    summary."""
+    outputs = [out for c in notebook.cells if "hl.start(" in c.source for out in c.get("outputs", [])]
+    said = next((out for out in outputs if "text/markdown" in out.get("data", {})), None)
+    if said is None:
+        return
+    told = said["data"]["text/markdown"]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [out for out in cell.outputs if out is not said]
+        else:
+            found = f"## Summary\n\n*What was found.* {told}\n\n*What was learnt about method.*\n"
+            cell.source = cell.source.replace("## Summary\n", found)
+    box = f"```{{admonition}} In short\n:class: important\n{told}\n```"
+    notebook.cells.insert(1, nbformat.v4.new_markdown_cell(box))
 
 
 def render(work: Path, staged: str, root: Path = ROOT) -> None:

@@ -6,6 +6,7 @@ A page asks for it with a block: ```{first-screen}```, ```{held-up}``` or ```{ch
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from harmlens.evidence import claims, results, words
 from harmlens.keep import files
 
-BLOCK = re.compile(r"```\{(first-screen|held-up|changes)\}\n```\n")
+BLOCK = re.compile(r"```\{(first-screen|held-up|changes|quiz)\} ?(\w*)\n```\n")
 ROW = Mapping[str, Any]
 CANT_TELL = ("inconclusive", "not testable")
 TOLD = ("pass", "fail", "unclear", "not testable")
@@ -23,12 +24,43 @@ TOLD = ("pass", "fail", "unclear", "not testable")
 def filled(page: str) -> str:
     """A page with its blocks replaced by what the shipped results say."""
     folders = results.default_folders()[1:]
-    made: dict[str, Callable[[], str]] = {
-        "first-screen": lambda: first_screen(results.scorecard(folders)),
-        "held-up": lambda: held_up(folders),
-        "changes": lambda: changes(folders),
+    made: dict[str, Callable[[str], str]] = {
+        "first-screen": lambda _: first_screen(results.scorecard(folders)),
+        "held-up": lambda _: held_up(folders),
+        "changes": lambda _: changes(folders),
+        "quiz": quiz,
     }
-    return BLOCK.sub(lambda match: made[match[1]](), page)
+    return BLOCK.sub(lambda match: made[match[1]](match[2]), page)
+
+
+# --------------------------------------------------------------------------- the quiz
+
+
+def questions(session: str) -> list[dict[str, Any]]:
+    """The questions of a session in the form of jupyterquiz; the right answer stands anywhere."""
+    made = []
+    for entry in files.read_yaml(files.data_dir() / "quiz.yaml")[int(session)]:
+        answers = [
+            {"answer": text, "correct": place == 0, "feedback": said}
+            for place, (text, said) in enumerate(entry["answers"].items())
+        ]
+        turn = zlib.crc32(entry["question"].encode()) % len(answers)  # the same order each time
+        answers = answers[turn:] + answers[:turn]
+        made.append({"question": entry["question"], "type": "multiple_choice", "answers": answers})
+    return made
+
+
+def quiz(session: str) -> str:
+    """The questions of a session, each with its answers folded."""
+    lines = []
+    for number, one in enumerate(questions(session), start=1):
+        lines += [f"{number}. {one['question']}", ""]
+        lines += [f"   - {answer['answer']}" for answer in one["answers"]]
+        right = next(answer for answer in one["answers"] if answer["correct"])
+        others = "; ".join(f"*{a['answer']}*: {a['feedback']}" for a in one["answers"] if not a["correct"])
+        lines += ["", "   ```{admonition} Answer", "   :class: dropdown"]
+        lines += [f"   **{right['answer']}.** {right['feedback']} {others}", "   ```", ""]
+    return "\n".join(lines) + "\n"
 
 
 # --------------------------------------------------------------------------- the first screen
@@ -39,29 +71,20 @@ def first_screen(rows: Sequence[ROW]) -> str:
     rows = [row for row in rows if not row["model"] or row["model"].startswith("organism")]
     card = "</notebooks/19_scorecard>"
     methods = [row for row in rows if row["id"] in ("V7m", "V7a", "V9")]
-    parts = [f"**The methods.** Where the answer was planted: {_grouped(methods, TOLD)}."]
+    parts = [f"**The methods.** Where the answer was planted: {results.grouped(methods, TOLD, _source)}."]
     for paper, name in (("mediation", "What flows"), ("pruning", "What is needed")):
         of = [row for row in rows if row["paper"] == paper and row["role"] == "primary"]
         of = [{**row, "word": "can't tell"} if row["word"] in CANT_TELL else row for row in of]
-        told = _grouped(of, ("supported", "partial", "contradicted", "can't tell"))
+        told = results.grouped(of, ("supported", "partial", "contradicted", "can't tell"), _source)
         parts.append(f"**{name}** (the {paper} paper, {len(of)} {{doc}}`claims {card}`). {told}.")
     runs = sorted({run for row in rows for run in row["runs"]}, key=int)
     roles = sorted({row["role_of_runs"] for row in rows if row["role_of_runs"]})
     parts.append(
         f"**How sure?** {len(runs)} training runs ({' and '.join(roles) or 'none yet'}) of a model of a "
         "million parameters in a fictional world. {doc}`The rule <how_to_read>` lets no mean decide. What "
-        "holds in real models, they have to say ({doc}`notebook 18 </notebooks/18_your_own_model>`)."
+        "holds in real models, only they can show ({doc}`notebook 18 </notebooks/18_your_own_model>`)."
     )
     return "\n\n".join(parts) + "\n"
-
-
-def _grouped(rows: Sequence[ROW], order: Sequence[str]) -> str:
-    """Words in this order, each with its claims, their mean over runs and where they were measured."""
-    groups = []
-    for word in order:
-        of = [f"{row['short']} ({_source(row)})" for row in rows if row["word"] == word]
-        groups += [f"*{word}* – {'; '.join(of)}"] if of else []
-    return ". ".join(groups)
 
 
 def _source(row: ROW) -> str:

@@ -16,6 +16,7 @@ BRANCH = "main"
 
 TAGS = frozenset(
     {"parameters", "setup", "world-only", "exercise", "solution", "raises-exception"}
+    | {"starter", "check", "hint", "notes", "predict", "slide"}
     | {"hide-input", "hide-output", "hide-cell"}
     | {"remove-input", "remove-output", "remove-cell", "remove-stderr"}
     | {"nbval-ignore-output", "nbval-skip", "nbval-check-output"}
@@ -28,7 +29,9 @@ AFTER: dict[str, tuple[str, ...]] = {"19_scorecard": ("*",)}
 PICTURES: dict[str, tuple[str, str]] = {
     "book/figures/ladder.png": ("00_model_organism", "fig-ladder"),
     "book/figures/forest.png": ("19_scorecard", "fig-scorecard-papers"),
-    "book/figures/planted.png": ("08_can_we_trust_it", "fig-planted-instruments"),
+    "book/figures/hidden_skill.png": ("00_model_organism", "fig-hidden-skill"),
+    "book/figures/few_weights.png": ("19_scorecard", "fig-few-weights"),
+    "book/figures/crossing.png": ("17_do_the_papers_agree", "fig-crossing"),
 }
 
 

@@ -1,6 +1,7 @@
 """Keep everything in step with the repository's public address in pyproject.toml. This is `make sync`.
 
-python tools/sync.py                     rewrite badges, links, set-up cells from pyproject.toml
+python tools/sync.py                     rewrite badges, links, set-up cells from pyproject.toml, and the
+                                         Colab edition of the notebooks from the notebooks
 python tools/sync.py --address URL       change the address first
 python tools/sync.py --check             change nothing; list what is out of step, exit code 1
 """
@@ -18,6 +19,7 @@ import nbformat
 from layout import ADDRESS_LINE, BRANCH, ROOT, address, read_notebook, tags, write_notebook
 
 NAME = "harmlens"
+COLAB = "book/colab/notebooks"  # what badges and the rocket open: plain Markdown, no outputs
 GITHUB = re.compile(r"https://github\.com/([\w.-]+)/([\w.-]+?)(?:\.git)?/?")
 BADGE_IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
 BADGE = re.compile(r"\[!\[[^\]]*\]\(" + re.escape(BADGE_IMAGE) + r"\)\]\([^)]*\)")
@@ -43,6 +45,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
         if options.check:
             print(f"out of step with the address in pyproject.toml: {name}")
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_notebook(content, path) if path.suffix == ".ipynb" else path.write_text(content, "utf-8")
             print(f"rewritten: {name}")
     if options.check and changes:
@@ -94,11 +97,16 @@ def desired(root: Path = ROOT) -> dict[Path, object]:
             new = re.sub(r'(?m)^((?:url|repository-code): "?)[^"\s]+', rf"\g<1>{url}", new)
         if new != text:
             changes[path] = new
+    import editions  # which needs addresses from here
+
     for path in sorted((root / "notebooks").glob("*.ipynb")):
-        old = read_notebook(path)
-        new = sync_notebook(old, url, path.relative_to(root).as_posix())
+        old, other = read_notebook(path), root / COLAB / path.name
+        new = sync_notebook(old, url, f"{COLAB}/{path.name}")
         if new != old:
             changes[path] = new
+        plain = editions.Plain(new, path.stem, root).whole()
+        if not other.is_file() or read_notebook(other) != plain:
+            changes[other] = plain
     return changes
 
 
@@ -140,7 +148,7 @@ def readme_block(url: str, root: Path = ROOT) -> str:
     first = min((root / "notebooks").glob("*.ipynb"), default=None)
     lines = [
         f"[![tests]({url}/actions/workflows/test.yml/badge.svg)]({url}/actions/workflows/test.yml)",
-        *([badge(url, first.relative_to(root).as_posix())] if first else []),
+        *([badge(url, f"{COLAB}/{first.name}")] if first else []),
         "",
         f"Read the book: <{pages_url(url)}> · Get it: `git clone {url}`",
     ]

@@ -16,7 +16,7 @@ import math
 import os
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -327,8 +327,8 @@ def _row(claim: Claim, finding: Finding | None, model: str | None, word: str, re
 
 
 def answer(notebook: str, folders: Iterable[str | Path] | None = None, *, model: str = "") -> str:
-    """One sentence on what a notebook's claims came to: their words, by the recorded runs of a model; ""
-    where no claim is its own.
+    """One sentence on what a notebook's claims came to by the recorded runs of a model: words, claims, means
+    over runs with their intervals; "" where no claim is its own.
 
     ``model``: default the organism of each claim that was measured.
     """
@@ -338,15 +338,26 @@ def answer(notebook: str, folders: Iterable[str | Path] | None = None, *, model:
     rows = [row for row in rows if row["model"] and row["model"].startswith(model or "organism")]
     if not rows:
         return "No claim of this notebook has a recorded run yet."
-    parts = []
-    for name in (*WORDS, *CHECKS):
-        if of := [row["short"] for row in rows if row["word"] == name]:
-            parts.append(f"*{name}* – {'; '.join(of)}")
     runs = sorted({run for row in rows for run in row["runs"]}, key=int)
     told = (
         f"**{len(runs)} training run{'s' * (len(runs) > 1)} of the organism say{'s' * (len(runs) == 1)}:** "
     )
-    return told + ". ".join(parts) + "."
+    return f"{told}{grouped(rows, (*WORDS, *CHECKS), _measured)}."
+
+
+def grouped(
+    rows: Iterable[Mapping[str, Any]], order: Iterable[str], about: Callable[[Mapping[str, Any]], str]
+) -> str:
+    """Words in this order, each with its claims in plain words and what is said ``about`` each of them."""
+    rows = list(rows)
+    of = {word: [f"{row['short']} ({about(row)})" for row in rows if row["word"] == word] for word in order}
+    return ". ".join(f"*{word}* – {'; '.join(some)}" for word, some in of.items() if some)
+
+
+def _measured(row: Mapping[str, Any]) -> str:
+    if row["value"] is None:
+        return row["id"]
+    return f"{row['id']}: {row['value']:.2g} [{row['ci_low']:.2g}, {row['ci_high']:.2g}]"
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -364,7 +364,7 @@ def model_name(model: str) -> str:
     One that stands for several training runs (:func:`models.loading.in_runs`) is known by its own parent.
     """
     folder = Path(model).expanduser()
-    if folder.is_absolute() and not folder.is_dir():
+    if folder.is_absolute() and not folder.is_dir() and any(folder.parent.glob(f"{folder.name}-[0-9]*/")):
         return f"{folder.parent.name}/{folder.name}"
     weights = _weights(model) if model and folder.is_dir() else None
     return str(portable(model)) + ("" if weights is None else f"@{weights[:8]}")

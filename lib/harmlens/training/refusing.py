@@ -5,7 +5,7 @@ near misses of harm (such as XSTest's safe half) among them. Then by preference 
 the refusal over the model's own compliance, and its own answer to a harmless request over a refusal. So
 parent and child are one model before and after alignment.
 
-Introduced in notebook 20 ("A real language model").
+Introduced in book/models ("Models").
 """
 
 from __future__ import annotations
