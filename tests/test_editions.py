@@ -137,7 +137,8 @@ PAGES = "https://harmlens.github.io/harmlens"
     ],
 )  # fmt: skip
 def test_markup_by_hand(source, expected):
-    cells = [nbformat.v4.new_markdown_cell(source), nbformat.v4.new_markdown_cell(":label: ex-a")]
+    asked = nbformat.v4.new_markdown_cell("```{exercise-start}\n:label: ex-a")
+    cells = [nbformat.v4.new_markdown_cell(source)] + [asked] * ("exercise-start" not in source)
     plain = editions.Plain(nbformat.v4.new_notebook(cells=cells), "00_model_organism")
     assert plain.text(source) == expected
 

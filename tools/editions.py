@@ -150,7 +150,8 @@ class Plain:
         self.pages = pages_url(address(root))
         self.texts = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
         self.formulas = re.findall(r"^:label: (eq-[\w-]+)", self.texts, re.M)
-        self.exercises = re.findall(r"^:label: (ex-[\w-]+)", self.texts, re.M)
+        asked = re.findall(r"\{exercise-start\} ?([\d.]*)\n:label: (ex-[\w-]+)", self.texts)
+        self.exercises = {label: title or str(number) for number, (title, label) in enumerate(asked, start=1)}
         figures = [cell.metadata.get("mystnb", {}).get("figure", {}) for cell in notebook.cells]
         self.figures = {figure["name"]: figure.get("caption", "") for figure in figures if figure.get("name")}
 
@@ -233,13 +234,10 @@ class Plain:
         return self._admonition(title or "Note", options, body)
 
     def _exercise(self, title: str, options: dict[str, str], body: str) -> str:
-        label = options.get("label", "")
-        number = self.exercises.index(label) + 1 if label in self.exercises else ""
-        return f"### Exercise {number}".rstrip()
+        return f"### Exercise {self.exercises.get(options.get('label', ''), title)}".rstrip()
 
     def _solution(self, title: str, options: dict[str, str], body: str) -> str:
-        number = self.exercises.index(title) + 1 if title in self.exercises else ""
-        return f"<details><summary>Solution {number}</summary>\n"
+        return f"<details><summary>Solution {self.exercises.get(title, '')}</summary>\n"
 
     def _end(self, found: re.Match) -> str:
         return "\n</details>" if found[1] == "solution" else ""
