@@ -96,7 +96,6 @@ WRONG = {
         "flipped": lambda m, n: hues(m, n)[0] == hues(m, n)[1],
         "noun": lambda m, n: not hues(m, n)[1],
         "modifier": lambda m, n: hues(m, n)[0],
-        "nothing": lambda m, n: None,
         "type": lambda m, n: "harmful" if hues(m, n)[0] != hues(m, n)[1] else "harmless",
         "constant": lambda m, n: True,
     },
@@ -187,10 +186,16 @@ def test_every_message_has_a_mistake_that_brings_it_up():
     assert said == set(WORDS) - {"not testable"}
 
 
+@pytest.mark.parametrize("check", RIGHT)
+def test_a_starter_that_gives_nothing_back_is_told_so(check):
+    with pytest.raises(checks.Wrong, match=r"nothing back|you say None"):
+        getattr(checks, check)(lambda *given: None)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda w, g: None, "a number or an array is wanted, and NoneType came"),
+        (lambda w, g: "much", "a number or an array is wanted, and str came"),
         (lambda w, g: w[0], r"should have the shape \(4, 5\), and has \(5,\)"),
         (lambda w, g: w + 1, "not what the package gives on this case"),
     ],

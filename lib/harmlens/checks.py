@@ -39,12 +39,17 @@ def _wrong(check: str, mistake: str) -> Wrong:
     return Wrong(f"{check}: {told.get(mistake, mistake)}")
 
 
+def _given(check: str, value: Any) -> Any:
+    if value is None:
+        raise _wrong(check, "your function gives nothing back; is there a `return`?")
+    return value
+
+
 def _judge(check: str, got: Any, right: Any, mistakes: Mapping[str, Any], *, rtol: float = 1e-3) -> None:
     """Say that a result is right, or which mistake it looks like; equal names count with a number behind."""
     right = np.asarray(right, dtype=float)
+    got = _given(check, got)
     try:
-        if got is None:
-            raise TypeError
         got = np.asarray(got.detach() if isinstance(got, torch.Tensor) else got, dtype=float)
     except (TypeError, ValueError):
         raise _wrong(check, f"a number or an array is wanted, and {type(got).__name__} came") from None
@@ -71,9 +76,7 @@ def harm_rule(function: Callable[[str, str], bool]) -> None:
     modifier, noun = (
         np.array([world.hue(getattr(item, word)) == "sun" for item in items]) for word in ("modifier", "noun")
     )
-    said = [function(item.modifier, item.noun) for item in items]
-    if any(one is None for one in said):
-        raise _wrong("harm_rule", "nothing")
+    said = [_given("harm_rule", function(item.modifier, item.noun)) for item in items]
     if not all(isinstance(one, bool | np.bool_) for one in said):
         raise _wrong("harm_rule", "type")
     got = np.array(said)
@@ -149,7 +152,8 @@ def matched_null(function: Callable[[torch.Tensor, int], torch.Tensor]) -> None:
     """``function(patch, seed)`` is a random vector in the place of a patch [width]: of the same norm, in a
     direction that has nothing to do with it."""
     patch = torch.randn(256, generator=torch.Generator().manual_seed(2604)) * 2
-    drawn = [torch.as_tensor(function(patch.clone(), seed)).float() for seed in [*range(40), 0]]
+    drawn = [function(patch.clone(), seed) for seed in [*range(40), 0]]
+    drawn = [torch.as_tensor(_given("matched_null", one)).float() for one in drawn]
     if drawn[0].shape != patch.shape:
         raise _wrong("matched_null", "shape")
     every, again = torch.stack(drawn[:-1]), drawn[-1]
@@ -203,7 +207,7 @@ def set_difference(function: Callable[..., Any]) -> None:
         "whole": whole,
         "common": whole - right,
     }
-    got = {int(i) for i in function(prune.clone(), preserve.clone(), p, q)}
+    got = {int(i) for i in _given("set_difference", function(prune.clone(), preserve.clone(), p, q))}
     if got != right:
         known = (name for name, value in mistakes.items() if got == value)
         raise _wrong("set_difference", next(known, f"{len(got)} weights, {len(got & right)} of them right"))
