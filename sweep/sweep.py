@@ -250,10 +250,7 @@ def _check_trained(name: str, seeds: list[int]) -> None:
 def _in_runs(name: str) -> bool:
     """As models.loading.in_runs, without torch: an organism, or a folder that is there with numbers."""
     folder = Path(name)
-    numbered = (
-        folder.is_absolute() and not folder.is_dir() and any(folder.parent.glob(f"{folder.name}-[0-9]*/"))
-    )
-    return name.partition("/")[0] == "organism" or numbered
+    return name.partition("/")[0] == "organism" or (folder.is_absolute() and files.numbered(folder))
 
 
 def _model(name: str, folder: Path) -> str:

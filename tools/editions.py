@@ -28,7 +28,7 @@ from nbconvert import SlidesExporter
 import front
 from harmlens.keep import files
 from layout import ROOT, address, notebooks, read_notebook, tags, write_notebook
-from sync import pages_url
+from sync import BADGE, pages_url
 
 FENCE = re.compile(
     r"(?ms)^(?P<fence>`{3,}|:{3,})\{(?P<kind>[\w-]+)\} ?(?P<title>.*?)\n(?P<body>.*?)^(?P=fence)[ \t]*$"
@@ -36,7 +36,6 @@ FENCE = re.compile(
 ROLE = re.compile(r"\{(?P<kind>[a-z]+(?::[a-z]+)?)\}`(?P<text>[^`]+)`")
 LEFT = re.compile(r"\{[a-z:-]+\}`|^[`:]{3,}\{", re.M)  # markup of the book that nothing has read
 HIDDEN = {"solution", "notes"}  # from students
-BADGE = re.compile(r"\[!\[Open In Colab\]\([^)]*\)\]\([^)]*\)\s*")  # it leads to the solutions
 PREDICT = "predict"  # cells whose outputs students are to predict
 
 
@@ -48,8 +47,8 @@ def for_class(
 ) -> nbformat.NotebookNode:
     """A copy in plain Markdown, each caption behind its figure.
 
-    Students get no solutions, no notes for teachers and no badge; and no outputs from the first one on that
-    they are to predict, since later ones would tell.
+    Students get no solutions, no notes for teachers and no badge, which leads to solutions; and no outputs
+    from the first one on that they are to predict, since later ones would tell.
     """
     plain, cells, told = Plain(notebook, name, root), [], True
     for cell in notebook.cells:

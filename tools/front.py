@@ -1,6 +1,6 @@
 """What pages say from result files when the book is built: the first screen, answers, what was changed.
 
-A page asks for it with a block: ```{first-screen}```, ```{held-up}``` or ```{changes}```.
+A page asks for it with a block: ```{first-screen}```, ```{held-up}```, ```{changes}``` or ```{quiz} 1```.
 """
 
 from __future__ import annotations

@@ -358,13 +358,18 @@ def _weights(model: str) -> str | None:
     return Path(found).parent.name if isinstance(found, str) else None
 
 
+def numbered(folder: Path) -> bool:
+    """Whether a folder that is not there stands for several training runs: folder-0, folder-1, ..."""
+    return not folder.is_dir() and any(folder.parent.glob(f"{folder.name}-[0-9]*/"))
+
+
 def model_name(model: str) -> str:
     """A model as results call it: folders of one name are told apart by their weights' sum.
 
     One that stands for several training runs (:func:`models.loading.in_runs`) is known by its own parent.
     """
     folder = Path(model).expanduser()
-    if folder.is_absolute() and not folder.is_dir() and any(folder.parent.glob(f"{folder.name}-[0-9]*/")):
+    if folder.is_absolute() and numbered(folder):
         return f"{folder.parent.name}/{folder.name}"
     weights = _weights(model) if model and folder.is_dir() else None
     return str(portable(model)) + ("" if weights is None else f"@{weights[:8]}")

@@ -138,8 +138,7 @@ def in_runs(name: str) -> bool:
 
     ``models/sft`` does where there are ``models/sft-0``, ``models/sft-1``, ... and no ``models/sft``.
     """
-    folder = Path(name).expanduser()
-    return _is_organism(name) or (not folder.is_dir() and any(folder.parent.glob(f"{folder.name}-[0-9]*/")))
+    return _is_organism(name) or files.numbered(Path(name).expanduser())
 
 
 def stages(model: str, only: Sequence[str] | None = None, *, least: int = 0) -> dict[str, str]:

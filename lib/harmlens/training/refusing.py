@@ -14,7 +14,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -94,9 +94,9 @@ def teach(
 
     ``folder`` is for checkpoints of the first stage: an interrupted lesson goes on.
     """
-    tune(lm, taught.rows, sft.anew(seed), folder=folder)
+    tune(lm, taught.rows, replace(sft, seed=seed), folder=folder)
     yield "sft"
-    prefer(lm, taught, dpo.anew(seed))
+    prefer(lm, taught, replace(dpo, seed=seed))
     yield "dpo"
 
 

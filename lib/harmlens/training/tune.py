@@ -62,10 +62,6 @@ class Recipe:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a finite number above 0")
 
-    def anew(self, seed: int) -> Recipe:
-        """The same with another seed."""
-        return replace(self, seed=seed)
-
 
 def steps_of(epochs: float, rows: int, batch_size: int) -> int:
     """Steps that go through so many rows so many times, each row once in each.
