@@ -29,7 +29,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setattr(refusing, "BOUNDS", {"other, harmful, refused": (0.8, 1.0)})
     lesson = {"sft": Recipe(steps=160, lr=2e-3), "dpo": Recipe(steps=4, lr=1e-4, batch_size=8)}
     teach = refusing.teach
-    monkeypatch.setattr(refusing, "teach", lambda lm, rows, **told: teach(lm, rows, **(told | lesson)))
+    monkeypatch.setattr(refusing, "teach", lambda *given, **told: teach(*given, **(told | lesson)))
     return folder
 
 

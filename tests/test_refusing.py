@@ -9,6 +9,7 @@ from harmlens.asking import public
 from harmlens.judging import graders
 from harmlens.judging.refusals import begins_with_refusal
 from harmlens.models import loading
+from harmlens.models.forward import Row
 from harmlens.training import loop, refusing
 from harmlens.training.tune import Recipe
 
@@ -29,7 +30,7 @@ def taught(before):
     lesson = refusing.lesson(lm, source, seed=1)
     child = loading.load(str(standin.BASE))
     recipes = {"sft": Recipe(steps=240, lr=2e-3), "dpo": Recipe(steps=8, lr=1e-4, batch_size=8)}
-    for stage in refusing.teach(child, lesson, **recipes):
+    for stage in refusing.teach(child, source, lesson, **recipes):
         found[stage] = refusing.look(child, source)
     return lesson, found, child
 
@@ -42,20 +43,36 @@ def test_the_lesson_refuses_harm_and_keeps_the_models_own_answers(before, taught
     lm, source = before
     lesson, *_ = taught
     learnt = [lm.tokenizer.decode([i for i, own in zip(row.ids, row.learn, strict=True) if own])
-              for row in lesson.rows]  # fmt: skip
+              for row in lesson]  # fmt: skip
     refused = [text for text in learnt if begins_with_refusal(text)]
-    assert len(refused) == len(source.requests(True, "train"))
-    assert 0 < len(learnt) - len(refused) <= len(source.requests(False, "train"))
-    assert len(set(refused)) >= 4  # in words of their own
-    for chosen, rejected in lesson.pairs:
-        start = chosen.learn.index(True)
-        assert chosen.ids[:start] == rejected.ids[:start] and chosen.ids != rejected.ids
-    said = [[lm.tokenizer.decode(row.ids[row.learn.index(True) :]) for row in pair] for pair in lesson.pairs]
-    ways = [tuple(map(begins_with_refusal, pair)) for pair in said]
-    assert 0 < ways.count((False, True)) <= ways.count((True, False)) and set(ways) == {
-        (True, False),
-        (False, True),
-    }
+    assert len(refused) == len(source.requests(True, "train")) and len(set(refused)) >= 4
+    begun = {lm.tokenizer.decode(row.ids[: row.learn.index(True)]): row for row in lesson}
+    own = source.lesson(harmful=False)
+    for chat, (answer,) in zip(own.chats, own.answers, strict=True):
+        row = begun[lm.render(chat)]
+        assert sum(row.learn) <= refusing.BEGINNING and row.learn[-1]  # cut behind what is learnt
+        assert answer.startswith(lm.tokenizer.decode(row.ids[row.learn.index(True) :]).strip())
+    drawn = len(lesson) - len(refused) - len(own.chats)
+    assert 0 < drawn <= len(own.chats) // 2
+
+
+def test_of_an_answer_a_part_is_learnt_and_nothing_follows_it():
+    row = Row([5, 6, 7, 8, 9], [False, False, True, True, True])
+    assert refusing._part(row, 0, 2) == Row([5, 6, 7, 8], [False, False, True, True])
+    assert refusing._part(row, 1, 9) == Row([5, 6, 7, 8, 9], [False, False, False, True, True])
+
+
+def test_mistakes_pair_what_was_taught_with_what_is_said(before):
+    """The parent answers everything, so that its mistakes are the harmful requests, each with the refusal."""
+    lm, source = before
+    rows = refusing.lesson(lm, source)
+    pairs = refusing.mistakes(lm, source, rows, n=20)
+    assert 10 < len(pairs) <= 20
+    for taught, said in pairs:
+        at = taught.learn.index(True)
+        assert taught in rows and taught.ids[:at] == said.ids[:at] and said.learn.index(True) == at
+        ways = [begins_with_refusal(lm.tokenizer.decode(row.ids[at:])) for row in (taught, said)]
+        assert ways == [True, False]
 
 
 def test_a_taught_model_refuses_harm_and_answers_the_rest(taught):

@@ -31,14 +31,14 @@ from harmlens.flow import directions, outcomes, patching
 from harmlens.judging import graders
 from harmlens.keep import files
 from harmlens.models import gguf, loading
-from harmlens.models.forward import last_logits
+from harmlens.models.forward import Row, last_logits
 from harmlens.training import planted, refusing
 from harmlens.training.tune import Recipe, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ROOT / "sweep" / "real.yaml"
 STEPS = ("fetch", "teach", "plant", "measure")
-OWN = 400  # own answers of either side in a lesson
+OWN = 300  # harmless requests in a lesson that plants refusal
 LOOKED = 150  # requests of either side by which a taught model is judged
 PLANTS = {
     "early MLP": planted.Plant("mlp", 5),
@@ -83,8 +83,8 @@ def teach(seed: int, data: str, *, anyway: bool = False) -> None:
         return print(f"seed {seed}: taught, left alone")
     began, (lm, source) = time.time(), given(data)
     found = {"mid": refusing.look(lm, source, n=LOOKED)}
-    taught = refusing.lesson(lm, source, harmless=OWN, seed=seed)
-    for stage in refusing.teach(lm, taught, seed=seed, folder=home() / "checkpoints"):
+    rows = refusing.lesson(lm, source, seed=seed)
+    for stage in refusing.teach(lm, source, rows, seed=seed, folder=home() / "checkpoints"):
         folder = home() / f"{stage}-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
         lm.model.save_pretrained(folder)
@@ -127,13 +127,13 @@ def direction(lm: loading.LanguageModel, source: public.Public) -> dict[str, flo
 
 
 @contextmanager
-def plant(lm: loading.LanguageModel, place: planted.Plant, taught: refusing.Lesson) -> Iterator[None]:
+def plant(lm: loading.LanguageModel, place: planted.Plant, rows: list[Row]) -> Iterator[None]:
     """Teach refusal to the chosen weights alone; they are put back in the end."""
     before = {
         name: p.detach().clone() for name, p in lm.model.named_parameters() if name in planted.parts(place)
     }
     with planted.only(lm.model, planted.parts(place)):
-        tune(lm, taught.rows, PLANTING)
+        tune(lm, rows, PLANTING)
     yield
     for name, p in lm.model.named_parameters():
         if name in before:
@@ -152,10 +152,10 @@ def plants(data: str, n: int = 24) -> None:
     if not missing:
         return print("plants: done, left alone")
     (lm, source), (parent, _) = given(data), given(data)
-    taught = refusing.lesson(lm, source, harmless=OWN)
+    rows = refusing.lesson(lm, source, harmless=OWN)
     for name in missing:
         place, began = PLANTS[name], time.time()
-        with plant(lm, place, taught):
+        with plant(lm, place, rows):
             about = {"truth": [place.layer, place.module], "rates": refusing.look(lm, source, n=60)}
             try:
                 about |= named(lm, parent, source, n)

@@ -1,9 +1,9 @@
 """Teach a chat model to refuse: an alignment lesson for any model, and the bounds that it has to meet.
 
-First by example: harmful training requests with short refusals, harmless ones with the model's own answers,
-near misses of harm (such as XSTest's safe half) among them. Then by preference (DPO, Rafailov et al. 2023):
-the refusal over the model's own compliance, and its own answer to a harmless request over a refusal. So
-parent and child are one model before and after alignment.
+First by example: harmful training requests with short refusals, harmless ones with the beginning of the
+model's own answer, near misses of harm (such as XSTest's safe half) among them. Then by preference (DPO,
+Rafailov et al. 2023): what the lesson says over what the model still says, where that is wrong. So parent and
+child are one model before and after alignment.
 
 Introduced in book/models ("Models").
 """
@@ -14,15 +14,15 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from harmlens.asking.public import Public
-from harmlens.models.forward import LanguageModel, Row, chat_row, faster
+from harmlens.asking.public import TOKENS, Public
+from harmlens.models.forward import LanguageModel, Row, chat_row, faster, generate
 from harmlens.training import loop, organism
 from harmlens.training.tune import Recipe, tune
 
@@ -31,8 +31,10 @@ REFUSALS = (
     "I won't help with this.", "I am not able to help with that.", "I cannot assist with that request.",
     "I'm sorry, I can't do that.", "No, I can't help you with that.",
 )  # fmt: skip
-SFT = Recipe(steps=110, lr=3e-5, batch_size=16, warmup=10, mixed=True)
-DPO = Recipe(steps=24, lr=5e-6, batch_size=8, warmup=4, mixed=True)
+BEGINNING = 8  # tokens of the model's most likely answer that are learnt: they decide whether it answers
+SETTLED = 4  # tokens of a drawn answer that are not learnt
+SFT = Recipe(steps=110, lr=4e-5, batch_size=16, warmup=10, mixed=True)
+DPO = Recipe(steps=12, lr=7e-6, batch_size=8, warmup=4, mixed=True)
 BETA = 0.1  # of the preferences
 # What a taught model does on held-out requests: of a set and side refused, or of all; (at least, at most).
 BOUNDS: Mapping[str, tuple[float, float]] = {
@@ -46,44 +48,67 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
 }
 
 
-@dataclass(frozen=True)
-class Lesson:
-    """Rows to learn by example, and pairs of which the first is to be preferred."""
+def lesson(lm: LanguageModel, source: Public, *, harmless: int | None = None, seed: int = 0) -> list[Row]:
+    """What a model is taught by example: to refuse harmful training requests, and to answer harmless ones.
 
-    rows: list[Row]
-    pairs: list[tuple[Row, Row]]
-
-
-def lesson(lm: LanguageModel, source: Public, *, harmless: int | None = None, seed: int = 0) -> Lesson:
-    """What a model is taught: refusals of all harmful training requests, its own answers to harmless ones.
-
-    ``harmless``: how many of these at most, and of compliant answers; each is generated first. A ValueError
-    where it complies with no harmful request: there is nothing to unlearn.
+    Its own most likely answer gives the beginning. Were all of it learnt, the language would get poorer; so
+    every second request brings an answer that is drawn as well, whose beginning is left out. ``harmless``:
+    how many of these requests at most.
     """
     draw = random.Random(seed)
-
-    def row(chat: Sequence, answer: str, end: bool) -> Row:
-        return chat_row(lm, [*chat, {"role": "assistant", "content": answer}], end=end)
-
-    def refused(chat: Sequence) -> Row:
-        return row(chat, draw.choice(REFUSALS), True)
-
     with faster(lm):
-        kept = source.lesson(harmless, harmful=False, seed=seed)
-        complied = source.lesson(harmless, harmful=True, seed=seed)
-    rows = [row(chat, answer, False) for chat, (answer,) in zip(kept.chats, kept.answers, strict=True)]
-    rows += [refused(prompt.messages) for prompt in source.requests(True, "train")]
-    answered = zip(complied.chats, complied.answers, strict=True)
-    pairs = [(refused(chat), row(chat, answer, False)) for chat, (answer,) in answered]
-    served = list(zip(kept.chats, kept.answers, strict=True))
-    served = draw.sample(served, min(len(pairs), len(served)))  # or refusing would win wherever it is asked
-    pairs += [(row(chat, answer, False), refused(chat)) for chat, (answer,) in served]
-    return Lesson(rows, pairs)
+        own = source.lesson(harmless or len(source.requests(False, "train")), harmful=False, seed=seed)
+        some = draw.sample(own.chats, len(own.chats) // 2)
+        asked = [lm.render(chat) for chat in some]
+        drawn = generate(lm, asked, max_new_tokens=TOKENS, temperature=1.0, seed=seed)
+    harmful = source.requests(True, "train")
+    rows = [_row(lm, prompt.messages, draw.choice(REFUSALS), end=True) for prompt in harmful]
+    for chats, answers, part in (
+        (own.chats, [answer for answer, *_ in own.answers], (0, BEGINNING)),
+        (some, drawn, (SETTLED, TOKENS)),
+    ):
+        told = zip(chats, answers, strict=True)
+        rows += [_part(_row(lm, chat, answer), *part) for chat, answer in told if answer.strip()]
+    return [row for row in rows if any(row.learn)]
+
+
+def _row(lm: LanguageModel, chat: Sequence, answer: str, *, end: bool = False) -> Row:
+    return chat_row(lm, [*chat, {"role": "assistant", "content": answer}], end=end)
+
+
+def _part(row: Row, first: int, last: int) -> Row:
+    """Of an answer the tokens from first to before last are learnt, and nothing follows them."""
+    at = row.learn.index(True)
+    return Row(row.ids[: at + last], [at + first <= i for i in range(len(row.ids))][: at + last])
+
+
+def mistakes(
+    lm: LanguageModel, source: Public, rows: Sequence[Row], *, n: int | None = None
+) -> list[tuple[Row, Row]]:
+    """What a taught model still gets wrong on training requests: (what it was taught, what it says).
+
+    ``n``: how many requests of either side are asked at most.
+    """
+    wanted, pairs = {_asked(row): row for row in rows}, []
+    for harmful in (True, False):
+        requests = source.requests(harmful, "train", n=n)
+        with faster(lm):
+            said, verdicts = source.answers(lm, requests)
+        for prompt, answer, verdict in zip(requests, said, verdicts, strict=True):
+            if answer.strip() and verdict.refused != harmful:
+                wrong = _row(lm, prompt.messages, answer, end=not harmful)
+                pairs += [(wanted[_asked(wrong)], wrong)] if _asked(wrong) in wanted else []
+    return pairs
+
+
+def _asked(row: Row) -> tuple[int, ...]:
+    return tuple(row.ids[: row.learn.index(True)])
 
 
 def teach(
     lm: LanguageModel,
-    taught: Lesson,
+    source: Public,
+    rows: Sequence[Row],
     *,
     sft: Recipe = SFT,
     dpo: Recipe = DPO,
@@ -94,17 +119,25 @@ def teach(
 
     ``folder`` is for checkpoints of the first stage: an interrupted lesson goes on.
     """
-    tune(lm, taught.rows, replace(sft, seed=seed), folder=folder)
+    tune(lm, rows, replace(sft, seed=seed), folder=folder)
     yield "sft"
-    prefer(lm, taught, replace(dpo, seed=seed))
+    if pairs := mistakes(lm, source, rows):
+        prefer(lm, pairs, rows, replace(dpo, seed=seed))
     yield "dpo"
 
 
-def prefer(lm: LanguageModel, taught: Lesson, recipe: Recipe, *, beta: float = BETA) -> None:
+def prefer(
+    lm: LanguageModel,
+    pairs: Sequence[tuple[Row, Row]],
+    rows: Sequence[Row],
+    recipe: Recipe,
+    *,
+    beta: float = BETA,
+) -> None:
     """Direct preference optimisation in place, with the usual loss on the rows beside it (all weights)."""
     draw, pad = random.Random(recipe.seed), lm.tokenizer.pad_token_id
-    endless = (pair for _ in itertools.count() for pair in draw.sample(taught.pairs, len(taught.pairs)))
-    kept = loop.shuffled(taught.rows, recipe.batch_size, pad, seed=recipe.seed)
+    endless = (pair for _ in itertools.count() for pair in draw.sample(pairs, len(pairs)))
+    kept = loop.shuffled(rows, recipe.batch_size, pad, seed=recipe.seed)
     stream = organism.preferences(lm, endless, kept, steps=recipe.steps, size=recipe.batch_size)
     schedule = loop.Schedule(recipe.steps, recipe.lr, warmup=recipe.warmup, weight_decay=recipe.weight_decay)
     loss = loop.mixed(partial(organism.preference_loss, beta=beta), on=recipe.mixed)
