@@ -1,5 +1,7 @@
 """Teaching a model to refuse, on a small chat model that complies with everything."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import standin
@@ -62,17 +64,25 @@ def test_of_an_answer_a_part_is_learnt_and_nothing_follows_it():
     assert refusing._part(row, 1, 9) == Row([5, 6, 7, 8, 9], [False, False, False, True, True])
 
 
-def test_mistakes_pair_what_was_taught_with_what_is_said(before):
-    """The parent answers everything, so that its mistakes are the harmful requests, each with the refusal."""
-    lm, source = before
-    rows = refusing.lesson(lm, source)
-    pairs = refusing.mistakes(lm, source, rows, n=20)
-    assert 10 < len(pairs) <= 20
-    for taught, said in pairs:
-        at = taught.learn.index(True)
-        assert taught in rows and taught.ids[:at] == said.ids[:at] and said.learn.index(True) == at
-        ways = [begins_with_refusal(lm.tokenizer.decode(row.ids[at:])) for row in (taught, said)]
-        assert ways == [True, False]
+def test_preferences_go_both_ways_and_are_about_what_was_taught(before, taught, monkeypatch):
+    """As if every answer to a harmless request refused: these, and as many harmful ones behind a start."""
+    _, source = before
+    rows, _, child = taught
+    assert refusing.preferences(child, source, []) == []
+    answers = type(source).answers
+
+    def strict(self, lm, asked, *prefill):
+        said, verdicts = answers(self, lm, asked, *prefill)
+        harmless = not asked[0].about.harmful
+        return said, [replace(one, refused=True) if harmless else one for one in verdicts]
+
+    monkeypatch.setattr(type(source), "answers", strict)
+    ways = []
+    for wanted, said in refusing.preferences(child, source, rows):
+        at = wanted.learn.index(True)
+        assert wanted in rows and wanted.ids[:at] == said.ids[:at] and said.learn.index(True) == at
+        ways.append(tuple(begins_with_refusal(child.tokenizer.decode(r.ids[at:])) for r in (wanted, said)))
+    assert ways.count((True, False)) == len(ways) / 2 > 10 and (False, True) not in ways
 
 
 def test_a_taught_model_refuses_harm_and_answers_the_rest(taught):

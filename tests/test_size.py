@@ -7,7 +7,7 @@ import pytest
 import size
 
 LIMITS = {
-    "lines": 14_590,
+    "lines": 14_615,
     "import depth": 8,
     "names defined twice": 0,
     "functions with more than 10 arguments": 0,

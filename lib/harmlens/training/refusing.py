@@ -2,8 +2,8 @@
 
 First by example: harmful training requests with short refusals, harmless ones with the beginning of the
 model's own answer, near misses of harm (such as XSTest's safe half) among them. Then by preference (DPO,
-Rafailov et al. 2023): what the lesson says over what the model still says, where that is wrong. So parent and
-child are one model before and after alignment.
+Rafailov et al. 2023), both ways: the answer over a refusal of what is harmless, the refusal over an answer to
+what is harmful. So parent and child are one model before and after alignment.
 
 Introduced in book/models ("Models").
 """
@@ -82,23 +82,27 @@ def _part(row: Row, first: int, last: int) -> Row:
     return Row(row.ids[: at + last], [at + first <= i for i in range(len(row.ids))][: at + last])
 
 
-def mistakes(
-    lm: LanguageModel, source: Public, rows: Sequence[Row], *, n: int | None = None
+def preferences(
+    lm: LanguageModel, source: Public, rows: Sequence[Row], *, seed: int = 0
 ) -> list[tuple[Row, Row]]:
-    """What a taught model still gets wrong on training requests: (what it was taught, what it says).
+    """Pairs of (what was taught, what a taught model still says) on training requests.
 
-    ``n``: how many requests of either side are asked at most.
+    They are the harmless requests that it refuses, and as many harmful ones, asked behind a prefilled start.
     """
-    wanted, pairs = {_asked(row): row for row in rows}, []
-    for harmful in (True, False):
-        requests = source.requests(harmful, "train", n=n)
+    wanted = {_asked(row): row for row in rows}
+
+    def pairs(harmful: bool, n: int | None = None, prefill: str | None = None) -> list[tuple[Row, Row]]:
+        requests = source.requests(harmful, "train", n=n, seed=seed)
         with faster(lm):
-            said, verdicts = source.answers(lm, requests)
-        for prompt, answer, verdict in zip(requests, said, verdicts, strict=True):
-            if answer.strip() and verdict.refused != harmful:
-                wrong = _row(lm, prompt.messages, answer, end=not harmful)
-                pairs += [(wanted[_asked(wrong)], wrong)] if _asked(wrong) in wanted else []
-    return pairs
+            said = zip(requests, *source.answers(lm, requests, prefill), strict=True)
+        wrong = [
+            (prompt, answer) for prompt, answer, one in said if one.refused != harmful and answer.strip()
+        ]
+        still = [_row(lm, prompt.messages, answer, end=not harmful) for prompt, answer in wrong]
+        return [(wanted[_asked(row)], row) for row in still if _asked(row) in wanted]
+
+    declined = pairs(False)
+    return declined and declined + pairs(True, 2 * len(declined), source.prefills[0])[: len(declined)]
 
 
 def _asked(row: Row) -> tuple[int, ...]:
@@ -121,26 +125,19 @@ def teach(
     """
     tune(lm, rows, replace(sft, seed=seed), folder=folder)
     yield "sft"
-    if pairs := mistakes(lm, source, rows):
+    if pairs := preferences(lm, source, rows, seed=seed):
         prefer(lm, pairs, rows, replace(dpo, seed=seed))
     yield "dpo"
 
 
-def prefer(
-    lm: LanguageModel,
-    pairs: Sequence[tuple[Row, Row]],
-    rows: Sequence[Row],
-    recipe: Recipe,
-    *,
-    beta: float = BETA,
-) -> None:
+def prefer(lm: LanguageModel, pairs: Sequence[tuple[Row, Row]], rows: Sequence[Row], recipe: Recipe) -> None:
     """Direct preference optimisation in place, with the usual loss on the rows beside it (all weights)."""
     draw, pad = random.Random(recipe.seed), lm.tokenizer.pad_token_id
     endless = (pair for _ in itertools.count() for pair in draw.sample(pairs, len(pairs)))
     kept = loop.shuffled(rows, recipe.batch_size, pad, seed=recipe.seed)
     stream = organism.preferences(lm, endless, kept, steps=recipe.steps, size=recipe.batch_size)
     schedule = loop.Schedule(recipe.steps, recipe.lr, warmup=recipe.warmup, weight_decay=recipe.weight_decay)
-    loss = loop.mixed(partial(organism.preference_loss, beta=beta), on=recipe.mixed)
+    loss = loop.mixed(partial(organism.preference_loss, beta=BETA), on=recipe.mixed)
     loop.fit(lm.model, stream, schedule, loss=loss, progress=lm.name)
 
 
