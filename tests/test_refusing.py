@@ -68,7 +68,7 @@ def test_preferences_go_both_ways_and_are_about_what_was_taught(before, taught, 
     """As if every answer to a harmless request refused: these, and as many harmful ones behind a start."""
     _, source = before
     rows, _, child = taught
-    assert refusing.preferences(child, source, []) == []
+    assert refusing.preferred_pairs(child, source, []) == []
     answers = type(source).answers
 
     def strict(self, lm, asked, *prefill):
@@ -78,7 +78,7 @@ def test_preferences_go_both_ways_and_are_about_what_was_taught(before, taught, 
 
     monkeypatch.setattr(type(source), "answers", strict)
     ways = []
-    for wanted, said in refusing.preferences(child, source, rows):
+    for wanted, said in refusing.preferred_pairs(child, source, rows):
         at = wanted.learn.index(True)
         assert wanted in rows and wanted.ids[:at] == said.ids[:at] and said.learn.index(True) == at
         ways.append(tuple(begins_with_refusal(child.tokenizer.decode(r.ids[at:])) for r in (wanted, said)))

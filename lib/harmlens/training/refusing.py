@@ -82,7 +82,7 @@ def _part(row: Row, first: int, last: int) -> Row:
     return Row(row.ids[: at + last], [at + first <= i for i in range(len(row.ids))][: at + last])
 
 
-def preferences(
+def preferred_pairs(
     lm: LanguageModel, source: Public, rows: Sequence[Row], *, seed: int = 0
 ) -> list[tuple[Row, Row]]:
     """Pairs of (what was taught, what a taught model still says) on training requests.
@@ -125,7 +125,7 @@ def teach(
     """
     tune(lm, rows, replace(sft, seed=seed), folder=folder)
     yield "sft"
-    if pairs := preferences(lm, source, rows, seed=seed):
+    if pairs := preferred_pairs(lm, source, rows, seed=seed):
         prefer(lm, pairs, rows, replace(dpo, seed=seed))
     yield "dpo"
 
