@@ -79,7 +79,8 @@ def _row(lm: LanguageModel, chat: Sequence, answer: str, *, end: bool = False) -
 def _part(row: Row, first: int, last: int) -> Row:
     """Of an answer the tokens from first to before last are learnt, and nothing follows them."""
     at = row.learn.index(True)
-    return Row(row.ids[: at + last], [at + first <= i for i in range(len(row.ids))][: at + last])
+    ids = row.ids[: at + last]
+    return Row(ids, [i >= at + first for i in range(len(ids))])
 
 
 def preferred_pairs(
@@ -95,10 +96,11 @@ def preferred_pairs(
         requests = source.requests(harmful, "train", n=n, seed=seed)
         with faster(lm):
             said = zip(requests, *source.answers(lm, requests, prefill), strict=True)
-        wrong = [
-            (prompt, answer) for prompt, answer, one in said if one.refused != harmful and answer.strip()
+        still = [
+            _row(lm, prompt.messages, answer, end=not harmful)
+            for prompt, answer, one in said
+            if one.refused != harmful and answer.strip()
         ]
-        still = [_row(lm, prompt.messages, answer, end=not harmful) for prompt, answer in wrong]
         return [(wanted[_asked(row)], row) for row in still if _asked(row) in wanted]
 
     declined = pairs(False)
@@ -121,7 +123,8 @@ def teach(
 ) -> Iterator[str]:
     """Teach a model, in place, stage by stage; the name of each stage is given when it is done.
 
-    ``folder`` is for checkpoints of the first stage: an interrupted lesson goes on.
+    ``folder`` is for checkpoints of the first stage: an interrupted lesson goes on. Where that stage leaves
+    no harmless request refused there is nothing to prefer, and the second changes nothing.
     """
     tune(lm, rows, replace(sft, seed=seed), folder=folder)
     yield "sft"
