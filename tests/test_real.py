@@ -53,6 +53,18 @@ def test_a_lesson_is_kept_with_its_rates_and_not_given_twice(home, capsys):
     assert loading.in_runs(str(home / "dpo")) and not loading.in_runs(str(home / "mid"))
 
 
+def test_the_parent_is_looked_at_once_for_all_seeds_of_the_same_data(home, monkeypatch):
+    monkeypatch.setattr(refusing, "teach", lambda *_, **__: iter(["dpo"]))
+    monkeypatch.setattr(real, "direction", lambda *_: {})
+    monkeypatch.setattr(refusing, "lesson", lambda *_, **__: [])
+    seen = iter(range(9))
+    monkeypatch.setattr(refusing, "look", lambda *_, **__: {"perplexity": 1.0, "looked": next(seen)})
+    for seed, data in ((0, DATA), (1, DATA), (2, str(standin.PROMPTS))):
+        real.teach(seed, data, anyway=True)
+    parents = [one["rates"]["mid"]["looked"] for one in real.told()["lessons"].values()]
+    assert parents == [0, 0, 3]  # parent and child, a child, then other data
+
+
 def test_a_model_that_does_not_refuse_stops_the_work_and_says_which_bound(home, monkeypatch):
     monkeypatch.setattr(refusing, "BOUNDS", {"other, harmful, refused": (1.1, 1.2)})
     with pytest.raises(
