@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ BLOCK = re.compile(r"```\{(first-screen|held-up|changes|quiz)\} ?(\w*)\n```\n")
 ROW = Mapping[str, Any]
 CANT_TELL = ("inconclusive", "not testable")
 TOLD = ("pass", "fail", "unclear", "not testable")
+KINDS = {"confirmatory": "registered before anybody looked", "exploratory": "exploratory"}
 
 
 def filled(page: str) -> str:
@@ -68,6 +70,7 @@ def quiz(session: str) -> str:
 
 def first_screen(rows: Sequence[ROW]) -> str:
     """About the methods, about each paper, how sure: in at most 200 words and 20 numbers."""
+    real = [row for row in rows if row["role_of_runs"] == "real" and row["role"] == "primary"]
     rows = [row for row in rows if not row["model"] or row["model"].startswith("organism")]
     card = "</notebooks/19_scorecard>"
     methods = [row for row in rows if row["id"] in ("V7m", "V7a", "V9")]
@@ -79,12 +82,23 @@ def first_screen(rows: Sequence[ROW]) -> str:
         parts.append(f"**{name}** (the {paper} paper, {len(of)} {{doc}}`claims {card}`). {told}.")
     runs = sorted({run for row in rows for run in row["runs"]}, key=int)
     roles = sorted({row["role_of_runs"] for row in rows if row["role_of_runs"]})
+    kinds = " and ".join(KINDS.get(role, role) for role in roles)
     parts.append(
-        f"**How sure?** {len(runs)} training runs ({' and '.join(roles) or 'none yet'}) of a model of a "
-        "million parameters in a fictional world. {doc}`The rule <how_to_read>` lets no mean decide. What "
-        "holds in real models, only they can show ({doc}`notebook 18 </notebooks/18_your_own_model>`)."
+        f"**How sure?** {len(runs)} training runs ({kinds or 'none yet'}) of a model of a "
+        "million parameters in a fictional world. {doc}`The rule <how_to_read>` lets no mean decide. "
+        f"{_real(real)}"
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _real(rows: Sequence[ROW]) -> str:
+    """How many primary claims have which word on real models."""
+    if not rows:
+        own = "{doc}`notebook 18 </notebooks/18_your_own_model>`"
+        return f"What holds in real models, only they can show ({own})."
+    said = Counter("can't tell" if row["word"] in CANT_TELL else row["word"] for row in rows)
+    told = ", ".join(f"{number} {word}" for word, number in said.items())
+    return f"The same claims on {{doc}}`a real model </notebooks/20_a_real_language_model>`: {told}."
 
 
 def _source(row: ROW) -> str:
