@@ -24,11 +24,9 @@ import nbformat
 import execute
 import front
 from layout import ROOT, merge_outputs, notebooks, read_notebook, source_of, toc_pages, write_notebook
+from sync import BADGE
 
 RAW = argparse.RawDescriptionHelpFormatter
-BADGE = re.compile(
-    r"\[!\[[^\]]*\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]\(([^)]+)\)"
-)
 
 
 class BookError(Exception):

@@ -22,7 +22,7 @@ NAME = "harmlens"
 COLAB = "book/colab/notebooks"  # what badges and the rocket open: plain Markdown, no outputs
 GITHUB = re.compile(r"https://github\.com/([\w.-]+)/([\w.-]+?)(?:\.git)?/?")
 BADGE_IMAGE = "https://colab.research.google.com/assets/colab-badge.svg"
-BADGE = re.compile(r"\[!\[[^\]]*\]\(" + re.escape(BADGE_IMAGE) + r"\)\]\([^)]*\)")
+BADGE = re.compile(r"\[!\[[^\]]*\]\(" + re.escape(BADGE_IMAGE) + r"\)\]\(([^)]*)\)")  # and where it leads
 BLOCK = re.compile(r"(?s)(<!-- address:start -->\n).*?(<!-- address:end -->)")
 
 
