@@ -130,7 +130,7 @@ def _distribution(
 
 
 class TooFew(ValueError):
-    """Too little is left of what a statistic divides by."""
+    """Too little is left of what a statistic divides by, or of what an outcome is read from."""
 
 
 def _interval(distribution: np.ndarray, value: float, n: int) -> Estimate:

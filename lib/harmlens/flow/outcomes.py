@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from harmlens.evidence.stats import TooFew
 from harmlens.models.chats import THOUGHT, Pair, require_spoken
 from harmlens.models.forward import LanguageModel, follow, last_logits
 
@@ -42,9 +43,8 @@ class TokenSets:
     def __post_init__(self) -> None:
         for name in ("comply", "refuse"):
             if not getattr(self, name):
-                raise ValueError(f"the {name} token set is empty; fit it on prompts with that behaviour")
-        both = set(self.comply) & set(self.refuse)
-        if both:
+                raise TooFew(f"the {name} token set is empty; fit it on prompts with that behaviour")
+        if both := set(self.comply) & set(self.refuse):
             raise ValueError(f"tokens {sorted(both)} are in both sets; an outcome needs disjoint ones")
 
 
