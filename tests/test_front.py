@@ -53,13 +53,13 @@ def test_the_first_screen_is_short_and_links_every_claim(measured):
 def test_the_first_screen_counts_the_words_of_a_real_model(measured):
     rows = results.scorecard([measured])
     primary = [row for row in rows if row["role"] == "primary"]
-    assert "only they can show" in front.first_screen(rows)
+    assert "notebook 18" in front.first_screen(rows)
     taught = {"model": "smollm2/dpo", "role_of_runs": "real"}
     words = ["supported", "contradicted", "inconclusive", *["not testable"] * (len(primary) - 3)]
     rows += [row | taught | {"word": word} for row, word in zip(primary, words, strict=True)]
     told = read(front.first_screen(rows))
-    assert f"a real model: 1 supported, 1 contradicted, {len(primary) - 2} can't tell." in told
-    assert "only they can show" not in told and "smollm2" not in told
+    assert f"On a real model: 1 supported, 1 contradicted, {len(primary) - 2} can't tell." in told
+    assert "notebook 18" not in told and "smollm2" not in told
 
 
 def test_the_first_screen_without_a_result_says_so():

@@ -293,6 +293,9 @@ def test_a_run_without_a_value_stays_and_says_why(tmp_path):
     results.record("V4", None, model="organism/sft", run=0, note="nor here", folder=tmp_path)
     (row,) = (row for row in results.scorecard([tmp_path]) if row["id"] == "V4")
     assert (row["value"], row["reason"], row["runs"]) == (None, "run 0 and 1 more: nor here", {})
+    results.record("V4", **good(run=1, folder=tmp_path))  # now the first one has none
+    (one,) = results.findings([tmp_path])
+    assert (one.effect.value, one.control.name) == (0.97, NULL[0])
 
 
 def register(monkeypatch, claim="V4", **runs) -> dict[str, set[str]]:

@@ -20,7 +20,7 @@ BLOCK = re.compile(r"```\{(first-screen|held-up|changes|quiz)\} ?(\w*)\n```\n")
 ROW = Mapping[str, Any]
 CANT_TELL = ("inconclusive", "not testable")
 TOLD = ("pass", "fail", "unclear", "not testable")
-KINDS = {"confirmatory": "registered before anybody looked", "exploratory": "exploratory"}
+KINDS = {"confirmatory": "fresh"}
 
 
 def filled(page: str) -> str:
@@ -84,9 +84,8 @@ def first_screen(rows: Sequence[ROW]) -> str:
     roles = sorted({row["role_of_runs"] for row in rows if row["role_of_runs"]})
     kinds = " and ".join(KINDS.get(role, role) for role in roles)
     parts.append(
-        f"**How sure?** {len(runs)} training runs ({kinds or 'none yet'}) of a model of a "
-        "million parameters in a fictional world. {doc}`The rule <how_to_read>` lets no mean decide. "
-        f"{_real(real)}"
+        f"**How sure?** {len(runs)} training runs ({kinds or 'none yet'}) of a million-parameter model in a "
+        f"fictional world; {{doc}}`the rule <how_to_read>` lets no mean decide. {_real(real)}"
     )
     return "\n\n".join(parts) + "\n"
 
@@ -95,10 +94,10 @@ def _real(rows: Sequence[ROW]) -> str:
     """How many primary claims have which word on real models."""
     if not rows:
         own = "{doc}`notebook 18 </notebooks/18_your_own_model>`"
-        return f"What holds in real models, only they can show ({own})."
+        return f"Real models are for {own} to ask."
     said = Counter("can't tell" if row["word"] in CANT_TELL else row["word"] for row in rows)
     told = ", ".join(f"{number} {word}" for word, number in said.items())
-    return f"The same claims on {{doc}}`a real model </notebooks/20_a_real_language_model>`: {told}."
+    return f"On {{doc}}`a real model </notebooks/20_a_real_language_model>`: {told}."
 
 
 def _source(row: ROW) -> str:

@@ -281,7 +281,7 @@ def put_together(claim: Claim, some: Sequence[Measurement]) -> Finding:
         low, high = claim.attainable
         spans["effect"] = replace(effect, low=max(low, effect.low), high=min(high, effect.high))
     if control := spans.get("control"):
-        spans["control"] = Control(**vars(control), name=some[0].control.name)
+        spans["control"] = Control(**vars(control), name=next(x.control.name for x in some if x.control))
     return replace(found, **spans)
 
 
