@@ -100,6 +100,7 @@ def test_what_held_up_waits_for_all_fresh_runs_and_then_goes_claim_by_claim(meas
             values={name: bound for name, _, bound in KNOWN["R2a"].conditions},
         )  # fmt: skip
     page = front.held_up([measured, tmp_path])
+    assert page.count("before, *contradicted* now: {doc}`R2a") == 1
     text = read(page)
     assert set(re.findall(r"\b[CRV]\d\w*", text)) >= set(KNOWN)
     (of,) = (line for line in text.splitlines() if line.startswith("R2a: "))

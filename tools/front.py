@@ -132,6 +132,12 @@ def held_up(folders: Sequence[Any]) -> str:
     words_of = {name: (old[name]["word"], row["word"]) for name, row in new.items() if name in old}
     kept = sum(before == now for before, now in words_of.values())
     lines = [told, "", f"{kept} of {len(words_of)} words are the same as before.", ""]
+    moved: dict[tuple[str, str], list[str]] = {}
+    for name, both in words_of.items():
+        moved.setdefault(both, []).append(_cited(new[name]))
+    moved = {both: of for both, of in moved.items() if both[0] != both[1]}
+    order = sorted(moved, key=lambda both: -len(moved[both]))
+    lines += [f"- *{both[0]}* before, *{both[1]}* now: {', '.join(moved[both])}" for both in order] + [""]
     for paper, title in (("mediation", "The mediation paper"), ("pruning", "The pruning paper")):
         of = [claim for claim in known.values() if claim.paper == paper]
         lines += [f"## {title}", ""]
