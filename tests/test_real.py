@@ -9,6 +9,8 @@ import standin
 import torch
 
 import real
+from harmlens.asking import public
+from harmlens.judging import graders
 from harmlens.models import loading
 from harmlens.training import planted, refusing
 from harmlens.training.tune import Recipe
@@ -77,6 +79,8 @@ def test_a_model_that_does_not_refuse_stops_the_work_and_says_which_bound(home, 
 def test_what_is_planted_is_told_with_the_places_that_were_named(home, monkeypatch):
     places = {"late": planted.Plant("mlp", 1), "early": planted.Plant("attention", 0)}
     monkeypatch.setattr(real, "PLANTS", places)
+    # One module of so small a model learns hardly a refusal: all pairs are taken, whatever they do.
+    monkeypatch.setattr(real, "flipping", lambda _, source, split: source.pairs("prompt", split=split))
     real.plants(DATA, n=4)
     found = real.told()["plants"]
     assert {name: tuple(one["truth"]) for name, one in found.items()} == {
@@ -96,6 +100,21 @@ def test_what_is_planted_is_told_with_the_places_that_were_named(home, monkeypat
         moved = {name for name, p in lm.model.named_parameters() if not torch.equal(p, before[name])}
         assert moved == set(planted.parts(places["late"]))
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
+
+
+def test_pairs_flip_where_one_side_is_refused_and_the_other_answered():
+    for folder, every in ((standin.FOLDER, True), (standin.BASE, False)):
+        lm = loading.load(str(folder))
+        source = public.public(lm, DATA, graders.grader("prefixes"))
+        pairs = source.pairs("prompt")
+        assert real.flipping(lm, source, "evaluation") == (pairs if every else [])
+
+
+def test_a_plant_that_does_not_take_is_told_with_the_reason(home, monkeypatch):
+    monkeypatch.setattr(real, "PLANTS", {"late": planted.Plant("mlp", 1)})
+    real.plants(DATA, n=4)
+    told = real.told()["plants"]["late"]
+    assert told["named"] == {} and "no pair is refused" in told["why"]
 
 
 def test_the_largest_effect_names_layer_and_module():

@@ -31,7 +31,8 @@ from harmlens.flow import directions, outcomes, patching
 from harmlens.judging import graders
 from harmlens.keep import files
 from harmlens.models import gguf, loading
-from harmlens.models.forward import Row, last_logits
+from harmlens.models.chats import Pair
+from harmlens.models.forward import Row, faster, last_logits
 from harmlens.training import planted, refusing
 from harmlens.training.tune import Recipe, tune
 
@@ -167,11 +168,21 @@ def plants(data: str, n: int = 24) -> None:
         print(f"{name}: {about['truth']}, named {about['named']}", flush=True)
 
 
+def flipping(lm: loading.LanguageModel, source: public.Public, split: str) -> list[Pair]:
+    """Pairs of which one side is answered and the other refused: else the first words tell nothing."""
+    pairs = source.pairs("prompt", split=split)
+    with faster(lm):
+        yes, no = (source.answers(lm, [getattr(p, side) for p in pairs])[1] for side in ("x1", "x0"))
+    return [p for p, a, b in zip(pairs, yes, no, strict=True) if b.refused and not a.refused]
+
+
 def named(
     lm: loading.LanguageModel, parent: loading.LanguageModel, source: public.Public, n: int
 ) -> dict[str, Any]:
     """The place that each instrument of notebook 08 names, and how far the parent leans towards refusal."""
-    pairs, discovery = (source.pairs("prompt", split=split) for split in ("evaluation", "discovery"))
+    pairs, discovery = (flipping(lm, source, split) for split in ("evaluation", "discovery"))
+    if not (pairs and discovery):
+        raise ValueError("no pair is refused on one side and answered on the other")
     words = outcomes.fit_to_pairs(lm, discovery)
     y1, pairs = outcomes.y1(words), pairs[:n]
     requests = [pair.x0 for pair in pairs]
