@@ -22,8 +22,8 @@ TAGS = frozenset(
     | {"nbval-ignore-output", "nbval-skip", "nbval-check-output"}
 )
 
-# Notebooks that read what others write run after them; "*" stands for all others.
-AFTER: dict[str, tuple[str, ...]] = {"19_scorecard": ("*",)}
+# Notebooks that read what others write run after them; "*" stands for all that come before in the book.
+AFTER: dict[str, tuple[str, ...]] = {"19_scorecard": ("*",), "20_a_real_language_model": ("*",)}
 
 # Figures that pages outside the notebooks show: picture -> (notebook, name of its figure).
 PICTURES: dict[str, tuple[str, str]] = {
@@ -72,7 +72,7 @@ def notebooks(root: Path = ROOT) -> list[Path]:
 def dependencies(name: str, names: list[str]) -> list[str]:
     """Which of `names` have to be finished before notebook `name` starts."""
     wanted = AFTER.get(name, ())
-    return [n for n in names if n != name and ("*" in wanted or n in wanted)]
+    return [n for n in names[: names.index(name)] if "*" in wanted or n in wanted]
 
 
 def address(root: Path = ROOT) -> str:

@@ -66,7 +66,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "marker": (_TEXT, "'' for none, or the name of a model"),
     "advice": (_TEXT, "'' for the default, or sets and files joined by commas"),
     "domain": (_one_of(_DOMAINS), f"one of {', '.join(_DOMAINS)}"),
-    **dict.fromkeys(("quick", "utility", "reveal"), _FLAG),
+    **dict.fromkeys(("quick", "utility", "reveal", "live"), _FLAG),
 }
 
 

@@ -4,7 +4,7 @@ A GGUF file holds quantised weights. What they decode to is a model of its own, 
 quantised: what is measured on it is about the decoded one. SmolLM2-135M-Instruct comes so inside a Python
 package, for readers who can reach a package index and not the Hugging Face Hub.
 
-Introduced in book/models ("Models").
+Introduced in notebook 20 ("A real language model").
 """
 
 from __future__ import annotations

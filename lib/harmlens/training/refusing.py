@@ -5,7 +5,7 @@ model's own answer, near misses of harm (such as XSTest's safe half) among them.
 Rafailov et al. 2023), both ways: the answer over a refusal of what is harmless, the refusal over an answer to
 what is harmful. So parent and child are one model before and after alignment.
 
-Introduced in book/models ("Models").
+Introduced in notebook 20 ("A real language model").
 """
 
 from __future__ import annotations
