@@ -109,12 +109,12 @@ def _source(row: ROW) -> str:
 MEANT = {
     "supported": "It holds on runs that nobody had looked at.",
     "partial": "Something is there, and less than the claim says.",
-    "contradicted": "It does not hold in this organism.",
-    "inconclusive": "These runs can't tell: their interval reaches across what would decide.",
+    "contradicted": "It does not hold in this organism",
+    "inconclusive": "These runs can't tell",
     "pass": "The check is passed.",
     "bounds met (tuned)": "The bounds are met also where nobody tuned for them.",
-    "fail": "The check fails.",
-    "unclear": "These runs can't tell.",
+    "fail": "The check fails",
+    "unclear": "These runs can't tell",
     words.TABLE: "Numbers without a word.",
 }
 
@@ -179,7 +179,8 @@ def _measured(row: ROW) -> str:
 def _meaning(row: ROW) -> str:
     if row["word"] == "not testable":
         return f"It can't be asked: {row['reason']}."
-    return MEANT[row["word"]]
+    meant = MEANT[row["word"]]
+    return meant if meant.endswith(".") else f"{meant}: {row['reason']}."
 
 
 def _table(names: Sequence[str], old: Mapping[str, ROW], new: Mapping[str, ROW]) -> list[str]:
