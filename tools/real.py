@@ -49,7 +49,7 @@ PLANTS = {
 }
 PLANTING = Recipe(steps=60, lr=5e-4, batch_size=16, warmup=5, weight_decay=0.0, mixed=True)
 SITES = ("layer", "mlp_out", "attn_out")
-MINUTES = {"fetch": 1, "teach": 25, "plant": 25, "measure": 90}  # of one core; of a seed, or once
+MINUTES = {"fetch": 1, "teach": 25, "plant": 25, "measure": 180}  # of one core; of a seed, or once
 
 
 def home() -> Path:
