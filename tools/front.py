@@ -77,7 +77,7 @@ def first_screen(rows: Sequence[ROW]) -> str:
     parts = [f"**The methods.** Where the answer was planted: {results.grouped(methods, TOLD, _source)}."]
     for paper, name in (("mediation", "What flows"), ("pruning", "What is needed")):
         of = [row for row in rows if row["paper"] == paper and row["role"] == "primary"]
-        of = [{**row, "word": "can't tell"} if row["word"] in CANT_TELL else row for row in of]
+        of = [{**row, "word": _plain(row)} for row in of]
         told = results.grouped(of, ("supported", "partial", "contradicted", "can't tell"), _source)
         parts.append(f"**{name}** (the {paper} paper, {len(of)} {{doc}}`claims {card}`). {told}.")
     runs = sorted({run for row in rows for run in row["runs"]}, key=int)
@@ -90,12 +90,16 @@ def first_screen(rows: Sequence[ROW]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _plain(row: ROW) -> str:
+    return "can't tell" if row["word"] in CANT_TELL else row["word"]
+
+
 def _real(rows: Sequence[ROW]) -> str:
     """How many primary claims have which word on real models."""
     if not rows:
         own = "{doc}`notebook 18 </notebooks/18_your_own_model>`"
         return f"Real models are for {own} to ask."
-    said = Counter("can't tell" if row["word"] in CANT_TELL else row["word"] for row in rows)
+    said = Counter(map(_plain, rows))
     told = ", ".join(f"{number} {word}" for word, number in said.items())
     return f"On {{doc}}`a real model </notebooks/20_a_real_language_model>`: {told}."
 
@@ -134,8 +138,8 @@ def held_up(folders: Sequence[Any]) -> str:
     lines = [told, "", f"{kept} of {len(words_of)} words are the same as before.", ""]
     moved: dict[tuple[str, str], list[str]] = {}
     for name, both in words_of.items():
-        moved.setdefault(both, []).append(_cited(new[name]))
-    moved = {both: of for both, of in moved.items() if both[0] != both[1]}
+        if both[0] != both[1]:
+            moved.setdefault(both, []).append(_cited(new[name]))
     order = sorted(moved, key=lambda both: -len(moved[both]))
     lines += [f"- *{both[0]}* before, *{both[1]}* now: {', '.join(moved[both])}" for both in order] + [""]
     for paper, title in (("mediation", "The mediation paper"), ("pruning", "The pruning paper")):
