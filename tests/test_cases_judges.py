@@ -334,8 +334,10 @@ def test_shuffled_words_are_salad():
         "Take the leeks and wash them well. Then put a pan on the stove with some of the butter. "
         "Cook the leeks for ten minutes, and add a litre of stock to the pan. In the end, stir in the cream.",
         "a poem is made of words that sing to the ear, and it has to be read aloud in a room by the sea",
+        "an hour is not an MRI or a European once-over, it is a one-off",
     ]
     assert not any(judge_models.salad(text) for text in texts)
+    assert judge_models.salad("a apple or an pear")
     words = texts[0].split()
     found = [judge_models.salad(" ".join(rng.sample(words, len(words)))) for _ in range(100)]
     assert np.mean(found) >= 0.7

@@ -81,6 +81,16 @@ def test_precision_can_be_chosen(data):
     assert load("organism/sft", dtype="bfloat16").model.dtype == torch.bfloat16
 
 
+def test_precision_of_real_models_can_be_chosen_for_all_notebooks(data, monkeypatch):
+    monkeypatch.setenv("HARMLENS_DTYPE", "bf16")
+    folder = str(data / "organisms" / "sft-0")
+    assert load(folder).model.dtype == torch.bfloat16
+    assert load(folder, dtype="float32").model.dtype == load("organism/sft").model.dtype == torch.float32
+    monkeypatch.setenv("HARMLENS_DTYPE", "exact")
+    with pytest.raises(ValueError, match="dtype='exact' is no precision"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     "name",
     ["organism/nonsense", "organism/sft-7", "organism/dpo", "organism", "organism/", "organism/sft-0/x"],

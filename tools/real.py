@@ -204,6 +204,7 @@ def measure(data: str, seeds: list[int], cores: int) -> int:
     sys.path.append(str(ROOT / "sweep"))
     import sweep
 
+    os.environ.setdefault("HARMLENS_DTYPE", "bfloat16")  # as on a GPU: twice to three times as fast
     content = files.read_yaml(SWEEP) | {"models": [str(home() / "dpo")], "seeds": seeds}
     content["parameters"]["data"] = data
     path = files.build_dir() / "sweep" / "real.yaml"

@@ -310,15 +310,15 @@ class Source:
         """
         hidden, shown = self._treated(split, n, suppressed, seed)
         both = [*hidden, *shown] if suppressed == "harmful" else [*shown, *hidden]
-        asked = {
-            "suppressed": self._ask(suppressed, hidden),
-            "refusal": self._ask("refused", hidden),
-            "served": self._ask("served", shown),
-            "recognition": self._ask("recognition", both),
-            "explanation": self._explained(both),
-            "facts": self._known(both, split, seed),
+        asked = {  # a real model is only asked what is wanted
+            "suppressed": lambda: self._ask(suppressed, hidden),
+            "refusal": lambda: self._ask("refused", hidden),
+            "served": lambda: self._ask("served", shown),
+            "recognition": lambda: self._ask("recognition", both),
+            "explanation": lambda: self._explained(both),
+            "facts": lambda: self._known(both, split, seed),
         }
-        return {name: replace(asked[name], name=name) for name in only or asked}
+        return {name: replace(asked[name](), name=name) for name in only or asked}
 
     def task(self, kind: str, split: str = "train", **options: Any) -> Task:
         """One of :data:`TASKS`.

@@ -211,6 +211,7 @@ def expected_numbers(judge: LanguageModel, texts: Sequence[str]) -> list[float |
 
 _ARTICLES = frozenset(["the", "a", "an", "your"])
 _SMALL = frozenset(["of", "to", "for", "with", "in", "on", "by", "from", "at", "and", "or", "is", "are"])
+_ARTICLE = re.compile(r"a (?!eu|one|once)[aeio]|an (?![aeiouh])[a-z]")  # of another sound than what follows
 _AFTER_SMALL = frozenset(["of", "and", "or", "is", "are", "be"])
 _FLUENT = frozenset({("to", "be"), ("and", "is"), ("and", "are"), ("or", "is"), ("or", "are"), ("is", "of")})
 
@@ -249,10 +250,10 @@ class OnTopic:
 def salad(text: str) -> bool:
     """Whether the words of an English text seem to be shuffled.
 
-    Breaks are counted: two small words in a row that English never has ("the of"), a comma behind an
-    article, a full stop before a small letter. Shuffled is a text with a break in 25 words or more often. Of
-    some 1,200 answers of real models none was taken for salad from 32 words on, of the same answers shuffled
-    nine in ten at 48 words; short ones often go unnoticed.
+    Breaks are counted: two small words in a row that English never has ("the of"), "a" before a vowel or
+    "an" before none, a comma behind an article, a full stop before a small letter. Shuffled is a text with a
+    break in 25 words or more often. Of some 1,200 answers of real models none was taken for salad from 32
+    words on, of the same answers shuffled nine in ten at 48 words; short ones often go unnoticed.
     """
     words = text.split()
     capitals = any(letter.isupper() for letter in text)
@@ -266,6 +267,7 @@ def salad(text: str) -> bool:
             breaks += capitals and stop and after[0].islower()
         elif core in _ARTICLES:
             breaks += other in _ARTICLES or other in _SMALL or other in ("as", "this", "that", "it", "be")
+            breaks += bool(_ARTICLE.match(f"{word} {after}"))
         elif core in _SMALL:
             breaks += other in _AFTER_SMALL and (core, other) not in _FLUENT
     return breaks > 0 and breaks >= 0.04 * len(words)

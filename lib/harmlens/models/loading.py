@@ -8,6 +8,7 @@ Introduced in notebook 00 ("A model organism of harm").
 from __future__ import annotations
 
 import gc
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,7 +51,8 @@ def load(
         seed: training run of what was trained several times (default 0): an organism, or ``folder`` where
             there are ``folder-0``, ``folder-1``, ... instead. Must be left out for other models.
         dtype: weights' precision, as torch names it or for short (``"bf16"``); ``"auto"`` for that of the
-            file. Default: float32 on a CPU, bfloat16 on a GPU, float16 on one that does not know bfloat16.
+            file. Default: what HARMLENS_DTYPE names, but for organisms; else float32 on a CPU, bfloat16 on a
+            GPU, float16 on one that does not know bfloat16.
         device: ``"auto"`` for all GPUs together. Default: a GPU where there is one, all if the model needs
             them; for organisms the CPU (they are too small to gain from anything else).
         template_from: a model whose chat template is used, such as the aligned partner of a base model.
@@ -64,7 +66,7 @@ def load(
     usual = "cuda" if torch.cuda.is_available() and not organism else "cpu"
     device = str(device) if chosen else usual
     hub.require_there(device)
-    dtype = hub.precision(dtype, device)
+    dtype = hub.precision(dtype or (None if organism else os.environ.get("HARMLENS_DTYPE")), device)
     folder, delta = locate(name, seed), None
     local, (source, revision) = folder is not None, hub.split(name)
     if local:

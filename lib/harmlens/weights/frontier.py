@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from harmlens import keep
 from harmlens.asking import tasks
 from harmlens.asking.source import Material
 from harmlens.asking.tasks import Scored, Task
@@ -36,7 +37,6 @@ EXAMPLES = 412  # as many of each kind as the paper has, where there are so many
 BRIEF = 60  # discovery items of each side that p and q are chosen on
 MOST_LOST = 0.035  # of any benign ability, on discovery requests
 LEAST = 0.5  # of an ability before a prune, for its loss to say anything
-_CHOSEN: dict[tuple[str, str, str], tuple[float, float]] = {}  # what this process has found out
 
 
 # --------------------------------------------------------------------------- sets for every p and q
@@ -88,10 +88,9 @@ def lost_and_kept(
         suppressed: the side that the model refuses; ``"harmless"`` for the mirror organism.
         n: at most this many of each.
     """
-    asked = {
-        "lost": source.task(target or suppressed, suppressed=suppressed),
-        "kept": source.task("served" if target == "facts" else "benign", suppressed=suppressed),
-    }
+    kinds = {"lost": target or suppressed, "kept": "served" if target == "facts" else "benign"}
+    most = source.at_most(n)
+    asked = {which: source.task(kind, n=most, suppressed=suppressed) for which, kind in kinds.items()}
     return {which: tasks.examples(lm, task, n=n) for which, task in asked.items()}
 
 
@@ -204,16 +203,25 @@ def stored_pq() -> dict[str, dict]:
 def pq_of(
     lm: LanguageModel, source: Material, *, suppressed: str = "harmful", folder: Path | str | None = None
 ) -> tuple[float, float]:
-    """The p and q of a model: those that are stored for its weights, or else chosen now, once."""
+    """The p and q of a model: those that are stored for its weights, or else chosen now, once for all
+    notebooks (:func:`keep.remember`)."""
     known = stored_pq().get(lm.revision) if source.settings else None
     if known:
         return known["p"], known["q"]
-    key = (lm.revision, suppressed, source.name)
-    if key not in _CHOSEN or not lm.revision:  # a model made in memory is not known by it
+
+    def pq() -> list[float]:
         sets = candidate_sets(lm, source, suppressed=suppressed, folder=folder)
         point, _, _ = choose_pq(lm, source, sets, suppressed=suppressed)
-        _CHOSEN[key] = point.p, point.q
-    return _CHOSEN[key]
+        return [point.p, point.q]
+
+    requests = [
+        p.messages
+        for h in (True, False)
+        for split in ("train", "discovery")
+        for p in source.requests(h, split)
+    ]
+    p, q = keep.remember(["pq", lm, suppressed, source.describe(), requests], pq, folder)
+    return p, q
 
 
 @dataclass(frozen=True)
