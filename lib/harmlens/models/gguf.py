@@ -65,9 +65,8 @@ def unpack(file: str | Path, folder: str | Path, *, dtype: torch.dtype | str = "
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **held)
         read = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **held)
         # A new model of the same weights: one that came from GGUF calls itself quantised, and can't be saved.
-        about = {
-            name: value for name, value in read.config.to_dict().items() if name != "quantization_config"
-        }
+        about = read.config.to_dict()
+        about.pop("quantization_config", None)
         model = AutoModelForCausalLM.from_config(type(read.config).from_dict(about)).to(dtype)
         model.load_state_dict(read.state_dict())
     part = folder.with_name(folder.name + ".part")

@@ -214,14 +214,9 @@ def pq_of(
         point, _, _ = choose_pq(lm, source, sets, suppressed=suppressed)
         return [point.p, point.q]
 
-    requests = [
-        p.messages
-        for h in (True, False)
-        for split in ("train", "discovery")
-        for p in source.requests(h, split)
-    ]
-    p, q = keep.remember(["pq", lm, suppressed, source.describe(), requests], pq, folder)
-    return p, q
+    sides = itertools.product((True, False), ("train", "discovery"))
+    asked = [source.requests(harmful, split) for harmful, split in sides]
+    return tuple(keep.remember(["pq", lm, suppressed, source.describe(), asked], pq, folder))
 
 
 @dataclass(frozen=True)
