@@ -23,8 +23,8 @@ def best(
     return min(seconds), value
 
 
-def matmul_rate(shape: Sequence[int], repeats: int = 20) -> float:
+def matmul_rate(shape: Sequence[int], dtype: torch.dtype = torch.float32, repeats: int = 20) -> float:
     """Operations per second of a matrix product [m, k] x [k, n]; a multiplication and an addition are two."""
     m, k, n = shape
-    a, b = torch.randn(m, k), torch.randn(k, n)
+    a, b = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype)
     return 2 * m * k * n / best(lambda: torch.mm(a, b), repeats)[0]

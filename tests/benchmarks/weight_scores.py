@@ -39,15 +39,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from timing import best
+from timing import best, matmul_rate
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harmlens.asking import tasks
-from harmlens.asking.source import WORLD
-from harmlens.models import loading as models
-from harmlens.models.forward import IGNORE, LanguageModel, Row
+from harmlens.asking.source import source
+from harmlens.models.forward import IGNORE, SMALL, LanguageModel, Row
 from harmlens.training import organism
 from harmlens.weights import attribution, masks
 from harmlens.weights.scores import Scores, layer_of, matrices
@@ -102,10 +101,10 @@ class Case:
         return replace(self, harmful=self.harmful[:n], benign=self.benign[:n])
 
 
-def organism_case(name: str, n: int | None) -> Case:
+def own_case(lm: LanguageModel, data: str, n: int | None) -> Case:
     """The examples that notebook 09 scores, at most n of each."""
-    lm = models.load(name)
-    both = [WORLD.task(kind) for kind in ("harmful", "benign")]
+    asked = source(lm, data)
+    both = [asked.task(kind, n=asked.at_most(n or 412)) for kind in ("harmful", "benign")]
     return Case(lm, *(tasks.examples(lm, task, n=n or 412) for task in both))
 
 
@@ -236,15 +235,26 @@ def resident(what: str = "VmRSS") -> int:
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 
 
-def peaks() -> dict[str, dict[str, int]]:
-    """What a fresh process takes for each score alone and for both."""
+def shape_of(lm: LanguageModel) -> dict[str, int]:
+    """What :func:`random_model` takes, of a model of the Llama kind."""
+    c = lm.model.config
+    return {
+        "layers": c.num_hidden_layers, "width": c.hidden_size, "hidden": c.intermediate_size,
+        "heads": c.num_attention_heads, "num_key_value_heads": c.num_key_value_heads,
+        "vocabulary": c.vocab_size,
+    }  # fmt: skip
+
+
+def peaks(shape: dict[str, int]) -> dict[str, Any]:
+    """What a fresh process takes for each score alone and for both, and the most of it over the floor."""
     out = {}
     for kinds in (("signed",), ("unsigned",), ("signed", "unsigned")):
-        given = json.dumps({"kinds": kinds, "shape": DEEP, "n": 2 * DEEP_ROWS})
+        given = json.dumps({"kinds": kinds, "shape": shape, "n": 2 * DEEP_ROWS})
         command = [sys.executable, __file__, given]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         out["+".join(kinds)] = json.loads(done.stdout.splitlines()[-1])
-    return out
+    over = [one["peak"] / (one["weights"] + one["accumulators"]) for one in out.values()]
+    return {"peak_over_floor": max(over), "memory": out}
 
 
 # --------------------------------------------------------------------------- selection
@@ -287,19 +297,15 @@ def selection(count: int, repeats: int) -> dict[str, Any]:
 # --------------------------------------------------------------------------- all of it
 
 
-def measure(
-    name: str, rate: float, *, examples: int | None = None, weights: int = 10**9, repeats: int = 8
-) -> dict[str, Any]:
+def measure(case: Case, rate: float, *, weights: int = 10**9, repeats: int = 8) -> dict[str, Any]:
     """The entries ``attribution``, ``attribution_24l`` and ``select`` of ``bench.json``."""
-    case = organism_case(name, examples)
     out = {"attribution": compare(case, rate, repeats) | {"against_float64": against_float64(case)}}
-    del case
+    if case.lm.model.num_parameters() > SMALL:  # else the libraries take more
+        out["attribution"] |= peaks(shape_of(case.lm))
     gc.collect()
-    deep = compare(deep_case(), rate, max(1, repeats // 2))
-    gc.collect()
-    memory = peaks()
-    over = {name: one["peak"] / (one["weights"] + one["accumulators"]) for name, one in memory.items()}
-    out["attribution_24l"] = deep | {"peak_over_floor": max(over.values()), "memory": memory}
+    out["attribution_24l"] = compare(
+        deep_case(), matmul_rate((1024, 1024, 1024)), max(1, repeats // 2)
+    ) | peaks(DEEP)
     out["select"] = selection(weights, repeats)
     return out
 
