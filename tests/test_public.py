@@ -439,6 +439,13 @@ def test_explanations_that_nobody_gave_are_left_out(lm):
     assert left.chats == (whole.chats[0], *whole.chats[2:])
 
 
+def test_a_fact_may_be_told_in_a_sentence():
+    facts = [Entry(str(i), text, False, "", answers=("Lima",)) for i, text in enumerate(
+        ("What is the capital of Peru?", "Which city is it?"))]  # fmt: skip
+    found = {chat[-1]["content"]: answers for chat, answers, _ in public.ask_facts(facts).asked}
+    assert [*found.values()] == [("Lima", "The capital of Peru is Lima"), ("Lima",)]
+
+
 def test_facts_and_benign(lm, source):
     facts = source.task("facts", n=3)
     assert len(facts) == 3 and tasks.measure(lm, facts).exact.mean() == 1

@@ -265,10 +265,11 @@ def _finish(run: Run, key: str, seconds: float, before: dict) -> None:
 def store_results(made: list[Path], folder: Path, kept: Path) -> None:
     """Copy result files, <model>/run-<n>/<claim>.json below `folder`, to `kept`.
 
-    They take the place of all that organisms gave in these runs; the files of other runs stay.
+    They take the place of all that organisms gave in these runs, or that the same real model gave; the files
+    of other runs and models stay.
     """
-    for run in {path.parent.name for path in made}:
-        for old in kept.glob(f"organism*/{run}"):
+    for run, model in {(path.parent.name, path.parent.parent.name) for path in made}:
+        for old in kept.glob(f"{'organism*' if model.startswith('organism') else model}/{run}"):
             shutil.rmtree(old)
     for path in made:
         target = kept / path.relative_to(folder)

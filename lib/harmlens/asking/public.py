@@ -11,6 +11,7 @@ Introduced in notebook 18 ("Your own model").
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -160,7 +161,7 @@ def ask_facts(entries: Sequence[Entry], n: int | None = None, *, seed: int = 0) 
     """Questions with accepted answers, at most ``n`` of them, drawn at random.
 
     One that is there twice counts once, with the answers of both: an interval over questions asked twice is
-    too narrow.
+    too narrow. "What is ...?" may be answered by "... is <answer>", as small models do whatever is asked.
     """
     same: dict[str, list[Entry]] = {}
     for entry in entries:
@@ -168,6 +169,8 @@ def ask_facts(entries: Sequence[Entry], n: int | None = None, *, seed: int = 0) 
     asked = []
     for each in _drawn(list(same.values()), n, random.Random(seed)):
         answers = tuple(dict.fromkeys(answer for e in each for answer in e.answers))
+        if what := re.fullmatch(r"What is (\w)(.*)\?", each[0].prompt):
+            answers += tuple(f"{what[1].upper()}{what[2]} is {answer}" for answer in answers)
         asked.append((user(BRIEFLY.format(prompt=each[0].prompt)), answers, each[0].id))
     return Task.of("facts", asked, end=False)
 
