@@ -575,3 +575,14 @@ def test_profiles_go_on_after_a_failure_and_leave_the_decision_to_the_key(name):
     folder = Path(__file__).parents[1] / "sweep" / "profiles" / name
     profile = yaml.safe_load((folder / "config.yaml").read_text())
     assert profile["keep-going"] and profile["rerun-incomplete"] and profile["rerun-triggers"] == "mtime"
+
+
+def test_results_of_a_real_model_take_the_place_of_its_own_alone(tmp_path):
+    made, kept = tmp_path / "made" / "mine--dpo" / "run-0" / "A.json", tmp_path / "kept"
+    old = [kept / model / "run-0" / "B.json" for model in ("organism--sft", "mine--dpo", "mine--sft")]
+    for path in (made, *old):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    sweep.execute.store_results([made], tmp_path / "made", kept)
+    assert [path.exists() for path in old] == [True, False, True]
+    assert (kept / "mine--dpo" / "run-0" / "A.json").is_file()
