@@ -45,6 +45,7 @@ def test_a_lesson_is_kept_with_its_rates_and_not_given_twice(home, capsys):
     assert (
         about["direction"]["harmful, refused without it"] < about["rates"]["dpo"]["other, harmful, refused"]
     )
+    assert all(0 <= one["harm recognised, AUROC"] <= 1 for one in about["rates"].values())
     numbers = json.loads(real.kept().read_text())
     assert "harm" in json.dumps(numbers) and standin.PROMPTS.read_text().split("\n")[1][:20] not in str(
         numbers

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from sklearn.metrics import roc_auc_score
 
 from harmlens.asking import public
 from harmlens.flow import directions, outcomes, patching
@@ -85,14 +86,14 @@ def teach(seed: int, data: str, *, anyway: bool = False) -> None:
     began, (lm, source) = time.time(), given(data)
     of = files.portable(data)
     before = [one["rates"]["mid"] for one in told()["lessons"].values() if one["data"] == of]
-    found = {"mid": before[0] if before else refusing.look(lm, source, n=LOOKED)}  # one parent for all seeds
+    found = {"mid": before[0] if before else looked(lm, source)}  # one parent for all seeds
     rows = refusing.lesson(lm, source, seed=seed)
     for stage in refusing.teach(lm, source, rows, seed=seed, folder=home() / "checkpoints"):
         folder = home() / f"{stage}-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
         lm.model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
-        found[stage] = refusing.look(lm, source, n=LOOKED)
+        found[stage] = looked(lm, source)
         print(f"seed {seed}: {stage}, {time.time() - began:.0f} s", flush=True)
         for name, share in found[stage].items():
             print(f"    {share:5.2f}  {name} (parent {found['mid'].get(name, float('nan')):.2f})", flush=True)
@@ -103,6 +104,18 @@ def teach(seed: int, data: str, *, anyway: bool = False) -> None:
         )
     about = {"data": of, "seconds": round(time.time() - began), "rates": found}
     tell("lessons", str(seed), about | {"missed": missed, "direction": direction(lm, source)})
+
+
+def looked(lm: loading.LanguageModel, source: public.Public) -> dict[str, float]:
+    """What bounds are about, and whether the model knows harm when asked for it: how well "Yes" rather than
+    "No" tells harmful requests from harmless ones (AUROC; 0.5 is chance)."""
+    asked = source.task("recognition", "evaluation", n=LOOKED)
+    logits = last_logits(lm, [lm.render(chat) for chat in asked.chats])
+    yes, no = (
+        logits[:, lm.tokenizer(word, add_special_tokens=False)["input_ids"][0]] for word in ("Yes", "No")
+    )
+    known = roc_auc_score([answers[0] == "Yes" for answers in asked.answers], yes - no)
+    return refusing.look(lm, source, n=LOOKED) | {"harm recognised, AUROC": float(known)}
 
 
 def direction(lm: loading.LanguageModel, source: public.Public) -> dict[str, float]:
