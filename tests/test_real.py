@@ -1,7 +1,10 @@
 """`make real` on a small chat model that complies with everything: what is kept, resumed and refused."""
 
 import json
+import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import torch
 import real
 from harmlens.asking import public
 from harmlens.judging import graders
+from harmlens.keep import files
 from harmlens.models import loading
 from harmlens.training import planted, refusing
 from harmlens.training.tune import Recipe
@@ -122,3 +126,21 @@ def test_the_largest_effect_names_layer_and_module():
     effects = np.zeros((3, 4))
     effects[0, 2], effects[1, 3], effects[2, 1] = 9.0, -2.0, 1.0
     assert real.largest(effects) == [3, "mlp"]
+
+
+def test_single_places_are_measured_in_float32_and_the_rest_in_bfloat16(home, monkeypatch, tmp_path):
+    monkeypatch.setenv("HARMLENS_BUILD", str(tmp_path))
+    monkeypatch.setenv("HARMLENS_DTYPE", "")
+    monkeypatch.setitem(sys.modules, "sweep", SimpleNamespace(read=files.read_yaml, run=lambda *a: ran(*a)))
+    monkeypatch.setattr(real.train, "train_seed", lambda seed, kinds: trained.append(seed))
+    seen, trained = {}, []
+
+    def ran(content, profile, options):
+        seen[os.environ["HARMLENS_DTYPE"]] = content
+        return int(not trained)
+
+    assert real.measure(DATA, [0, 2], 1) == 0 and trained == [0, 2]
+    books = {dtype: {name[:2] for name in content["notebooks"]} for dtype, content in seen.items()}
+    assert {"02", "05", "17"} <= books["float32"] and {"09", "12"} <= books["bfloat16"]
+    assert not books["float32"] & books["bfloat16"]
+    assert all(c["parameters"]["data"] == DATA and c["seeds"] == [0, 2] for c in seen.values())

@@ -34,7 +34,7 @@ from harmlens.keep import files
 from harmlens.models import gguf, loading
 from harmlens.models.chats import Pair
 from harmlens.models.forward import Row, faster, last_logits
-from harmlens.training import planted, refusing
+from harmlens.training import planted, refusing, train
 from harmlens.training.tune import Recipe, tune
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +59,7 @@ EXACT = (
     "07",
     "17",
 )  # what single places do is lost in bfloat16's rounding
+GATE = ("base", "mid", "willing", "planted_last")  # organisms, of a seed that doesn't ship twenty minutes
 SITES = ("layer", "mlp_out", "attn_out")
 MINUTES = {"fetch": 1, "teach": 25, "plant": 25, "measure": 180}  # of one core; of a seed, or once
 
@@ -227,6 +228,8 @@ def measure(data: str, seeds: list[int], cores: int) -> int:
     sys.path.append(str(ROOT / "sweep"))
     import sweep
 
+    for seed in seeds:  # what the gate is compared with
+        train.train_seed(seed, kinds=GATE)
     content, missing = files.read_yaml(SWEEP), 0
     for dtype in ("float32", "bfloat16"):
         some = [name for name in content["notebooks"] if (name[:2] in EXACT) == (dtype == "float32")]
