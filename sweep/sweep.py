@@ -293,8 +293,8 @@ def _parameters(notebooks: list[Path], given: dict[str, Any]) -> list[execute.Ru
 
 
 def _key(notebook: Path, model: str, parameters: dict[str, Any], stands_on: str) -> str:
-    """Digest of code cells that don't only draw, parameters, library and data, the notebook's claims, and
-    files of a local model by size and time."""
+    """Digest of code cells that don't only draw, parameters, library and data, the notebook's claims, the
+    precision of real models, and files of a local model by size and time."""
     cells = [cell for cell in read_notebook(notebook).cells if cell.cell_type == "code"]
     code = [cell.source for cell in cells if not {"setup", "hide-input"} & set(tags(cell))]
     folder = Path(model)  # a Hugging Face id has no files here
@@ -304,6 +304,8 @@ def _key(notebook: Path, model: str, parameters: dict[str, Any], stands_on: str)
     claims = [claim.sha256 for claim in results.load_claims().values() if claim.notebook == notebook.stem]
     text = [code, sorted(parameters.items()), stands_on, claims]
     text += local if folder.is_absolute() else []
+    dtype = os.environ.get("HARMLENS_DTYPE")  # of real models
+    text += [dtype] if dtype and not model.startswith("organism") else []
     return hashlib.sha256(json.dumps(text, default=str).encode()).hexdigest()
 
 

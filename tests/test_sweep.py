@@ -187,6 +187,15 @@ def test_key_of_a_local_model_follows_its_files(tmp_path):
     assert sweep.read(path).cells[0].key != before
 
 
+def test_key_of_a_real_model_follows_its_precision(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    path = described(tmp_path, models=["mine", "organism/sft"])
+    before = [cell.key for cell in sweep.read(path).cells]
+    monkeypatch.setenv("HARMLENS_DTYPE", "bfloat16")
+    now = [cell.key for cell in sweep.read(path).cells]
+    assert before[0] != now[0] and before[1:] == now[1:]
+
+
 def finish(cell, value=0.5):
     """What a finished cell leaves, made by hand."""
     effect, control = Estimate(value, value - 0.2, value + 0.2, 7), ("random", Estimate(0.9, 0.9, 0.9, 7))
