@@ -66,7 +66,9 @@ def load(
     usual = "cuda" if torch.cuda.is_available() and not organism else "cpu"
     device = str(device) if chosen else usual
     hub.require_there(device)
-    dtype = hub.precision(dtype or (None if organism else os.environ.get("HARMLENS_DTYPE")), device)
+    if dtype is None and not organism:
+        dtype = os.environ.get("HARMLENS_DTYPE") or None
+    dtype = hub.precision(dtype, device)
     folder, delta = locate(name, seed), None
     local, (source, revision) = folder is not None, hub.split(name)
     if local:
