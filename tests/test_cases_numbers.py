@@ -157,10 +157,8 @@ def test_h4_a_question_that_is_there_twice_counts_once_with_both_answers():
     asked = public.ask_facts(
         [fact(0, "What is C++?", "a"), fact(1, "What is  c++?", "b"), fact(2, "What is C#?", "c")]
     )
-    assert asked.units == ("f0", "f2") and [told[:-1] for told in asked.answers] == [
-        ("a", "b", "C++ is a"),
-        ("c",),
-    ]
+    assert asked.units == ("f0", "f2")
+    assert asked.answers == (("a", "b", "C++ is a", "C++ is b"), ("c", "C# is c"))
 
 
 def test_t17_facts_are_drawn_at_random_and_not_from_the_top():

@@ -49,16 +49,8 @@ PLANTS = {
     "last MLP": planted.Plant("mlp", 29),
 }
 PLANTING = Recipe(steps=60, lr=5e-4, batch_size=16, warmup=5, weight_decay=0.0, mixed=True)
-EXACT = (
-    "01",
-    "02",
-    "03",
-    "04",
-    "05",
-    "06",
-    "07",
-    "17",
-)  # what single places do is lost in bfloat16's rounding
+# Notebooks about single places: what these do is lost in bfloat16's rounding.
+EXACT = ("01", "02", "03", "04", "05", "06", "07", "17")
 GATE = ("base", "mid", "willing", "planted_last")  # organisms, of a seed that doesn't ship twenty minutes
 SITES = ("layer", "mlp_out", "attn_out")
 MINUTES = {"fetch": 1, "teach": 25, "plant": 25, "measure": 180}  # of one core; of a seed, or once
@@ -231,6 +223,7 @@ def measure(data: str, seeds: list[int], cores: int) -> int:
     for seed in seeds:  # what the gate is compared with
         train.train_seed(seed, kinds=GATE)
     content, missing = files.read_yaml(SWEEP), 0
+    options = ["--quiet", "rules", "reason", "host", "--cores", str(cores)]
     for dtype in ("float32", "bfloat16"):
         some = [name for name in content["notebooks"] if (name[:2] in EXACT) == (dtype == "float32")]
         path = files.build_dir() / "sweep" / f"real-{dtype}.yaml"
@@ -239,7 +232,6 @@ def measure(data: str, seeds: list[int], cores: int) -> int:
         text = yaml.safe_dump(asked)
         files.write_whole(path, lambda part, text=text: part.write_text(text, encoding="utf-8"))
         os.environ["HARMLENS_DTYPE"] = dtype
-        options = ["--quiet", "rules", "reason", "host", "--cores", str(cores)]
         missing |= sweep.run(sweep.read(path), "local", options)
     return missing
 

@@ -129,6 +129,11 @@ def hook_names(case: Case) -> list[str]:
     return [f"blocks.{layer}.hook_{site}" for layer in range(case.bridge.cfg.n_layers) for site in SITES]
 
 
+def last_hidden(case: Case) -> str:
+    """The hook of the last MLP's hidden units."""
+    return f"blocks.{case.bridge.cfg.n_layers - 1}.mlp.hook_post"
+
+
 @torch.no_grad()
 def theirs(case: Case, positions: str, every: int = 1) -> Tensor:
     """Each so manyth cell of :func:`ours` with TransformerLens' loop."""
@@ -145,7 +150,7 @@ def theirs(case: Case, positions: str, every: int = 1) -> Tensor:
 @torch.no_grad()
 def their_neurons(case: Case, every: int = 1) -> Tensor:
     """The same as :func:`our_neurons`, one patched forward pass for each so manyth unit."""
-    name = f"blocks.{case.bridge.cfg.n_layers - 1}.mlp.hook_post"
+    name = last_hidden(case)
     x0, cache = their_runs(case, name)
 
     def patch(hidden: Tensor, hook: Any, unit: int) -> Tensor:
@@ -278,10 +283,9 @@ def measure(
         rows = {which: sweeps(of, positions, rate, repeats, every) for which, of in by_contrast.items()}
         out[key] = headline(rows)
     needed = Floor(one).both_runs() + Floor(one).neurons()
-    last = f"blocks.{one.bridge.cfg.n_layers - 1}.mlp.hook_post"
     out["neurons_last"] = compare(
-        one, partial(our_neurons, one), partial(their_neurons, one), partial(their_runs, one, last), needed,
-        rate, repeats, every,
+        one, partial(our_neurons, one), partial(their_neurons, one),
+        partial(their_runs, one, last_hidden(one)), needed, rate, repeats, every,
     )  # fmt: skip
     scored = weight_scores.own_case(one.lm, data, examples)
     out |= weight_scores.measure(scored, rate, weights=weights, repeats=repeats)

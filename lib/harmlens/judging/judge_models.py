@@ -211,7 +211,7 @@ def expected_numbers(judge: LanguageModel, texts: Sequence[str]) -> list[float |
 
 _ARTICLES = frozenset(["the", "a", "an", "your"])
 _SMALL = frozenset(["of", "to", "for", "with", "in", "on", "by", "from", "at", "and", "or", "is", "are"])
-_ARTICLE = re.compile(r"a (?!eu|one|once)[aeio]|an (?![aeiouh])[a-z]")  # of another sound than what follows
+_WRONG_ARTICLE = re.compile(r"a (?!eu|one|once)[aeio]|an (?![aeiouh])[a-z]")
 _AFTER_SMALL = frozenset(["of", "and", "or", "is", "are", "be"])
 _FLUENT = frozenset({("to", "be"), ("and", "is"), ("and", "are"), ("or", "is"), ("or", "are"), ("is", "of")})
 
@@ -267,7 +267,7 @@ def salad(text: str) -> bool:
             breaks += capitals and stop and after[0].islower()
         elif core in _ARTICLES:
             breaks += other in _ARTICLES or other in _SMALL or other in ("as", "this", "that", "it", "be")
-            breaks += bool(_ARTICLE.match(f"{word} {after}"))
+            breaks += bool(_WRONG_ARTICLE.match(f"{word} {after}"))
         elif core in _SMALL:
             breaks += other in _AFTER_SMALL and (core, other) not in _FLUENT
     return breaks > 0 and breaks >= 0.04 * len(words)
