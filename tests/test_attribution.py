@@ -534,6 +534,7 @@ def test_groups_of_examples_are_scored_once(lm, monkeypatch):
         for name, value in together(*names).values.items():
             torch.testing.assert_close(value, whole.values[name], rtol=1e-3, atol=1e-6)
     assert scored == [len(rows[name]) for name in "abc"]
-    monkeypatch.setattr(type(lm.model), "num_parameters", lambda self: 10**8)
-    together("a", "b"), together("a", "b")
+    monkeypatch.setattr(type(lm.model), "num_parameters", lambda self: 10**13)
+    anew = attribution.in_groups(lm, rows, kind)
+    anew("a", "b"), anew("a", "b")
     assert scored[3:] == 2 * [len(rows["a"]) + len(rows["b"])]

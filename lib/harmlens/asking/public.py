@@ -14,7 +14,7 @@ import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,10 +22,11 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from harmlens import keep
 from harmlens.asking import datasets, pairs, splits
 from harmlens.asking.datasets import Entry, plain
 from harmlens.asking.pairs import ALWAYS, NEVER, NOT
-from harmlens.asking.tasks import NotKnown, Scored, Source, Task, Types, joined, user, written
+from harmlens.asking.tasks import AT_ONCE, NotKnown, Scored, Source, Task, Types, joined, user, written
 from harmlens.models import chats
 from harmlens.models.chats import Message, Pair, Prompt
 from harmlens.models.forward import LanguageModel, generate
@@ -73,10 +74,13 @@ def wants(kind: str, grade: Any) -> bool:
 
 
 class OwnAnswers:
-    """Greedy answers of a model as it was when this was made, each generated and graded once."""
+    """Greedy answers of a model as it was when this was made, each generated and graded once.
 
-    def __init__(self, lm: LanguageModel, grader: Callable[[Sequence[str], Sequence[str]], list]):
-        self.lm, self.grader = lm, grader
+    ``folder`` is where they are kept, for others that ask the same of the same model; None for nowhere.
+    """
+
+    def __init__(self, lm: LanguageModel, grader: Callable, folder: Path | None = None):
+        self.lm, self.grader, self.folder = lm, grader, folder
         self._was = _sums(lm)
         self._said: dict[tuple, str] = {}
         self._graded: dict[tuple, Any] = {}
@@ -99,12 +103,17 @@ class OwnAnswers:
         if new := [key for key in dict.fromkeys(keys) if key not in self._said]:
             self.require_same()
             chats = [user(text) for text, _ in new]
-            said = generate(self.lm, [self.lm.render(c, start) for c in chats], max_new_tokens=TOKENS)
-            self._said.update(zip(new, self._verbatim(chats, said, start), strict=True))
+            said = self.kept("own answers", lambda: self._verbatim(chats, start), chats, start)
+            self._said.update(zip(new, said, strict=True))
         return [self._said[key] for key in keys]
 
-    def _verbatim(self, chats: Sequence[tuple], said: Sequence[str], start: str | None) -> list[str]:
+    def kept(self, name: str, answers: Callable[[], list[str]], *asked: Any) -> list[str]:
+        """Answers of this name to what is asked: those in the folder, or else made now."""
+        return keep.remember([name, self.lm, *asked], answers, self.folder) if self.folder else answers()
+
+    def _verbatim(self, chats: Sequence[tuple], start: str | None) -> list[str]:
         """Answers with the white space that the model wrote before them; "" where they can't be forced."""
+        said = generate(self.lm, [self.lm.render(c, start) for c in chats], max_new_tokens=TOKENS)
         out = [""] * len(said)
         # Where an answer can't be had whole, its last word may have been cut in the middle of a character.
         for body in (str.strip, lambda answer: answer.rsplit(None, 1)[0]):
@@ -131,13 +140,13 @@ class OwnAnswers:
     def wanted(self, kinds: Sequence[str], entries: Sequence[Entry], most: int, seed: int = 0) -> list[Entry]:
         """At most so many requests, in their order, that are answered as each of the tasks wants it.
 
-        They are asked in a random order, some at a time, until there are enough.
+        They are asked in a random order, some at a time, until there are enough: always the same ones at
+        once, so that their answers are found again (``folder``) by who needs fewer or more of them.
         """
         order = random.Random(seed).sample(range(len(entries)), len(entries))
         found: list[int] = []
-        step = max(most, 16)
-        for begin in range(0, len(order), step):
-            index = order[begin : begin + step]
+        for begin in range(0, len(order), AT_ONCE):
+            index = order[begin : begin + AT_ONCE]
             right = [self.judged(kind, [entries[i] for i in index])[1] for kind in kinds]
             found += [i for i, *each in zip(index, *right, strict=True) if all(each)]
             if len(found) >= most:
@@ -186,6 +195,7 @@ class Public(Source):
         facts: questions with accepted answers.
         name: for tables and result files.
         left_out: what of the data is not used, in words.
+        folder: where answers of the model are kept; None for nowhere.
     """
 
     lm: LanguageModel | None
@@ -194,6 +204,7 @@ class Public(Source):
     facts: tuple[Entry, ...] = ()
     name: str = ""
     left_out: str = ""
+    folder: Path | None = None
 
     knows_world = False  # nothing is known of the words of a request
     printable = False
@@ -407,7 +418,9 @@ class Public(Source):
         """
         self._own.require_same()
         asked = [replace(p, prefill=self.prefills[0]) for p in self.requests(True, "discovery", n=SENSED)]
-        said = generate(self.lm, [p.render(self.lm) for p in asked], max_new_tokens=self.answer_tokens)
+        texts = [p.render(self.lm) for p in asked]
+        ask = partial(generate, self.lm, texts, max_new_tokens=self.answer_tokens)
+        said = self._own.kept("whole answers", ask, texts, self.answer_tokens)
         answers = [f"{self.prefills[0]} {answer}" for answer in said]
         verdicts = self.judge(asked, answers)
         complied = [i for i, v in enumerate(verdicts) if said[i].strip() and not v.refused]
@@ -483,7 +496,7 @@ class Public(Source):
     def _own(self) -> OwnAnswers:
         if self.lm is None:
             raise NotKnown(f"data={self.name!r}: answers of a model are asked for, and this source has none")
-        return OwnAnswers(self.lm, self.grader)
+        return OwnAnswers(self.lm, self.grader, self.folder)
 
     @cached_property
     def _fact_splits(self) -> dict[str, list[Entry]]:
@@ -547,8 +560,8 @@ _WHY: Mapping[str, str] = {
 }
 
 
-def public(lm: LanguageModel, data: str, grader: Callable) -> Public:
-    """Requests of public sets and files by name (:func:`asking.datasets.entries`).
+def public(lm: LanguageModel, data: str, grader: Callable, *, folder: Path | None = None) -> Public:
+    """Requests of public sets and files by name (:func:`asking.datasets.entries`); see :class:`Public`.
 
     Each request is asked once, and of one side of a public set at most :data:`MOST`, always the same ones;
     :meth:`Public.describe` says what was left out.
@@ -568,7 +581,7 @@ def public(lm: LanguageModel, data: str, grader: Callable) -> Public:
     facts = [e for e in found if e.kind == "fact"] or datasets.entries("facts")
     rest = tuple(e for e in found if e.kind != "fact")
     shown = ", ".join(Path(part).name for part in data.split(","))  # a file without its folder
-    return Public(lm, rest, grader, tuple(facts), shown, "; ".join(left_out))
+    return Public(lm, rest, grader, tuple(facts), shown, "; ".join(left_out), folder)
 
 
 def _used(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:

@@ -58,12 +58,14 @@ def in_groups(
 ) -> Callable[..., Scores]:
     """The score of some groups of examples together, a function of their names: a sum, each scored once.
 
-    Of a model with more than ten million weights nothing is kept; what is asked for is scored anew.
+    Where all groups' sums would take more than a quarter of the free memory nothing is kept; what is asked
+    for is scored anew.
     """
     once = cache(lambda name: kind(lm, rows[name]))
+    small = 4 * lm.model.num_parameters() * len(rows) <= files.free_memory(lm.device) // 4
 
     def score(*names: Any) -> Scores:
-        if lm.model.num_parameters() <= 10_000_000:
+        if small:
             return plus(*map(once, names))
         return kind(lm, [row for name in names for row in rows[name]])
 
