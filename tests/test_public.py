@@ -319,6 +319,27 @@ def test_no_more_is_generated_than_is_needed(lm, monkeypatch):
     assert len(asked) == tasks.AT_ONCE < len(make(lm).rows(True, "train"))
 
 
+def test_answers_are_kept_for_whoever_asks_the_same_model_the_same(lm, tmp_path, monkeypatch):
+    asked, real = [], forward.generate
+    monkeypatch.setattr(
+        public, "generate", lambda lm, texts, **o: asked.extend(texts) or real(lm, texts, **o)
+    )
+
+    def ask(lm, n, folder):
+        asked.clear()
+        source = public.public(lm, str(standin.PROMPTS), graders.grader(""), folder=folder)
+        return source.task("refused", n=n), source.cannot_tell, len(asked)
+
+    first, why, new = ask(lm, 5, tmp_path)
+    assert new and ask(lm, 5, tmp_path) == (first, why, 0)
+    assert ask(lm, 7, tmp_path)[2] == 0  # more of the same: they were asked in the same portions
+    assert ask(lm, 5, None) == (first, why, new)
+    changed = forward.clone(lm)
+    with torch.no_grad():
+        next(changed.model.parameters())[0, 0] = 3.0
+    assert ask(changed, 5, tmp_path)[2] > 0
+
+
 def says(lm: LanguageModel, answer: str) -> None:
     """Let a model say the tokens of an answer one after the other, whatever it is asked."""
     new = [*chats.tokens(lm.tokenizer, answer), lm.tokenizer.eos_token_id]
