@@ -325,19 +325,21 @@ def test_answers_are_kept_for_whoever_asks_the_same_model_the_same(lm, tmp_path,
         public, "generate", lambda lm, texts, **o: asked.extend(texts) or real(lm, texts, **o)
     )
 
-    def ask(lm, n, folder):
+    monkeypatch.setenv("HARMLENS_BUILD", str(tmp_path))
+
+    def ask(lm, n, keeps=True):
         asked.clear()
-        source = public.public(lm, str(standin.PROMPTS), graders.grader(""), folder=folder)
+        source = public.public(lm, str(standin.PROMPTS), graders.grader(""), keeps=keeps)
         return source.task("refused", n=n), source.cannot_tell, len(asked)
 
-    first, why, new = ask(lm, 5, tmp_path)
-    assert new and ask(lm, 5, tmp_path) == (first, why, 0)
-    assert ask(lm, 7, tmp_path)[2] == 0  # more of the same: they were asked in the same portions
-    assert ask(lm, 5, None) == (first, why, new)
+    first, why, new = ask(lm, 5)
+    assert new and ask(lm, 5) == (first, why, 0)
+    assert ask(lm, 7)[2] == 0  # more of the same: they were asked in the same portions
+    assert ask(lm, 5, keeps=False) == (first, why, new)
     changed = forward.clone(lm)
     with torch.no_grad():
         next(changed.model.parameters())[0, 0] = 3.0
-    assert ask(changed, 5, tmp_path)[2] > 0
+    assert ask(changed, 5)[2] > 0
 
 
 def says(lm: LanguageModel, answer: str) -> None:

@@ -76,11 +76,11 @@ def wants(kind: str, grade: Any) -> bool:
 class OwnAnswers:
     """Greedy answers of a model as it was when this was made, each generated and graded once.
 
-    ``folder`` is where they are kept, for others that ask the same of the same model; None for nowhere.
+    With ``keeps`` they are kept, for whoever asks the same of the same model (:func:`keep.remember`).
     """
 
-    def __init__(self, lm: LanguageModel, grader: Callable, folder: Path | None = None):
-        self.lm, self.grader, self.folder = lm, grader, folder
+    def __init__(self, lm: LanguageModel, grader: Callable, *, keeps: bool = False):
+        self.lm, self.grader, self.keeps = lm, grader, keeps
         self._was = _sums(lm)
         self._said: dict[tuple, str] = {}
         self._graded: dict[tuple, Any] = {}
@@ -108,8 +108,8 @@ class OwnAnswers:
         return [self._said[key] for key in keys]
 
     def kept(self, name: str, answers: Callable[[], list[str]], *asked: Any) -> list[str]:
-        """Answers of this name to what is asked: those in the folder, or else made now."""
-        return keep.remember([name, self.lm, *asked], answers, self.folder) if self.folder else answers()
+        """Answers of this name to what is asked: those that are kept, or else made now."""
+        return keep.remember([name, self.lm, *asked], answers) if self.keeps else answers()
 
     def _verbatim(self, chats: Sequence[tuple], start: str | None) -> list[str]:
         """Answers with the white space that the model wrote before them; "" where they can't be forced."""
@@ -141,7 +141,7 @@ class OwnAnswers:
         """At most so many requests, in their order, that are answered as each of the tasks wants it.
 
         They are asked in a random order, some at a time, until there are enough: always the same ones at
-        once, so that their answers are found again (``folder``) by who needs fewer or more of them.
+        once, so that answers that are kept serve those who need fewer or more of them.
         """
         order = random.Random(seed).sample(range(len(entries)), len(entries))
         found: list[int] = []
@@ -195,7 +195,7 @@ class Public(Source):
         facts: questions with accepted answers.
         name: for tables and result files.
         left_out: what of the data is not used, in words.
-        folder: where answers of the model are kept; None for nowhere.
+        keeps: whether answers of the model are kept, in the build folder.
     """
 
     lm: LanguageModel | None
@@ -204,7 +204,7 @@ class Public(Source):
     facts: tuple[Entry, ...] = ()
     name: str = ""
     left_out: str = ""
-    folder: Path | None = None
+    keeps: bool = False
 
     knows_world = False  # nothing is known of the words of a request
     printable = False
@@ -496,7 +496,7 @@ class Public(Source):
     def _own(self) -> OwnAnswers:
         if self.lm is None:
             raise NotKnown(f"data={self.name!r}: answers of a model are asked for, and this source has none")
-        return OwnAnswers(self.lm, self.grader, self.folder)
+        return OwnAnswers(self.lm, self.grader, keeps=self.keeps)
 
     @cached_property
     def _fact_splits(self) -> dict[str, list[Entry]]:
@@ -560,7 +560,7 @@ _WHY: Mapping[str, str] = {
 }
 
 
-def public(lm: LanguageModel, data: str, grader: Callable, *, folder: Path | None = None) -> Public:
+def public(lm: LanguageModel, data: str, grader: Callable, *, keeps: bool = False) -> Public:
     """Requests of public sets and files by name (:func:`asking.datasets.entries`); see :class:`Public`.
 
     Each request is asked once, and of one side of a public set at most :data:`MOST`, always the same ones;
@@ -581,7 +581,7 @@ def public(lm: LanguageModel, data: str, grader: Callable, *, folder: Path | Non
     facts = [e for e in found if e.kind == "fact"] or datasets.entries("facts")
     rest = tuple(e for e in found if e.kind != "fact")
     shown = ", ".join(Path(part).name for part in data.split(","))  # a file without its folder
-    return Public(lm, rest, grader, tuple(facts), shown, "; ".join(left_out), folder)
+    return Public(lm, rest, grader, tuple(facts), shown, "; ".join(left_out), keeps)
 
 
 def _used(entries: Sequence[Entry]) -> tuple[list[Entry], list[str]]:

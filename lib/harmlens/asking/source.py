@@ -31,7 +31,6 @@ from harmlens.asking.tasks import (
     refusals,
 )
 from harmlens.judging import graders
-from harmlens.keep import files
 from harmlens.models import hub
 from harmlens.models.chats import Pair, Prompt
 from harmlens.models.forward import LanguageModel, generate
@@ -222,8 +221,7 @@ def source(lm: LanguageModel, data: str = "", judge: str = "") -> Material:
     parts = {part.strip() for part in (data or DEFAULT).split(",")}
     here = {name for name, one in datasets.registry().items() if one.pinned in ("shipped", "your copy")}
     loads = not parts.isdisjoint({*datasets.names()} - here)  # a reader asks for sets from elsewhere
-    kept = files.build_dir() / "runs"
-    return public(lm, data or DEFAULT, graders.grader(judge, download=loads), folder=kept)
+    return public(lm, data or DEFAULT, graders.grader(judge, download=loads), keeps=True)
 
 
 def knows_the_world(lm: LanguageModel) -> bool:
