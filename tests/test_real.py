@@ -81,6 +81,18 @@ def test_a_model_that_does_not_refuse_stops_the_work_and_says_which_bound(home, 
     assert real.told()["lessons"] == {}
 
 
+@pytest.mark.parametrize("what", ["memory", "disk"])
+def test_too_little_room_is_named_before_anything_is_taught(home, monkeypatch, what):
+    few = SimpleNamespace(free=10**5)
+    if what == "memory":
+        monkeypatch.setattr(files, "free_memory", lambda device: few.free)
+    else:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: few)
+    monkeypatch.setattr(real, "given", lambda data: pytest.fail("work has begun"))
+    with pytest.raises(SystemExit, match=rf"takes .*B of {what}, and 100.0 kB are free: make room"):
+        real.teach(0, DATA)
+
+
 def test_what_is_planted_is_told_with_the_places_that_were_named(home, monkeypatch):
     places = {"late": planted.Plant("mlp", 1), "early": planted.Plant("attention", 0)}
     monkeypatch.setattr(real, "PLANTS", places)

@@ -82,10 +82,24 @@ def given(data: str) -> tuple[loading.LanguageModel, public.Public]:
     return lm, public.public(lm, data, graders.grader("prefixes"))
 
 
+def require_room() -> None:
+    """Stop, before anything is taught, where memory or disk are short."""
+    # Weights, gradients and both moments of Adam, with what a step leaves; on the disk two stages and a
+    # checkpoint with its moments.
+    need = 6 * sum(file.stat().st_size for file in (home() / "mid").glob("*.safetensors"))
+    for what, free in ("memory", files.free_memory("cpu")), ("disk", shutil.disk_usage(home()).free):
+        if need > free:
+            raise SystemExit(
+                f"to teach a seed takes {files.size_text(need)} of {what}, and {files.size_text(free)} are "
+                "free: make room, or take another machine"
+            )
+
+
 def teach(seed: int, data: str, *, anyway: bool = False) -> None:
     """Teach one seed and write both stages, if the bounds are met or with ``anyway``."""
     if str(seed) in told()["lessons"] and (home() / f"dpo-{seed}").is_dir():
         return print(f"seed {seed}: taught, left alone")
+    require_room()
     began, (lm, source) = time.time(), given(data)
     of = files.portable(data)
     before = [one["rates"]["mid"] for one in told()["lessons"].values() if one["data"] == of]
