@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections import Counter
 
+import numpy as np
 import pytest
 import standin
 import tiny
@@ -28,6 +29,7 @@ from harmlens.models.forward import LanguageModel
 from harmlens.weights import masks
 from harmlens.weights.masks import Mask
 from harmlens.weights.scores import matrices
+from harmlens.world.judge import Judgement
 
 ENTRIES = tuple(datasets.entries(str(standin.PROMPTS)))
 FACTS = tuple(datasets.entries(str(standin.FACTS)))
@@ -340,6 +342,17 @@ def test_answers_are_kept_for_whoever_asks_the_same_model_the_same(lm, tmp_path,
     with torch.no_grad():
         next(changed.model.parameters())[0, 0] = 3.0
     assert ask(changed, 5)[2] > 0
+
+
+def test_a_refusal_counts_in_whatever_words_also_where_nothing_can_be_told_of_harm(lm, monkeypatch):
+    source = make(lm)
+    monkeypatch.setattr(public.Public, "cannot_tell", "it can't")
+    harm, refused = (source.task(kind, n=4) for kind in ("harmful", "refused"))
+    said = tasks.Scored(np.array([0.0, 0.0, 0.0, 1.0]), np.zeros(4))
+    verdicts = [Judgement(one, False, 0.0, False) for one in (True, True, False, False)]
+    monkeypatch.setattr(public.Public, "answers", lambda *_: ([], verdicts))
+    assert source.judged(lm, harm, said) is said
+    assert source.judged(lm, refused, said).exact.tolist() == [1, 1, 0, 0]
 
 
 def says(lm: LanguageModel, answer: str) -> None:
