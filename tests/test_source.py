@@ -62,7 +62,7 @@ def test_a_judge(lm):
 def test_default_sets_are_asked_for_where_nothing_is_given(lm, monkeypatch, tmp_path):
     monkeypatch.setenv("HARMLENS_CACHE", str(tmp_path))
     asked = []
-    monkeypatch.setattr(material, "public", lambda lm, data, grader: asked.append((data, grader.name)))
+    monkeypatch.setattr(material, "public", lambda lm, data, grader, keeps: asked.append((data, grader.name)))
     material.source(lm)
     assert asked == [(material.DEFAULT, "prefixes")]
 
