@@ -70,8 +70,9 @@ def quiz(session: str) -> str:
 
 def first_screen(rows: Sequence[ROW]) -> str:
     """About the methods, about each paper, how sure: in at most 200 words and 20 numbers."""
-    real = [row for row in rows if row["role_of_runs"] == "real" and row["role"] == "primary"]
-    rows = [row for row in rows if not row["model"] or row["model"].startswith("organism")]
+    own = [row for row in rows if not row["model"] or row["model"].startswith("organism")]
+    real = [row for row in rows if row not in own and row["role"] == "primary"]  # joined claims have no runs
+    rows = own
     card = "</notebooks/19_scorecard>"
     methods = [row for row in rows if row["id"] in ("V7m", "V7a", "V9")]
     parts = [f"**The methods.** Where the answer was planted: {results.grouped(methods, TOLD, _source)}."]
