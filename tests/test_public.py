@@ -326,8 +326,8 @@ def test_answers_are_kept_for_whoever_asks_the_same_model_the_same(lm, tmp_path,
     monkeypatch.setattr(
         public, "generate", lambda lm, texts, **o: asked.extend(texts) or real(lm, texts, **o)
     )
-
-    monkeypatch.setenv("HARMLENS_BUILD", str(tmp_path))
+    for name in ("BUILD", "CACHE"):
+        monkeypatch.setenv(f"HARMLENS_{name}", str(tmp_path / name))
 
     def ask(lm, n, keeps=True):
         asked.clear()
@@ -336,6 +336,7 @@ def test_answers_are_kept_for_whoever_asks_the_same_model_the_same(lm, tmp_path,
 
     first, why, new = ask(lm, 5)
     assert new and ask(lm, 5) == (first, why, 0)
+    assert (tmp_path / "CACHE" / "runs").is_dir() and not (tmp_path / "BUILD").exists()
     assert ask(lm, 7)[2] == 0  # more of the same: they were asked in the same portions
     assert ask(lm, 5, keeps=False) == (first, why, new)
     changed = forward.clone(lm)

@@ -7,7 +7,7 @@ import pytest
 import size
 
 LIMITS = {
-    "lines": 14_644,
+    "lines": 14_642,
     "import depth": 8,
     "names defined twice": 0,
     "functions with more than 10 arguments": 0,

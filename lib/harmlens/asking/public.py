@@ -75,10 +75,7 @@ def wants(kind: str, grade: Any) -> bool:
 
 
 class OwnAnswers:
-    """Greedy answers of a model as it was when this was made, each generated and graded once.
-
-    With ``keeps`` they are kept, for whoever asks the same of the same model (:func:`keep.remember`).
-    """
+    """Greedy answers of a model as it was when this was made, each generated and graded once."""
 
     def __init__(self, lm: LanguageModel, grader: Callable, *, keeps: bool = False):
         self.lm, self.grader, self.keeps = lm, grader, keeps
@@ -109,8 +106,9 @@ class OwnAnswers:
         return [self._said[key] for key in keys]
 
     def kept(self, name: str, answers: Callable[[], list[str]], *asked: Any) -> list[str]:
-        """Answers of this name to what is asked: those that are kept, or else made now."""
-        return keep.remember([name, self.lm, *asked], answers) if self.keeps else answers()
+        """What is asked, answered now, or with ``keeps`` once for whoever asks it of the same model."""
+        folder = keep.files.cache_dir() / "runs"  # outside the repository, as all that real models say
+        return keep.remember([name, self.lm, *asked], answers, folder) if self.keeps else answers()
 
     def _verbatim(self, chats: Sequence[tuple], start: str | None) -> list[str]:
         """Answers with the white space that the model wrote before them; "" where they can't be forced."""
@@ -196,7 +194,7 @@ class Public(Source):
         facts: questions with accepted answers.
         name: for tables and result files.
         left_out: what of the data is not used, in words.
-        keeps: whether answers of the model are kept, in the build folder.
+        keeps: whether answers of the model are kept, outside the repository.
     """
 
     lm: LanguageModel | None
