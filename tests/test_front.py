@@ -57,6 +57,7 @@ def test_the_first_screen_counts_the_words_of_a_real_model(measured):
     taught = {"model": "smollm2/dpo", "role_of_runs": "real"}
     words = ["supported", "contradicted", "inconclusive", *["not testable"] * (len(primary) - 3)]
     rows += [row | taught | {"word": word} for row, word in zip(primary, words, strict=True)]
+    rows[-1] |= {"role_of_runs": ""}  # of a claim that is put together
     told = read(front.first_screen(rows))
     assert f"On a real model: 1 supported, 1 contradicted, {len(primary) - 2} can't tell." in told
     assert "notebook 18" not in told and "smollm2" not in told

@@ -93,6 +93,12 @@ def test_too_little_room_is_named_before_anything_is_taught(home, monkeypatch, w
         real.teach(0, DATA)
 
 
+def test_without_a_parent_it_is_said_what_to_do(home):
+    shutil.rmtree(home)
+    with pytest.raises(SystemExit, match=r"no parent to teach: fetch it first \(--only fetch\)"):
+        real.teach(0, DATA)
+
+
 def test_what_is_planted_is_told_with_the_places_that_were_named(home, monkeypatch):
     places = {"late": planted.Plant("mlp", 1), "early": planted.Plant("attention", 0)}
     monkeypatch.setattr(real, "PLANTS", places)

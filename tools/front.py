@@ -70,9 +70,8 @@ def quiz(session: str) -> str:
 
 def first_screen(rows: Sequence[ROW]) -> str:
     """About the methods, about each paper, how sure: in at most 200 words and 20 numbers."""
-    own = [row for row in rows if not row["model"] or row["model"].startswith("organism")]
-    real = [row for row in rows if row not in own and row["role"] == "primary"]  # joined claims have no runs
-    rows = own
+    real = [row for row in rows if _of_real(row) and row["role"] == "primary"]
+    rows = [row for row in rows if not _of_real(row)]
     card = "</notebooks/19_scorecard>"
     methods = [row for row in rows if row["id"] in ("V7m", "V7a", "V9")]
     parts = [f"**The methods.** Where the answer was planted: {results.grouped(methods, TOLD, _source)}."]
@@ -89,6 +88,11 @@ def first_screen(rows: Sequence[ROW]) -> str:
         f"fictional world; {{doc}}`the rule <how_to_read>` lets no mean decide. {_real(real)}"
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _of_real(row: ROW) -> bool:
+    """Whether a row is of a real model; claims that are put together have a model and no runs."""
+    return bool(row["model"]) and not row["model"].startswith("organism")
 
 
 def _plain(row: ROW) -> str:

@@ -83,7 +83,9 @@ def given(data: str) -> tuple[loading.LanguageModel, public.Public]:
 
 
 def require_room() -> None:
-    """Stop, before anything is taught, where memory or disk are short."""
+    """Stop, before anything is taught, where the parent is missing, or memory or disk are short."""
+    if not (home() / "mid").is_dir():
+        raise SystemExit("there is no parent to teach: fetch it first (--only fetch)")
     # Weights, gradients and both moments of Adam, with what a step leaves; on the disk two stages and a
     # checkpoint with its moments.
     need = 6 * sum(file.stat().st_size for file in (home() / "mid").glob("*.safetensors"))
