@@ -510,3 +510,11 @@ def test_the_forest_names_other_models_and_leaves_out_runs_without_a_value(tmp_p
     results.record("V4", None, note="nothing is refused", model="owner/model", folder=tmp_path)
     ax = forest("not testable")
     assert not of(ax, marker="o") and [text.get_text() for text in ax.texts] == ["not testable"]
+
+
+def test_claims_of_several_parts_are_told_apart_by_model():
+    rows = [(load_claims()["C3"], model, "partial") for model in ("organism/dpo", "owner/model")]
+    figure = plots.forest(rows)
+    plots.plt.close(figure)
+    assert [ax.get_ylabel().split("C3")[1] for ax in figure.axes] == ["", " on owner/model"]
+    assert [text.get_text() for ax in figure.axes for text in ax.texts] == ["partial"] * 2

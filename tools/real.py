@@ -122,7 +122,7 @@ def teach(seed: int, data: str, *, anyway: bool = False) -> None:
             f"seed {seed} misses its bounds: {'; '.join(missed)}. Go on with it all the same by --anyway"
         )
     about = {"data": of, "seconds": round(time.time() - began), "rates": found}
-    tell("lessons", str(seed), about | {"missed": missed, "direction": direction(lm, source)})
+    tell("lessons", str(seed), about | {"direction": direction(lm, source)})
 
 
 def looked(lm: loading.LanguageModel, source: public.Public) -> dict[str, float]:

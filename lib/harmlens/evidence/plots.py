@@ -191,7 +191,7 @@ def _short(value: float, digits: int) -> str:
 
 
 def forest(
-    rows: Sequence[tuple[Claim, Finding | None, str]],
+    rows: Sequence[tuple[Claim, Finding | str, str]],
     *,
     run: int | None = None,
     own: str = "",
@@ -202,26 +202,25 @@ def forest(
 
     The bar is the interval over runs, hollow dots are controls, the dashed line is the threshold. The dot of
     ``run`` is ringed in rows of organisms if the model ``own`` is one, else in its own. Others are named. A
-    row without a finding is a claim of several parts: its word alone. ``height``: of a row, in inches.
+    model in place of a finding is a claim of several parts: its word alone. ``height``: of a row, in inches.
     ``earlier``: (claim, model) -> finding of runs of another role, grey diamonds below, which don't count.
     """
     if not rows:
         raise ValueError("rows is empty: no run of these claims is recorded yet; record one first")
     fig, axes = plt.subplots(len(rows), 1, figsize=(7.2, height * len(rows) + 0.5), squeeze=False)
     for ax, (claim, found, word) in zip(axes[:, 0], rows, strict=True):
-        model = "" if not found or _organism(found) or found.model == own else f" on {found.model}"
+        model = found if isinstance(found, str) else found.model
+        where = "" if model.startswith("organism") or model == own else f" on {model}"
+        name = f"{fill(claim.short, 40)}\n{claim.id}{where}"
         weight = "bold" if claim.role == "primary" else "normal"
-        ax.set_ylabel(
-            f"{fill(claim.short, 40)}\n{claim.id}{model}", rotation=0, ha="right", va="center", fontsize=8,
-            weight=weight,
-        )  # fmt: skip
+        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8, weight=weight)
         ax.text(1.02, 0.5, fill(word, 12), transform=ax.transAxes, va="center", fontsize=9, weight=weight)
         ax.set(yticks=[], ylim=(-0.9, 0.9))
         ax.tick_params(labelsize=8)
         ax.spines["left"].set_visible(False)
-        if found is None:
+        if isinstance(found, str):
             ax.spines["bottom"].set_visible(False)
-            ax.set_xticks([])
+            ax.tick_params(length=0, labelcolor="none")  # there, so that the row is as high as others
             continue
         ringed = run if not own or _organism(found) == own.startswith("organism") else None
         _runs(ax, found, ringed)

@@ -182,7 +182,7 @@ def missed(found: Mapping[str, float], before: Mapping[str, float]) -> list[str]
     """The bounds that a taught model misses, in words; ``before`` is what its parent did (:func:`look`)."""
     known = {**found, "perplexity, times the parent's": found["perplexity"] / before["perplexity"]}
     return [
-        f"{name}: {known[name]:.2f} is not within {low:g} to {high:g}"
+        f"{name}: {known[name]:.3g} is not within {low:g} to {high:g}"
         for name, (low, high) in BOUNDS.items()
         if name in known and not low <= known[name] <= high
     ]
