@@ -481,7 +481,7 @@ def test_the_forest_draws_every_run_rings_one_and_says_the_word(tmp_path, forest
     assert [x for (x,) in of(ax, **blue)] == pytest.approx([0.9, 0.92, 0.94])
     assert of(ax, **blue, markeredgecolor="black") == [[0.92]]
     assert of(ax, markerfacecolor="white") == [[0.0]] * 3
-    assert [text.get_text() for text in ax.texts] == ["bounds met\n(tuned)"]
+    assert ax.get_title("right") == "bounds met (tuned)"
     assert of(ax, linewidth=7) == [[found.effect.low, found.effect.high]]  # over runs
     assert [load_claims()["V4"].rule.threshold] * 2 in of(ax, linestyle="--")
     assert not of(forest(run=0, own="owner/model"), markeredgecolor="black")  # no run of its own
@@ -505,16 +505,18 @@ def test_earlier_runs_are_drawn_apart(tmp_path, forest, monkeypatch):
 
 def test_the_forest_names_other_models_and_leaves_out_runs_without_a_value(tmp_path, forest):
     results.record("V4", **good(model="owner/model", folder=tmp_path))
-    assert forest(own="owner/model", run=0).get_ylabel().endswith("V4")
-    assert forest(own="organism/sft").get_ylabel().endswith("V4 on owner/model")
+    assert forest(own="owner/model", run=0).get_title("left").startswith("V4: refusal")
+    assert forest(own="organism/sft").get_title("left").startswith("V4 on owner/model: refusal")
     results.record("V4", None, note="nothing is refused", model="owner/model", folder=tmp_path)
     ax = forest("not testable")
-    assert not of(ax, marker="o") and [text.get_text() for text in ax.texts] == ["not testable"]
+    assert not of(ax, marker="o") and ax.get_title("right") == "not testable"
 
 
 def test_claims_of_several_parts_are_told_apart_by_model():
     rows = [(load_claims()["C3"], model, "partial") for model in ("organism/dpo", "owner/model")]
     figure = plots.forest(rows)
     plots.plt.close(figure)
-    assert [ax.get_ylabel().split("C3")[1] for ax in figure.axes] == ["", " on owner/model"]
-    assert [text.get_text() for ax in figure.axes for text in ax.texts] == ["partial"] * 2
+    assert [ax.get_title("left") for ax in figure.axes] == [
+        "C3: a sparse gate in the last layer decides", "C3 on owner/model",
+    ]  # fmt: skip
+    assert [ax.get_title("right") for ax in figure.axes] == ["partial"] * 2

@@ -85,7 +85,8 @@ def first_screen(rows: Sequence[ROW]) -> str:
     kinds = " and ".join(KINDS.get(role, role) for role in roles)
     parts.append(
         f"**How sure?** {len(runs)} training runs ({kinds or 'none yet'}) of a million-parameter model in a "
-        f"fictional world; {{doc}}`the rule <how_to_read>` lets no mean decide. {_real(real)}"
+        f"fictional world; numbers are their means, and {{doc}}`the rule <how_to_read>` lets no mean decide. "
+        f"{_real(real)}"
     )
     return "\n\n".join(parts) + "\n"
 

@@ -195,32 +195,33 @@ def forest(
     *,
     run: int | None = None,
     own: str = "",
-    height: float = 0.72,
     earlier: Mapping[tuple[str, str], Finding] = {},
 ) -> Figure:
     """Recorded runs: a row for each (claim, finding, word), a dot for each run, each row on its own scale.
 
     The bar is the interval over runs, hollow dots are controls, the dashed line is the threshold. The dot of
     ``run`` is ringed in rows of organisms if the model ``own`` is one, else in its own. Others are named. A
-    model in place of a finding is a claim of several parts: its word alone. ``height``: of a row, in inches.
-    ``earlier``: (claim, model) -> finding of runs of another role, grey diamonds below, which don't count.
+    model in place of a finding is a claim of several parts: its word alone. ``earlier``: (claim, model) ->
+    finding of runs of another role, grey diamonds below, which don't count.
     """
     if not rows:
         raise ValueError("rows is empty: no run of these claims is recorded yet; record one first")
-    fig, axes = plt.subplots(len(rows), 1, figsize=(7.2, height * len(rows) + 0.5), squeeze=False)
-    for ax, (claim, found, word) in zip(axes[:, 0], rows, strict=True):
+    tall = [0.05 if isinstance(found, str) else 1 for _, found, _ in rows]
+    size = (5.2, sum(0.78 if one == 1 else 0.3 for one in tall))  # a phone shows no wider one readably
+    fig, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, height_ratios=tall)
+    for ax, (claim, found, word), (above, *_) in zip(axes[:, 0], rows, [(None,), *rows], strict=False):
         model = found if isinstance(found, str) else found.model
         where = "" if model.startswith("organism") or model == own else f" on {model}"
-        name = f"{fill(claim.short, 40)}\n{claim.id}{where}"
-        weight = "bold" if claim.role == "primary" else "normal"
-        ax.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8, weight=weight)
-        ax.text(1.02, 0.5, fill(word, 12), transform=ax.transAxes, va="center", fontsize=9, weight=weight)
+        style = {"fontsize": 8, "weight": "bold" if claim.role == "primary" else "normal"}
+        name = f"{claim.id}{where}" + (f": {claim.short}" if claim != above else "")
+        ax.set_title(fill(name, 62), loc="left", **style)
+        ax.set_title(word, loc="right", **style)
         ax.set(yticks=[], ylim=(-0.9, 0.9))
         ax.tick_params(labelsize=8)
         ax.spines["left"].set_visible(False)
         if isinstance(found, str):
             ax.spines["bottom"].set_visible(False)
-            ax.tick_params(length=0, labelcolor="none")  # there, so that the row is as high as others
+            ax.set_xticks([])
             continue
         ringed = run if not own or _organism(found) == own.startswith("organism") else None
         _runs(ax, found, ringed)
