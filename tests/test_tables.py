@@ -1,11 +1,14 @@
 """Counts and memory of models follow from their shapes, and the page shows what the list says."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import tiny
 
+import tables
+from harmlens.keep.files import data_dir
 from harmlens.models import forward, hub
 from harmlens.training import tune
 from harmlens.weights import attribution, scores
@@ -155,3 +158,31 @@ def test_a_table_is_put_between_the_marks(tmp_path):
     page.write_text("no marks")
     with pytest.raises(ValueError, match=r"page='page.md' has no marks <!-- x:start -->"):
         put(page, "x", "new")
+
+
+def test_the_page_shows_what_was_timed():
+    known = json.loads((data_dir() / "bench.json").read_text())
+    block = re.search(
+        r"(?s)<!-- bench:start -->\n(.*?)<!-- bench:end -->", (PAGE.parent / "performance.md").read_text()
+    )
+    assert block and block[1] == tables.bench_table(known), "python tools/tables.py bench brings it in step"
+
+
+def test_timings_of_one_model_are_kept_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "data_dir", lambda: tmp_path)
+    row = {"ratio": 8.0, "seconds": 0.5, "floor_ratio": 3.0}
+    patched = {"transformer_lens_seconds": 4.0, "max_abs_diff": 2e-6, "cells": 3} | row
+    scored = {"released_seconds": 4.0, "max_rel_diff": 1e-5, "peak_over_floor": 1.1} | row
+    found = dict.fromkeys(tables.TIMED, patched) | {"attribution": scored, "select": {}}
+
+    def timed(model, dtype):
+        return tables.remember_bench(found | {"machine": {"model": model, "dtype": dtype}})
+
+    timed("one", "float32")
+    both = timed("one", "bfloat16")
+    assert list(both) == ["float32", "bfloat16"] and "cells" not in both["float32"]["patch_grid"]
+    lines = tables.bench_table(both).splitlines()
+    assert len(lines) == 2 + 2 * len(tables.TIMED)
+    cells = "0.50 s", "the released procedure", "4 s", "8.0", "3.0", "1.10", "1e-05"
+    assert lines[-1] == f"| prune and preserve score | bfloat16 | {' | '.join(cells)} |"
+    assert list(timed("other", "float32")) == ["float32"]  # of one model at a time

@@ -2,12 +2,14 @@
 
     python tools/tables.py models   # book/models.md, from data/models.yaml
     python tools/tables.py judging  # book/judging.md, from labelled answers that are fetched
+    python tools/tables.py bench    # book/performance.md, from data/bench.json and the last `make bench`
 
 How many parameters a model has and how much memory a task takes is computed from the model's shape alone.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ import yaml
 
 from harmlens.judging import refusals
 from harmlens.judging.agreement import agreement
-from harmlens.keep.files import data_dir, size_text
+from harmlens.keep.files import build_dir, data_dir, size_text, write_json
 
 BOOK = Path(__file__).resolve().parents[1] / "book"
 GB = 10**9
@@ -277,6 +279,43 @@ def judges_table(table: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n"
 
 
+# --------------------------------------------------------------------------- speed
+
+TIMED = {
+    "patch_grid": ("patches at each position, three sites, all layers", "TransformerLens"),
+    "patch_last": ("patches at the last position, three sites, all layers", "TransformerLens"),
+    "neurons_last": ("each unit of the last MLP", "TransformerLens"),
+    "attribution": ("prune and preserve score", "the released procedure"),
+}
+KEPT = ("ratio", "seconds", "transformer_lens_seconds", "released_seconds", "floor_ratio", "pairs", "harmful",
+        "max_abs_diff", "max_rel_diff", "peak_over_floor")  # fmt: skip
+
+
+def remember_bench(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``make bench`` measured, beside what it measured of the same model in other precisions."""
+    file, machine = data_dir() / "bench.json", found["machine"]
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = {dtype: one for dtype, one in known.items() if one["machine"]["model"] == machine["model"]}
+    kept = {key: {k: found[key][k] for k in KEPT if k in found[key]} for key in TIMED}
+    known[machine["dtype"]] = kept | {"machine": machine}
+    write_json(file, known)
+    return known
+
+
+def bench_table(known: Mapping[str, Any]) -> str:
+    """A row for each step and precision: seconds of one thread, ratio, the floor, memory, difference."""
+    head = "Step", "Precision", "Ours", "Beside", "Its time", "Ratio", "Over the floor", "Memory", "Off by"
+    lines = [f"| {' | '.join(head)} |", "|---|---|---:|---|---:|---:|---:|---:|---:|"]
+    for key, (name, other) in TIMED.items():
+        for dtype, row in ((dtype, found[key]) for dtype, found in known.items()):
+            theirs = row.get("transformer_lens_seconds") or row["released_seconds"]
+            memory = f"{row['peak_over_floor']:.2f}" if "peak_over_floor" in row else ""
+            off = row.get("max_abs_diff", row.get("max_rel_diff"))
+            cells = name, dtype, f"{row['seconds']:.2f} s", other, f"{theirs:.0f} s", f"{row['ratio']:.1f}"
+            lines.append(f"| {' | '.join(cells)} | {row['floor_ratio']:.1f} | {memory} | {off:.0e} |")
+    return "\n".join(lines) + "\n"
+
+
 # --------------------------------------------------------------------------- pages
 
 
@@ -299,6 +338,9 @@ def main(arguments: Sequence[str]) -> int:
         put(BOOK / "models.md", "catalogue", models_table())
     elif arguments[:1] == ["judging"]:
         put(BOOK / "judging.md", "judges", judges_table(compared(refusals.labelled(download=True))))
+    elif arguments[:1] == ["bench"]:
+        found = json.loads((build_dir() / "bench.json").read_text())
+        put(BOOK / "performance.md", "bench", bench_table(remember_bench(found)))
     else:
         print(__doc__)
         return 2
