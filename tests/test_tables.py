@@ -183,6 +183,6 @@ def test_timings_of_one_model_are_kept_side_by_side(tmp_path, monkeypatch):
     assert list(both) == ["float32", "bfloat16"] and "cells" not in both["float32"]["patch_grid"]
     lines = tables.bench_table(both).splitlines()
     assert len(lines) == 2 + 2 * len(tables.TIMED)
-    cells = "0.50 s", "the released procedure", "4 s", "8.0", "3.0", "1.10", "1e-05"
+    cells = "0.50 s", "the released procedure", "4 s", "8", "3.0", "1.10", "1e-05"
     assert lines[-1] == f"| prune and preserve score | bfloat16 | {' | '.join(cells)} |"
     assert list(timed("other", "float32")) == ["float32"]  # of one model at a time

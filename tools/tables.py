@@ -311,7 +311,7 @@ def bench_table(known: Mapping[str, Any]) -> str:
             theirs = row.get("transformer_lens_seconds") or row["released_seconds"]
             memory = f"{row['peak_over_floor']:.2f}" if "peak_over_floor" in row else ""
             off = row.get("max_abs_diff", row.get("max_rel_diff"))
-            cells = name, dtype, f"{row['seconds']:.2f} s", other, f"{theirs:.0f} s", f"{row['ratio']:.1f}"
+            cells = name, dtype, f"{row['seconds']:.2f} s", other, f"{theirs:.0f} s", f"{row['ratio']:.0f}"
             lines.append(f"| {' | '.join(cells)} | {row['floor_ratio']:.1f} | {memory} | {off:.0e} |")
     return "\n".join(lines) + "\n"
 
