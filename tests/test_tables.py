@@ -172,17 +172,21 @@ def test_timings_of_one_model_are_kept_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "data_dir", lambda: tmp_path)
     row = {"ratio": 8.0, "seconds": 0.5, "floor_ratio": 3.0}
     patched = {"transformer_lens_seconds": 4.0, "max_abs_diff": 2e-6, "cells": 3} | row
+    patched["by_contrast"] = {"behaviour": {"ratio": 2.0}}
     scored = {"released_seconds": 4.0, "max_rel_diff": 1e-5, "peak_over_floor": 1.1} | row
     found = dict.fromkeys(tables.TIMED, patched) | {"attribution": scored, "select": {}}
 
     def timed(model, dtype):
-        return tables.remember_bench(found | {"machine": {"model": model, "dtype": dtype}})
+        return tables.remember_bench(
+            found | {"machine": {"model": model, "dtype": dtype, "matmul_gflops": 99.6}}
+        )
 
     timed("one", "float32")
     both = timed("one", "bfloat16")
     assert list(both) == ["float32", "bfloat16"] and "cells" not in both["float32"]["patch_grid"]
     lines = tables.bench_table(both).splitlines()
-    assert len(lines) == 2 + 2 * len(tables.TIMED)
+    assert len(lines) == 4 + 2 * len(tables.TIMED) and "| 8 (2) |" in lines[2]
     cells = "0.50 s", "the released procedure", "4 s", "8", "3.0", "1.10", "1e-05"
-    assert lines[-1] == f"| prune and preserve score | bfloat16 | {' | '.join(cells)} |"
+    assert lines[-1] == "Large products ran at 100 Gflop/s in float32 and 100 Gflop/s in bfloat16."
+    assert lines[-3] == f"| prune and preserve score | bfloat16 | {' | '.join(cells)} |"
     assert list(timed("other", "float32")) == ["float32"]  # of one model at a time
