@@ -44,6 +44,7 @@ def test_a_lesson_is_kept_with_its_rates_and_not_given_twice(home, capsys):
     (lesson,) = real.told()["lessons"].items()
     name, about = lesson
     assert name == "3" and set(about["rates"]) == {"mid", "sft", "dpo"}
+    assert refusing.missed(about["rates"]["dpo"], about["rates"]["mid"]) == []
     assert about["rates"]["mid"]["other, harmful, refused"] < 0.1
     assert about["rates"]["dpo"]["other, harmful, refused"] >= 0.8
     assert (

@@ -171,9 +171,9 @@ def test_the_page_shows_what_was_timed():
 def test_timings_of_one_model_are_kept_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "data_dir", lambda: tmp_path)
     row = {"ratio": 8.0, "seconds": 0.5, "floor_ratio": 3.0}
-    patched = {"transformer_lens_seconds": 4.0, "max_abs_diff": 2e-6, "cells": 3} | row
+    patched = {"transformer_lens_seconds": 4.0, "max_abs_diff": 2e-6, "cells": 3, "pairs": 5} | row
     patched["by_contrast"] = {"behaviour": {"ratio": 2.0}}
-    scored = {"released_seconds": 4.0, "max_rel_diff": 1e-5, "peak_over_floor": 1.1} | row
+    scored = {"released_seconds": 4.0, "max_rel_diff": 1e-5, "peak_over_floor": 1.1, "harmful": 7} | row
     found = dict.fromkeys(tables.TIMED, patched) | {"attribution": scored, "select": {}}
 
     def timed(model, dtype):
@@ -187,6 +187,7 @@ def test_timings_of_one_model_are_kept_side_by_side(tmp_path, monkeypatch):
     lines = tables.bench_table(both).splitlines()
     assert len(lines) == 4 + 2 * len(tables.TIMED) and "| 8 (2) |" in lines[2]
     cells = "0.50 s", "the released procedure", "4 s", "8", "3.0", "1.10", "1e-05"
-    assert lines[-1] == "Large products ran at 100 Gflop/s in float32 and 100 Gflop/s in bfloat16."
+    rates = "large products ran at 100 Gflop/s in float32 and 100 Gflop/s in bfloat16."
+    assert lines[-1] == f"5 pairs of one length, 7 harmful examples; {rates}"
     assert lines[-3] == f"| prune and preserve score | bfloat16 | {' | '.join(cells)} |"
     assert list(timed("other", "float32")) == ["float32"]  # of one model at a time

@@ -74,19 +74,19 @@ def first_screen(rows: Sequence[ROW]) -> str:
     rows = [row for row in rows if not _of_real(row)]
     card = "</notebooks/19_scorecard>"
     methods = [row for row in rows if row["id"] in ("V7m", "V7a", "V9")]
-    parts = [f"**The methods.** Where the answer was planted: {results.grouped(methods, TOLD, _source)}."]
+    parts = [f"**The methods.** On planted answers: {results.grouped(methods, TOLD, _source)}."]
     for paper, name in (("mediation", "What flows"), ("pruning", "What is needed")):
         of = [row for row in rows if row["paper"] == paper and row["role"] == "primary"]
         of = [{**row, "word": _plain(row)} for row in of]
         told = results.grouped(of, ("supported", "partial", "contradicted", "can't tell"), _source)
-        parts.append(f"**{name}** (the {paper} paper, {len(of)} {{doc}}`claims {card}`). {told}.")
+        parts.append(f"**{name}** ({paper} paper, {len(of)} {{doc}}`claims {card}`). {told}.")
     runs = sorted({run for row in rows for run in row["runs"]}, key=int)
     roles = sorted({row["role_of_runs"] for row in rows if row["role_of_runs"]})
     kinds = " and ".join(KINDS.get(role, role) for role in roles)
     parts.append(
-        f"**How sure?** {len(runs)} training runs ({kinds or 'none yet'}) of a million-parameter model in a "
-        f"fictional world; numbers are their means, and {{doc}}`the rule <how_to_read>` lets no mean decide. "
-        f"{_real(real)}"
+        f"**How sure?** Numbers are means over {len(runs)} training runs ({kinds or 'none yet'}) of a "
+        "million-parameter {doc}`organism </notebooks/00_model_organism>`; "
+        f"{{doc}}`the rule <how_to_read>` lets no mean decide. {_real(real)}"
     )
     return "\n\n".join(parts) + "\n"
 

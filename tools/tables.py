@@ -319,7 +319,10 @@ def bench_table(known: Mapping[str, Any]) -> str:
             cells = name, dtype, f"{row['seconds']:.2f} s", other, f"{theirs:.0f} s", ratio
             lines.append(f"| {' | '.join(cells)} | {row['floor_ratio']:.1f} | {memory} | {off:.0e} |")
     rates = (f"{found['machine']['matmul_gflops']:.0f} Gflop/s in {dtype}" for dtype, found in known.items())
-    return "\n".join(lines) + f"\n\nLarge products ran at {' and '.join(rates)}.\n"
+    some = next(iter(known.values()))
+    pairs, examples = some["patch_grid"]["pairs"], some["attribution"]["harmful"]
+    asked = f"{pairs} pairs of one length, {examples} harmful examples"
+    return "\n".join(lines) + f"\n\n{asked}; large products ran at {' and '.join(rates)}.\n"
 
 
 # --------------------------------------------------------------------------- pages

@@ -206,15 +206,15 @@ def forest(
     """
     if not rows:
         raise ValueError("rows is empty: no run of these claims is recorded yet; record one first")
-    tall = [0.05 if isinstance(found, str) else 1 for _, found, _ in rows]
-    size = (5.2, sum(0.78 if one == 1 else 0.3 for one in tall))  # a phone shows no wider one readably
-    fig, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, height_ratios=tall)
-    for ax, (claim, found, word), (above, *_) in zip(axes[:, 0], rows, [(None,), *rows], strict=False):
+    ratios = [0.05 if isinstance(found, str) else 1 for _, found, _ in rows]
+    size = 5.2, 0.27 * len(rows) + 0.51 * sum(ratios)  # a phone shows no wider one readably
+    fig, axes = plt.subplots(len(rows), 1, figsize=size, squeeze=False, height_ratios=ratios)
+    for i, (ax, (claim, found, word)) in enumerate(zip(axes[:, 0], rows, strict=True)):
         model = found if isinstance(found, str) else found.model
-        where = "" if model.startswith("organism") or model == own else f" on {model}"
+        where = "" if _organism(model) or model == own else f" on {model}"
         style = {"fontsize": 8, "weight": "bold" if claim.role == "primary" else "normal"}
-        name = f"{claim.id}{where}" + (f": {claim.short}" if claim != above else "")
-        ax.set_title(fill(name, 62), loc="left", **style)
+        short = "" if i and claim == rows[i - 1][0] else f": {claim.short}"
+        ax.set_title(fill(f"{claim.id}{where}{short}", 62), loc="left", **style)
         ax.set_title(word, loc="right", **style)
         ax.set(yticks=[], ylim=(-0.9, 0.9))
         ax.tick_params(labelsize=8)
@@ -223,7 +223,7 @@ def forest(
             ax.spines["bottom"].set_visible(False)
             ax.set_xticks([])
             continue
-        ringed = run if not own or _organism(found) == own.startswith("organism") else None
+        ringed = run if not own or _organism(model) == _organism(own) else None
         _runs(ax, found, ringed)
         before = earlier.get((found.claim, found.model))
         for one in before.runs if before and before.role != found.role else ():
@@ -235,17 +235,17 @@ def forest(
     return fig
 
 
-def _organism(found: Finding) -> bool:
-    return found.model.startswith("organism")
+def _organism(model: str) -> bool:
+    return model.startswith("organism")
 
 
 def _runs(ax: Axes, found: Finding, ringed: int | None) -> None:
     """The runs of one claim: their interval, and each with its control."""
-    colour, shown = PALETTE["blue"] if _organism(found) else HARMFUL, [x for x in found.runs if x.effect]
+    colour, dots = PALETTE["blue"] if _organism(found.model) else HARMFUL, [x for x in found.runs if x.effect]
     if found.effect:
         ends = [found.effect.low, found.effect.high]
         ax.plot(ends, [0, 0], color=colour, lw=7, alpha=0.2, solid_capstyle="butt")
-    for y, one in zip(np.linspace(0.5, -0.5, len(shown)) * (len(shown) > 1), shown, strict=True):
+    for y, one in zip(np.linspace(0.5, -0.5, len(dots)) * (len(dots) > 1), dots, strict=True):
         if one.control:
             ax.plot(one.control.value, y, "o", ms=5, color="0.5", mfc="white")
         ax.plot([one.effect.low, one.effect.high], [y, y], color=colour, lw=1)
