@@ -104,7 +104,7 @@ def _prepared(values: ArrayLike, statistic: str | Callable) -> tuple[Callable, t
     if statistic == "relative drop":
         before = columns[0]
         if not before.mean() > 0:
-            raise ValueError(
+            raise TooFew(
                 f"values: nothing was there before (mean {before.mean():g}), so there is no relative "
                 "drop. Measure an ability that the model has, or report what is there after"
             )
@@ -120,7 +120,7 @@ def _distribution(
     if n_resamples < 100:
         raise ValueError(f"n_resamples: {n_resamples} is too few for a 95 % interval; use at least 100")
     if len(columns[0]) < 2:  # of a relative drop: one unit had the ability, and lost a part of it
-        raise ValueError("values: one unit only counts; an interval needs at least two")
+        raise TooFew("values: one unit only counts; an interval needs at least two")
     with np.errstate(divide="ignore", invalid="ignore"):  # _interval says so
         result = scipy_stats.bootstrap(
             columns, function, paired=len(columns) > 1, n_resamples=n_resamples, method="percentile",
