@@ -53,7 +53,7 @@ PLANTING = Recipe(steps=60, lr=5e-4, batch_size=16, warmup=5, weight_decay=0.0, 
 EXACT = ("01", "02", "03", "04", "05", "06", "07", "17")
 GATE = ("base", "mid", "willing", "planted_last")  # organisms, of a seed that doesn't ship twenty minutes
 SITES = ("layer", "mlp_out", "attn_out")
-MINUTES = {"fetch": 1, "teach": 25, "plant": 25, "measure": 180}  # of one core; of a seed, or once
+MINUTES = {"fetch": 1, "teach": 25, "plant": 25, "measure": 200}  # of one core; of a seed, or once
 
 
 def home() -> Path:
