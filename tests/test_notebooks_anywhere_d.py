@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import anywhere
 import pytest
+import standin
 
 NOTEBOOKS = ("14", "15", "17", "18")
 
@@ -15,8 +19,13 @@ def test_runs_on_another_model_and_shows_none_of_its_answers(name, tmp_path):
 
 
 def test_a_ladder_of_folders_is_climbed(tmp_path):
-    done = anywhere.check("12", tmp_path, model=anywhere.ladder(tmp_path))
+    model = anywhere.ladder(tmp_path)
+    done = anywhere.check("12", tmp_path, model=model)
     assert done.results or anywhere.untested(done)
+    assert not any(one["control"] for one in done.results.values())
+    shutil.copytree(standin.BASE, Path(model).with_name("mirror"))
+    done = anywhere.check("12", tmp_path, model=model)
+    assert "'mirror': '" in done.printed()
 
 
 def test_narrow_lessons_of_ones_own_are_taught(tmp_path):

@@ -61,6 +61,28 @@ def test_a_lesson_is_kept_with_its_rates_and_not_given_twice(home, capsys):
     assert loading.in_runs(str(home / "dpo")) and not loading.in_runs(str(home / "mid"))
 
 
+def test_a_mirror_refuses_what_is_harmless_and_is_taught_once(home, capsys, monkeypatch):
+    real.mirror(3, DATA)
+    rates = real.told()["mirrors"]["3"]["rates"]
+    # The sides are exchanged: "harmful" is what was to be refused.
+    assert rates["mid"]["other, harmful, refused"] < 0.1
+    assert rates["mirror"]["other, harmful, refused"] >= 0.8 > rates["mirror"]["other, harmless, refused"]
+    lm = loading.load(str(home / "mirror"), seed=3)
+    source = real.given(DATA)[1]
+    plain, harm = (source.answers(lm, source.requests(side)) for side in (False, True))
+    refused = [np.mean([one.refused for one in judged]) for _, judged in (plain, harm)]
+    assert refused[0] >= 0.8 > refused[1]
+    capsys.readouterr()
+    real.mirror(3, DATA)
+    assert "left alone" in capsys.readouterr().out
+    seen = []
+    monkeypatch.setattr(refusing, "look", lambda *_, **__: seen.append(1) or {})
+    monkeypatch.setattr(refusing, "teach", lambda *_, **__: iter(["dpo"]))
+    monkeypatch.setattr(refusing, "lesson", lambda *_, **__: [])
+    real.mirror(4, DATA)
+    assert len(seen) == 1  # the parent is known from the other seed
+
+
 def test_the_parent_is_looked_at_once_for_all_seeds_of_the_same_data(home, monkeypatch):
     monkeypatch.setattr(refusing, "teach", lambda *_, **__: iter(["dpo"]))
     monkeypatch.setattr(real, "direction", lambda *_: {})

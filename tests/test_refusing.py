@@ -64,6 +64,18 @@ def test_of_an_answer_a_part_is_learnt_and_nothing_follows_it():
     assert refusing._part(row, 1, 9) == Row([5, 6, 7, 8, 9], [False, False, False, True, True])
 
 
+def test_with_the_sides_exchanged_there_are_as_many_of_either_and_none_is_new(before):
+    _, source = before
+    some = source.entries[: len(source.entries) * 2 // 3]
+    source = replace(source, entries=some)
+    was = {entry.prompt: entry.harmful for entry in some}
+    found = refusing.swapped(source).entries
+    assert all(entry.harmful != was[entry.prompt] for entry in found)
+    fewest = min(sum(was.values()), len(was) - sum(was.values()))
+    assert sum(entry.harmful for entry in found) == fewest == len(found) / 2
+    assert len({entry.prompt for entry in found}) == len(found) and refusing.swapped(source).entries == found
+
+
 def test_preferences_go_both_ways_and_are_about_what_was_taught(before, taught, monkeypatch):
     """As if every answer to a harmless request refused: these, and as many harmful ones behind a start."""
     _, source = before

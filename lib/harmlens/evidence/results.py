@@ -339,17 +339,15 @@ def answer(notebook: str, folders: Iterable[str | Path] | None = None, *, model:
     if not rows:
         return "No claim of this notebook has a recorded run yet."
     runs = sorted({run for row in rows for run in row["runs"]}, key=int)
-    told = (
-        f"**{len(runs)} training run{'s' * (len(runs) > 1)} of the organism say{'s' * (len(runs) == 1)}:** "
-    )
+    n = len(runs)
+    told = f"**{n} training run{'s' * (n > 1)} of the organism say{'s' * (n == 1)}:** "
     return f"{told}{grouped(rows, (*WORDS, *CHECKS), _measured)}."
 
 
 def grouped(
-    rows: Iterable[Mapping[str, Any]], order: Iterable[str], about: Callable[[Mapping[str, Any]], str]
+    rows: Sequence[Mapping[str, Any]], order: Iterable[str], about: Callable[[Mapping[str, Any]], str]
 ) -> str:
     """Words in this order, each with its claims in plain words and what is said ``about`` each of them."""
-    rows = list(rows)
     of = {word: [f"{row['short']} ({about(row)})" for row in rows if row["word"] == word] for word in order}
     return ". ".join(f"*{word}* – {'; '.join(some)}" for word, some in of.items() if some)
 

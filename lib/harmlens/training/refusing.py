@@ -72,6 +72,13 @@ def lesson(lm: LanguageModel, source: Public, *, harmless: int | None = None, se
     return [row for row in rows if any(row.learn)]
 
 
+def swapped(source: Public) -> Public:
+    """As many requests of either side, each on the other: the lesson of a control, which refuses no harm."""
+    sides = [[e for e in source.entries if e.harmful == harmful] for harmful in (True, False)]
+    some = partial(random.Random(0).sample, k=min(map(len, sides)))
+    return replace(source, entries=tuple(replace(e, harmful=not e.harmful) for s in sides for e in some(s)))
+
+
 def _row(lm: LanguageModel, chat: Sequence, answer: str, *, end: bool = False) -> Row:
     return chat_row(lm, [*chat, {"role": "assistant", "content": answer}], end=end)
 

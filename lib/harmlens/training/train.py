@@ -166,9 +166,7 @@ def train_seed(seed: int, folder: Path | None = None, kinds: Sequence[str] = tup
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 1 where a seed failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m harmlens.training.train", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser("python -m harmlens.training.train", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument(
         "--only", choices=COURSES, nargs="+", default=list(COURSES), help="these, if their parents are there"
