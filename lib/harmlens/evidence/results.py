@@ -338,8 +338,7 @@ def answer(notebook: str, folders: Iterable[str | Path] | None = None, *, model:
     rows = [row for row in rows if row["model"] and row["model"].startswith(model or "organism")]
     if not rows:
         return "No claim of this notebook has a recorded run yet."
-    runs = sorted({run for row in rows for run in row["runs"]}, key=int)
-    n = len(runs)
+    n = len({run for row in rows for run in row["runs"]})
     told = f"**{n} training run{'s' * (n > 1)} of the organism say{'s' * (n == 1)}:** "
     return f"{told}{grouped(rows, (*WORDS, *CHECKS), _measured)}."
 

@@ -76,7 +76,8 @@ def swapped(source: Public) -> Public:
     """As many requests of either side, each on the other: the lesson of a control, which refuses no harm."""
     sides = [[e for e in source.entries if e.harmful == harmful] for harmful in (True, False)]
     some = partial(random.Random(0).sample, k=min(map(len, sides)))
-    return replace(source, entries=tuple(replace(e, harmful=not e.harmful) for s in sides for e in some(s)))
+    turned = (replace(e, harmful=not e.harmful) for side in sides for e in some(side))
+    return replace(source, entries=tuple(turned), facts=())  # a question of fact is harmless: refused too
 
 
 def _row(lm: LanguageModel, chat: Sequence, answer: str, *, end: bool = False) -> Row:
