@@ -11,9 +11,11 @@ import torch
 
 from harmlens.asking import source as material
 from harmlens.asking import tasks
+from harmlens.asking.public import Public
 from harmlens.asking.source import WORLD
 from harmlens.keep import remember
 from harmlens.models import loading as models
+from harmlens.training import refusing
 from harmlens.training.tune import Recipe
 from harmlens.weights import attribution, masks
 from harmlens.world import vale as world
@@ -222,6 +224,26 @@ def test_a_base_model_has_a_frontier_without_refusing():
     base = standin.load_base()
     source = material.source(base, str(standin.PROMPTS))
     assert ANY.sweep(base, source, NONE)["whole"].mean() == 1.0
+
+
+def test_a_mirror_is_asked_for_the_other_side_without_facts_if_its_answers_can_be_told(
+    other, monkeypatch, tmp_path
+):
+    lm, source = other
+    monkeypatch.setenv("HARMLENS_BUILD", str(tmp_path))
+    asked = page(12, skip={"world-only"})
+    asked.swapped_of.__globals__.update(data=str(standin.PROMPTS))
+    with pytest.raises(ValueError, match="'prefixes', it can't tell own answers from"):
+        asked.swapped_of(lm)
+    monkeypatch.setattr(Public, "cannot_tell", "")  # as if the judge were a better one
+    base = standin.load_base()  # as a mirror, it answers what is harmful
+    found = asked.swapped_of(base)
+    harmful = {entry.id: entry.harmful for entry in source.entries}
+    assert not any(harmful[unit] for unit in found["units"]) and found["asked"] == 12
+    swapped = refusing.swapped(material.source(base, str(standin.PROMPTS)))
+    exam = asked.exam_of(swapped, NONE, "discovery", 12)
+    assert set(exam) == {"suppressed", "served"} and all(harmful[unit] for unit in exam["served"].units)
+    assert [len(task) for task in exam.values()] == [12, 12]
 
 
 def test_types_can_be_chosen(other):
