@@ -54,7 +54,7 @@ def interleaved(weight, heads):
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def written(file, tok, model, kind="llama"):
+def written(file, tok, model, kind="llama", split=""):
     """The model as a GGUF file of 8-bit weights, and the model of the numbers that these decode to."""
     from gguf import GGMLQuantizationType, GGUFWriter, quants
 
@@ -71,6 +71,8 @@ def written(file, tok, model, kind="llama"):
     backend = json.loads(tok.backend_tokenizer.to_str())["model"]
     words = sorted(tok.get_vocab(), key=tok.get_vocab().get)
     writer.add_tokenizer_model("gpt2")
+    if split:
+        writer.add_tokenizer_pre(split)
     writer.add_token_list(words)
     writer.add_token_types([3 if word in tok.all_special_tokens else 1 for word in words])
     writer.add_token_merges(
@@ -144,6 +146,22 @@ def test_what_can_not_be_read_is_named_before_work_begins(made, tmp_path, monkey
     with pytest.raises(OSError, match=r"'out' will take .* kB, and 10.0 kB are free there"):
         gguf.unpack(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_splits_text_as_the_models_own_does(made, tmp_path):
+    """Digits first: "\\n\\n1" is what it learnt, the two line ends together, and not one by one."""
+    tok, model, _ = made
+    digits = written(tmp_path / "digits.gguf", tok, model, split="smollm")
+    plain = written(tmp_path / "plain.gguf", tok, model, split="gpt-2")
+    for file, parts in ((digits, ["\n\n", "1", "2", " b"]), (plain, ["\n", "\n", "12", " b"])):
+        folder = gguf.unpack(file, tmp_path / file.stem)
+        pre = loading.load(str(folder)).tokenizer.backend_tokenizer.pre_tokenizer
+        found = [part for part, _ in pre.pre_tokenize_str("\n\n12 b")]
+        assert [part.replace("Ċ", "\n").replace("Ġ", " ") for part in found] == parts
+    strange = written(tmp_path / "strange.gguf", tok, model, split="klingon")
+    with pytest.raises(ValueError, match=r"'strange.gguf' splits text by the rule 'klingon', which is lost"):
+        gguf.unpack(strange, tmp_path / "strange")
+    assert not (tmp_path / "strange").exists()
 
 
 def test_what_an_interrupted_write_leaves_is_no_model(made, tmp_path, monkeypatch):

@@ -451,7 +451,7 @@ class Public(Source):
         _require_harmful(suppressed)
         n = _fewer(n, every)
         if kind == "facts":
-            if not (pool := self._fact_splits.get(split)):
+            if not (pool := splits.deal(self.facts).get(split)):
                 raise NotKnown(
                     f"facts: no question with an answer in split={split!r}; add a set with facts, such as "
                     "'facts'"
@@ -496,10 +496,6 @@ class Public(Source):
         if self.lm is None:
             raise NotKnown(f"data={self.name!r}: answers of a model are asked for, and this source has none")
         return OwnAnswers(self.lm, self.grader, keeps=self.keeps)
-
-    @cached_property
-    def _fact_splits(self) -> dict[str, list[Entry]]:
-        return splits.deal(self.facts) if self.facts else {}
 
     def _treated(
         self, split: str, n: int | None, suppressed: str, seed: int

