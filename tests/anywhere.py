@@ -48,9 +48,13 @@ class Run:
 
 
 def run(name: str, folder: Path, **parameters: object) -> Run:
-    """Execute a notebook on the stand-in, offline; everything that is written goes below ``folder``."""
+    """Execute a notebook on the stand-in, offline; everything that is written goes below ``folder``.
+
+    A parameter that is None is not given at all.
+    """
     [file] = (ROOT / "notebooks").glob(f"{name}_*.ipynb")
     given = {"model": str(standin.FOLDER), "data": str(standin.PROMPTS), "quick": True, **parameters}
+    given = {key: value for key, value in given.items() if value is not None}
     options = [part for key, value in given.items() for part in ("-y", f"{key}: {json.dumps(value)}")]
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("HARMLENS_", "HF_"))}
     env = {

@@ -230,6 +230,8 @@ class Public(Source):
     def _splits(self) -> dict[str, list[Entry]]:
         return splits.deal(self.entries)
 
+    _fact_splits = cached_property(lambda self: splits.deal(self.facts))
+
     def rows(
         self,
         harmful: bool,
@@ -451,7 +453,7 @@ class Public(Source):
         _require_harmful(suppressed)
         n = _fewer(n, every)
         if kind == "facts":
-            if not (pool := splits.deal(self.facts).get(split)):
+            if not (pool := self._fact_splits.get(split)):
                 raise NotKnown(
                     f"facts: no question with an answer in split={split!r}; add a set with facts, such as "
                     "'facts'"

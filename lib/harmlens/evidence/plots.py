@@ -167,20 +167,18 @@ def heat(
         annotate: write the values into the cells, except those that round to zero.
         digits: behind the point.
     """
-    tallest = max(0.36 * len(rows) + 1.2, 2.2)
-    wide = max(0.42 * len(columns), 2.4)
-    fig, axes = plt.subplots(
-        1, len(panels), figsize=(wide * len(panels) + 1.8, tallest), sharey=True, squeeze=False
-    )
+    size = max(0.42 * len(columns), 2.4) * len(panels) + 1.8, max(0.36 * len(rows) + 1.2, 2.2)
+    fig, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    least = 0.5 * 10**-digits  # what does not round to zero
     top = limit or float(np.nanmax(np.abs(np.stack(list(panels.values())))))
     for ax, (title, values) in zip(axes[0], panels.items(), strict=True):
-        last, least = ax is axes[0, -1], 0.5 * 10**-digits
-        told = [[f"{v:.{digits}f}" if abs(v) >= least else "" for v in row] for row in values]
+        last, told = ax is axes[0, -1], False
+        if annotate:
+            told = np.array([[f"{v:.{digits}f}" if abs(v) >= least else "" for v in row] for row in values])
         sns.heatmap(
             values, ax=ax, cmap="RdBu_r", vmin=-top, vmax=top, center=0, fmt="",
-            annot=np.array(told) if annotate else False,
-            annot_kws={"size": 7.5}, xticklabels=list(columns), yticklabels=list(rows), cbar=last,
-            cbar_kws={"label": label}, linewidths=0.4, linecolor="white",
+            annot=told, annot_kws={"size": 7.5}, xticklabels=list(columns), yticklabels=list(rows),
+            cbar=last, cbar_kws={"label": label}, linewidths=0.4, linecolor="white",
         )  # fmt: skip
         ax.set(title=title, xlabel=xlabel)
         ax.tick_params(axis="both", length=0, rotation=0)
